@@ -1,0 +1,2 @@
+//! ONNX files, the catalogue of diffusion architectures, and LinFusion checkpoints.
+pub mod onnx;

@@ -1,0 +1,1 @@
+//! LinFusion attention operators.
