@@ -3,7 +3,10 @@
 
 use std::collections::{HashMap, HashSet};
 
-use linfusion_models::onnx::proto::{AttributeProto, GraphProto, NodeProto, TensorProto};
+pub use linfusion_models::onnx::{
+    attr as attribute, attr_f as attr_float, attr_i as attr_int, attr_ints, attr_s as attr_str,
+};
+use linfusion_models::onnx::proto::{GraphProto, NodeProto, TensorProto};
 
 /// Position of a node in `GraphProto.node` (which ONNX requires to be in
 /// topological order).
@@ -152,36 +155,6 @@ pub fn label(node: &NodeProto) -> &str {
 #[must_use]
 pub fn input(node: &NodeProto, slot: usize) -> Option<&str> {
     node.input.get(slot).map(String::as_str).filter(|n| !n.is_empty())
-}
-
-/// The attribute called `name`.
-#[must_use]
-pub fn attribute<'n>(node: &'n NodeProto, name: &str) -> Option<&'n AttributeProto> {
-    node.attribute.iter().find(|a| a.name.as_deref() == Some(name))
-}
-
-/// An integer attribute.
-#[must_use]
-pub fn attr_int(node: &NodeProto, name: &str) -> Option<i64> {
-    attribute(node, name).and_then(|a| a.i)
-}
-
-/// A float attribute.
-#[must_use]
-pub fn attr_float(node: &NodeProto, name: &str) -> Option<f32> {
-    attribute(node, name).and_then(|a| a.f)
-}
-
-/// A list-of-integers attribute.
-#[must_use]
-pub fn attr_ints<'n>(node: &'n NodeProto, name: &str) -> Option<&'n [i64]> {
-    attribute(node, name).map(|a| a.ints.as_slice())
-}
-
-/// A string attribute, `None` if it is not UTF-8.
-#[must_use]
-pub fn attr_str<'n>(node: &'n NodeProto, name: &str) -> Option<&'n str> {
-    attribute(node, name).and_then(|a| a.s.as_deref()).and_then(|s| std::str::from_utf8(s).ok())
 }
 
 /// The subgraphs (If, Loop, Scan bodies) of a node.

@@ -59,12 +59,13 @@ pub fn flow<'m>(graph: &Graph<'m>, shapes: &Shapes, core: &Core<'m>) -> Flow<'m>
     if operands.iter().any(|r| r.joins_tokens) && (q.len() > 1 || k.len() > 1) {
         return none(Kind::Joint);
     }
-    match (q.iter().collect::<Vec<_>>()[..].as_ref(), q == k && k == v) {
-        ([source], true) => Flow { kind: Kind::SelfAttention, source: Some(source) },
-        (_, true) => none(Kind::Other),
-        (_, false) if q != k && q != v => none(Kind::Cross),
-        _ => none(Kind::Other),
+    if q == k && k == v {
+        return match q.first() {
+            Some(source) if q.len() == 1 => Flow { kind: Kind::SelfAttention, source: Some(source) },
+            _ => none(Kind::Other),
+        };
     }
+    none(if q != k && q != v { Kind::Cross } else { Kind::Other })
 }
 
 /// The distinct tensors behind an operand. A low-rank branch beside a linear

@@ -5,7 +5,7 @@
 
 use crate::graph::{Graph, NodeId, attr_int, op};
 use crate::shapes::value::axis;
-use crate::shapes::{Fact, Shapes, slicing};
+use crate::shapes::{Fact, Shapes, eval};
 
 /// How a node's output index maps to its input index.
 #[derive(Clone, Debug, PartialEq)]
@@ -74,7 +74,7 @@ impl Move {
             "Reshape" | "Squeeze" | "Unsqueeze" | "Flatten" => {
                 Some(Move::Refold { from: from.to_vec(), to: to.to_vec() })
             }
-            "Transpose" => slicing::permutation(proto, from.len()).map(Move::Permute),
+            "Transpose" => eval::permutation(proto, from.len()).map(Move::Permute),
             "Split" => {
                 let a = axis(attr_int(proto, "axis").unwrap_or(0), from.len())?;
                 let start = proto.output[..slot]
@@ -87,7 +87,7 @@ impl Move {
             }
             "Slice" => {
                 let facts: Vec<&Fact> = proto.input.iter().map(|i| shapes.fact(i)).collect();
-                let ranges = slicing::slice_ranges(proto, &facts)?;
+                let ranges = eval::slice_ranges(proto, &facts)?;
                 Some(Move::Window(ranges.iter().map(|r| (r.start, r.step)).collect()))
             }
             "Gather" => {

@@ -4,11 +4,11 @@
 //! by element ([`super::layout`]) at the probe size.
 
 use super::core::{Core, Form, Operand, Role};
-use super::layout::{Move, ravel, unravel};
-use super::projection::{Linear, canonical, linear};
+use super::layout::{Move, ravel};
+use super::projection::{Linear, linear};
 use crate::graph::{Graph, NodeId, attr_int, input, label, op, qualified_op};
 use crate::shapes::Shapes;
-use crate::shapes::slicing::element::is_float;
+use crate::shapes::eval::element::is_float;
 
 /// How a `[batch, tokens, columns]` matrix lies in a tensor.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -412,8 +412,11 @@ fn between<'m>(graph: &Graph<'m>, shapes: &Shapes, id: NodeId, slot: usize) -> R
                 None => Between::Computes(data),
             });
         }
-        if op(node) == "Mul" && shapes.fact(other).constant && is_vector(shapes, other) && from_integer(graph, data) {
-            return Ok(Between::Computes(data));
+        // Per-channel scales of an integer product.
+        for (data, other) in [(a, b), (b, a)] {
+            if op(node) == "Mul" && is_vector(shapes, other) && from_integer(graph, data) {
+                return Ok(Between::Computes(data));
+            }
         }
     }
     if let ("Add" | "BiasAdd", (Some(a), Some(b))) = (op(node), operands) {
@@ -503,11 +506,10 @@ fn merge<'m>(
     for _ in 0..32 {
         let shape = shapes.shape(value).ok_or_else(|| format!("the shape of '{value}' is unknown"))?;
         for channels_first in [false, true] {
-            if let Some((layout, w)) = grid.layout(shape, channels_first).filter(|(_, w)| *w == width)
+            if let Some((layout, _)) = grid.layout(shape, channels_first).filter(|(_, w)| *w == width)
                 && shapes.fact(value).element.is_some_and(is_float)
                 && merges(core, &moves, grid, channels, &layout, shape) == Some(true)
             {
-                let _ = w;
                 found = Some((value, layout));
                 break;
             }
@@ -521,7 +523,7 @@ fn merge<'m>(
         // The out projection of a channels-first or 2-D graph may need one more fold.
         let node = graph.node(reader.node);
         match Move::of(graph, shapes, reader.node, 0) {
-            Some(step) if op(node) != "DynamicQuantizeLinear" && op(node) != "QuantizeLinear" => {
+            Some(step) if op(node) != "DynamicQuantizeLinear" => {
                 moves.push(step);
                 value = node.output.first().map_or("", String::as_str);
             }
@@ -621,16 +623,4 @@ fn out_projection<'m>(
         }
     }
     Some(OutProjection { node, result, layout: layout.clone(), later_bias, width })
-}
-
-/// The index of element `flat` in `shape`, for messages.
-#[must_use]
-pub fn element_at(flat: i64, shape: &[i64]) -> Option<Vec<i64>> {
-    unravel(flat, shape)
-}
-
-/// Whether two values are copies of one tensor.
-#[must_use]
-pub fn same_tensor(graph: &Graph<'_>, a: &str, b: &str) -> bool {
-    canonical(graph, a) == canonical(graph, b)
 }

@@ -67,7 +67,9 @@ pub fn roots<'m>(graph: &Graph<'m>, shapes: &Shapes, value: &'m str) -> Roots<'m
     let mut seen = HashSet::new();
     let mut queue = std::collections::VecDeque::from([value]);
     while let Some(value) = queue.pop_front() {
-        if !seen.insert(value) || seen.len() > REACH || shapes.fact(value).constant {
+        let fact = shapes.fact(value);
+        // A one-element value is a scale or zero point, not data.
+        if !seen.insert(value) || seen.len() > REACH || fact.constant || fact.count() == Some(1) {
             continue;
         }
         let Some(port) = graph.producer(value) else { continue };

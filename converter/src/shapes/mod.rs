@@ -4,8 +4,7 @@
 //! that size, the number behind every run-time scale, and which values are
 //! constants. No weight is read beyond tensors of [`SMALL`] elements.
 
-mod eval;
-pub use eval as slicing;
+pub mod eval;
 mod probe;
 mod rules;
 pub use rules::einsum_terms;
