@@ -16,7 +16,7 @@ use memmap2::{Mmap, MmapOptions};
 /// bulk copies go through the file descriptor instead (see [`super::write`]),
 /// and only what has to be looked at (the graph, small tensors) is read from
 /// the map.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct MappedFile {
     bytes: Bytes,
     identity: FileIdentity,

@@ -4,6 +4,7 @@
 //! the map as [`bytes::Bytes`] slices, or in the data files that the model names.
 
 pub mod make;
+pub mod write;
 
 mod attrs;
 mod element;
@@ -14,6 +15,7 @@ mod map;
 mod open;
 mod sniff;
 mod tensor;
+mod walk;
 
 #[cfg(test)]
 mod read_tests;
@@ -27,6 +29,7 @@ pub use folder::DataFileError;
 pub use limits::Limits;
 pub use open::{MAX_MODEL_BYTES, OnnxFile, ReadError};
 pub use tensor::{TensorData, TensorError, TensorFault};
+pub use walk::{TensorRole, for_each_tensor, for_each_tensor_mut};
 
 /// The ONNX messages, generated from `proto/onnx.proto`.
 #[allow(missing_docs, clippy::all, clippy::undocumented_unsafe_blocks)]

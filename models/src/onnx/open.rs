@@ -209,6 +209,43 @@ impl OnnxFile {
         })
     }
 
+    /// Opens a model that has no name yet. `path` is the one it will have; `data`
+    /// is its data file, under the name that the model uses.
+    pub(super) fn open_scratch(
+        file: &File,
+        path: &Path,
+        data: Option<(&str, &File)>,
+    ) -> Result<Self, ReadError> {
+        let io_error = |source: io::Error| ReadError::Io {
+            hint: String::new(),
+            path: path.to_owned(),
+            source,
+        };
+        let folder = Folder::of_model(path).map_err(io_error)?;
+        let map = MappedFile::new(file).map_err(io_error)?;
+        let model = decode(map.bytes(), path, &Limits::default())?;
+        let mut data_files = BTreeMap::new();
+        if let Some((location, file)) = data {
+            let data = DataFile {
+                location: location.to_owned(),
+                map: MappedFile::new(file).map_err(io_error)?,
+                route: Route::Below,
+            };
+            data_files.insert(location.to_owned(), Arc::new(data));
+        }
+        Ok(Self {
+            model,
+            path: path.to_owned(),
+            size: map.identity().size,
+            source: Some(ModelFile {
+                file: file.try_clone().map_err(io_error)?,
+                map,
+            }),
+            folder: Some(folder),
+            data_files: Mutex::new(data_files),
+        })
+    }
+
     /// The path that the model was opened by (`<memory>` if it was not a file).
     pub fn path(&self) -> &Path {
         &self.path
