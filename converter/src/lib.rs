@@ -5,6 +5,10 @@
 //! [`graph`] and [`shapes`] → [`attention`] sites → plan → rewritten model →
 //! bytes. No stage reaches back.
 
+pub mod analysis;
 pub mod attention;
 pub mod graph;
+pub mod mapping;
+pub mod plan;
+pub mod rewrite;
 pub mod shapes;

@@ -5,7 +5,7 @@ use std::collections::{HashMap, HashSet};
 
 use linfusion_models::onnx::proto::{GraphProto, ModelProto};
 
-use super::core::{Core, anchors, core, is_anchor};
+use super::core::{Core, Role, anchors, core, is_anchor};
 use super::kind::{Kind, flow};
 use super::names::{attention_module, is_layer, scope_of_metadata, scope_of_node_name, scope_of_parameter};
 use super::plain::{Plain, plain};
@@ -32,6 +32,9 @@ pub struct Site<'m> {
     pub head_dim: Option<i64>,
     /// Queries under the probe, if known.
     pub tokens: Option<i64>,
+    /// A value with the queries on one of its axes, and that axis: tells the
+    /// number of tokens under another probe.
+    pub queries: Option<(&'m str, usize)>,
     /// Width of the tensor that k and v are projected from, for cross-attention.
     pub context_width: Option<i64>,
     /// The strict reading, or why there is none.
@@ -41,6 +44,13 @@ pub struct Site<'m> {
 }
 
 impl Site<'_> {
+    /// Queries under another probe of the same graph.
+    #[must_use]
+    pub fn tokens_at(&self, shapes: &Shapes) -> Option<i64> {
+        let (value, axis) = self.queries?;
+        shapes.shape(value)?.get(axis).copied()
+    }
+
     /// Channels of the attention module's input, if known.
     #[must_use]
     pub fn width(&self) -> Option<i64> {
@@ -98,6 +108,7 @@ fn unreachable_site<'m>(anchor: &str, place: &str) -> Site<'m> {
         heads: None,
         head_dim: None,
         tokens: None,
+        queries: None,
         context_width: None,
         plain: Err(format!("it lies {place}")),
         mask: None,
@@ -146,7 +157,8 @@ fn read<'m>(graph: &Graph<'m>, shapes: &Shapes, anchor: NodeId) -> Site<'m> {
         module: module(graph, shapes, &core, out_node),
         heads,
         head_dim,
-        tokens: core.q.size(super::core::Role::Token),
+        tokens: core.q.size(Role::Token),
+        queries: core.q.roles.iter().position(|r| *r == Role::Token).map(|axis| (core.q.value, axis)),
         context_width,
         plain: strict,
         mask: core.mask.clone(),
@@ -156,7 +168,6 @@ fn read<'m>(graph: &Graph<'m>, shapes: &Shapes, anchor: NodeId) -> Site<'m> {
 /// Heads and channels a head where no strict reading gives them: from the
 /// width of q's linear layer.
 fn loose_heads(graph: &Graph<'_>, shapes: &Shapes, core: &Core<'_>) -> (Option<i64>, Option<i64>) {
-    use super::core::Role;
     let head_dim = core.q.size(Role::Channel);
     let heads = core.heads.or_else(|| {
         let linear = *roots(graph, shapes, core.q.value).linears.first()?;
