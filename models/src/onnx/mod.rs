@@ -20,6 +20,8 @@ mod tensor;
 mod walk;
 
 #[cfg(test)]
+mod malformed_tests;
+#[cfg(test)]
 mod read_tests;
 
 pub use attrs::{

@@ -170,9 +170,9 @@ impl Printer<'_> {
 
     fn graph(&self, f: &mut Formatter<'_>, graph: &GraphProto) -> fmt::Result {
         write!(f, "{} (", Name(graph.name.as_deref().unwrap_or_default()))?;
-        self.list(f, &graph.input, |f, value| types::value(f, value))?;
+        self.list(f, &graph.input, types::value)?;
         f.write_str(") => (")?;
-        self.list(f, &graph.output, |f, value| types::value(f, value))?;
+        self.list(f, &graph.output, types::value)?;
         f.write_str(")\n")?;
         self.value_list(f, &graph.initializer, &graph.value_info)?;
         if !graph.sparse_initializer.is_empty() {
@@ -242,17 +242,32 @@ impl Printer<'_> {
         if let Some(overload) = node.overload.as_deref().filter(|o| !o.is_empty()) {
             write!(f, ":{overload}")?;
         }
-        f.write_char(' ')?;
-        if !node.attribute.is_empty() {
-            f.write_char('<')?;
-            self.list(f, &node.attribute, |f, attribute| {
-                self.attribute(f, attribute)
-            })?;
-            f.write_str("> ")?;
+        // Subgraphs after the inputs, as they are long.
+        let has_graph = |a: &AttributeProto| a.g.is_set() || !a.graphs.is_empty();
+        if node.attribute.iter().any(has_graph) {
+            self.inputs(f, node)?;
+            self.attributes(f, node)
+        } else {
+            self.attributes(f, node)?;
+            self.inputs(f, node)
         }
-        f.write_char('(')?;
+    }
+
+    fn inputs(&self, f: &mut Formatter<'_>, node: &NodeProto) -> fmt::Result {
+        f.write_str(" (")?;
         self.list(f, &node.input, |f, name| Name(name).fmt(f))?;
         f.write_char(')')
+    }
+
+    fn attributes(&self, f: &mut Formatter<'_>, node: &NodeProto) -> fmt::Result {
+        if node.attribute.is_empty() {
+            return Ok(());
+        }
+        f.write_str(" <")?;
+        self.list(f, &node.attribute, |f, attribute| {
+            self.attribute(f, attribute)
+        })?;
+        f.write_char('>')
     }
 
     fn attribute(&self, f: &mut Formatter<'_>, attribute: &AttributeProto) -> fmt::Result {
@@ -331,7 +346,7 @@ impl Printer<'_> {
     }
 
     fn entries(&self, f: &mut Formatter<'_>, entries: &[StringStringEntryProto]) -> fmt::Result {
-        self.bracketed(f, entries, |f, entry| types::entry(f, entry))
+        self.bracketed(f, entries, types::entry)
     }
 
     fn bracketed<T>(
