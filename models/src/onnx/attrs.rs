@@ -47,6 +47,26 @@ impl AttributeKind {
         Self::ALL.into_iter().find(|kind| *kind as i32 == number)
     }
 
+    /// The spelling of ONNX's textual form.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Float => "float",
+            Self::Int => "int",
+            Self::String => "string",
+            Self::Tensor => "tensor",
+            Self::Graph => "graph",
+            Self::Floats => "floats",
+            Self::Ints => "ints",
+            Self::Strings => "strings",
+            Self::Tensors => "tensors",
+            Self::Graphs => "graphs",
+            Self::SparseTensor => "sparse_tensor",
+            Self::SparseTensors => "sparse_tensors",
+            Self::TypeProto => "type_proto",
+            Self::TypeProtos => "type_protos",
+        }
+    }
+
     /// The number in `AttributeProto.type`.
     pub fn onnx(self) -> i32 {
         self as i32

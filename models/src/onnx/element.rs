@@ -33,11 +33,13 @@ pub enum ElementType {
     F8E8M0 = 24,
     U2 = 25,
     I2 = 26,
+    F6E2M3 = 27,
+    F6E3M2 = 28,
 }
 
 impl ElementType {
     /// Every element type, by ascending ONNX number.
-    pub const ALL: [Self; 26] = [
+    pub const ALL: [Self; 28] = [
         Self::F32,
         Self::U8,
         Self::I8,
@@ -64,6 +66,8 @@ impl ElementType {
         Self::F8E8M0,
         Self::U2,
         Self::I2,
+        Self::F6E2M3,
+        Self::F6E3M2,
     ];
 
     /// The type with this ONNX number; `None` for 0 (undefined) and unknown ones.
@@ -84,6 +88,7 @@ impl ElementType {
             String => return None,
             U2 | I2 => 2,
             U4 | I4 | F4E2M1 => 4,
+            F6E2M3 | F6E3M2 => 6,
             Bool | U8 | I8 | F8E4M3Fn | F8E4M3Fnuz | F8E5M2 | F8E5M2Fnuz | F8E8M0 => 8,
             U16 | I16 | F16 | Bf16 => 16,
             F32 | I32 | U32 => 32,
@@ -122,6 +127,8 @@ impl ElementType {
             F8E8M0 => "float8e8m0",
             U2 => "uint2",
             I2 => "int2",
+            F6E2M3 => "float6e2m3",
+            F6E3M2 => "float6e3m2",
         }
     }
 
@@ -220,7 +227,7 @@ mod tests {
             assert_eq!(element.onnx(), i32::try_from(index).unwrap() + 1);
             assert_eq!(ElementType::from_onnx(element.onnx()), Some(element));
         }
-        for unknown in [i32::MIN, -1, 0, 27, i32::MAX] {
+        for unknown in [i32::MIN, -1, 0, 29, i32::MAX] {
             assert_eq!(ElementType::from_onnx(unknown), None, "{unknown}");
         }
     }
@@ -228,8 +235,9 @@ mod tests {
     #[test]
     fn byte_lengths() {
         use ElementType::*;
-        let cases: [(ElementType, &[i64], Option<usize>); 9] = [
+        let cases: [(ElementType, &[i64], Option<usize>); 10] = [
             (F32, &[], Some(4)),
+            (F6E2M3, &[5], Some(4)),
             (F32, &[2, 3], Some(24)),
             (F32, &[2, 0, 3], Some(0)),
             (U4, &[3], Some(2)),

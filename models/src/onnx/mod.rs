@@ -3,7 +3,9 @@
 //! [`OnnxFile::open`] maps a file and decodes its structure; the weights stay in
 //! the map as [`bytes::Bytes`] slices, or in the data files that the model names.
 
+pub mod check;
 pub mod make;
+pub mod text;
 pub mod write;
 
 mod attrs;
@@ -17,6 +19,8 @@ mod sniff;
 mod tensor;
 mod walk;
 
+#[cfg(test)]
+mod malformed_tests;
 #[cfg(test)]
 mod read_tests;
 

@@ -16,7 +16,6 @@ pub struct TensorError {
     /// The tensor's name.
     pub tensor: String,
     /// What is wrong with it.
-    #[source]
     pub fault: TensorFault,
 }
 
@@ -343,6 +342,7 @@ fn typed(tensor: &TensorProto, element: ElementType) -> Result<Bytes, TensorFaul
         I8 => pack.narrow("int32_data", &tensor.int32_data, i8::to_le_bytes),
         U8 | Bool | F8E4M3Fn | F8E4M3Fnuz | F8E5M2 | F8E5M2Fnuz | F8E8M0 | U4 | I4 | F4E2M1
         | U2 | I2 => pack.narrow("int32_data", &tensor.int32_data, u8::to_le_bytes),
+        F6E2M3 | F6E3M2 => pack.six_bits(&tensor.int32_data),
         String => Err(TensorFault::Strings),
     }
 }
@@ -396,6 +396,32 @@ impl Pack<'_> {
                     });
                 }
             }
+        }
+        Ok(packed.into())
+    }
+
+    /// Six-bit floats: one value each, packed into a bit stream from the low bits up.
+    fn six_bits(&self, values: &[i32]) -> Result<Bytes, TensorFault> {
+        let count = element_count(&self.tensor.dims)?;
+        self.check_count("int32_data", count, values.len())?;
+        let mut packed = Vec::new();
+        let (mut bits, mut held) = (0_u16, 0);
+        for (index, &value) in values.iter().enumerate() {
+            let six = u16::try_from(value).ok().filter(|v| *v < 64);
+            bits |= six.ok_or(TensorFault::OutOfRange {
+                element: self.element,
+                index,
+                value: value.into(),
+            })? << held;
+            held += 6;
+            if held >= 8 {
+                packed.extend(bits.to_le_bytes().first());
+                bits >>= 8;
+                held -= 8;
+            }
+        }
+        if held > 0 {
+            packed.extend(bits.to_le_bytes().first());
         }
         Ok(packed.into())
     }

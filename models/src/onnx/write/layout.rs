@@ -27,6 +27,9 @@ pub(super) struct Layout {
     pub notes: Vec<Note>,
 }
 
+/// The model file and the data file.
+type Files = (Vec<Piece>, Vec<Piece>);
+
 /// The place for one tensor's bytes.
 enum Place {
     /// Leave the tensor as it is.
@@ -168,7 +171,7 @@ impl Planner<'_> {
         mode: Mode,
         spill: Spill,
         external: &[External],
-    ) -> Result<Option<(Vec<Piece>, Vec<Piece>)>, WriteError> {
+    ) -> Result<Option<Files>, WriteError> {
         let mut data = DataLayout::default();
         let mut places = Vec::new();
         let mut next_external = external.iter();

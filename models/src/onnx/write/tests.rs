@@ -479,7 +479,8 @@ fn impossible_outputs() {
     let dir = TempDir::new().unwrap();
     let source = inline_input(dir.path());
     fs::create_dir(dir.path().join("folder.onnx")).unwrap();
-    let cases: [(&str, fn(&WriteError) -> bool); 6] = [
+    type Expectation = fn(&WriteError) -> bool;
+    let cases: [(&str, Expectation); 6] = [
         ("missing/out.onnx", |e| matches!(e, WriteError::Io { .. })),
         ("in.onnx/out.onnx", |e| matches!(e, WriteError::Io { .. })),
         ("/proc/out.onnx", |e| matches!(e, WriteError::Io { .. })),
