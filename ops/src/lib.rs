@@ -1,1 +1,16 @@
-//! LinFusion attention operators.
+//! LinFusion attention operators: what they mean, and how they are run on a CPU.
+//!
+//! - [`schema`]: names, attributes, element types and the shape rule of
+//!   `ai.linfusion::LinFusionAttention`, version 1;
+//! - [`mod@reference`]: the meaning, in plain `f64` arithmetic over `ndarray`;
+//! - [`body`]: the same meaning as a function body in standard ONNX operators;
+//! - [`cpu`]: the CPU kernels;
+
+//! - `tract` (feature `tract`): the operator for tract.
+
+pub mod body;
+pub mod cpu;
+pub mod reference;
+pub mod schema;
+
+pub use schema::{Dims, ElementType, Layout, LinFusionAttentionAttrs, ShapeError};
