@@ -9,7 +9,8 @@ use std::error::Error;
 use std::path::Path;
 
 use linfusion_ops::body::{
-    BodySpec, MIN_FUNCTION_OPSET, linfusion_attention_body, linfusion_attention_inline,
+    BodySpec, MIN_BF16_OPSET, MIN_FUNCTION_OPSET, linfusion_attention_body,
+    linfusion_attention_inline,
 };
 use linfusion_ops::{ElementType, Layout, LinFusionAttentionAttrs};
 use onnx_bytes::{Form, OneNode};
@@ -35,12 +36,13 @@ fn main() -> Result<(), Box<dyn Error>> {
                 element,
             };
             let attrs = LinFusionAttentionAttrs::new(heads, None)?;
-            let mut forms = vec![
-                ("op", Form::Op),
-                ("standard", Form::Inlined(linfusion_attention_inline(spec, attrs)?)),
-            ];
-            if opset >= MIN_FUNCTION_OPSET {
-                forms.push(("function", Form::Function(linfusion_attention_body(spec)?)));
+            let mut forms = vec![("op", Form::Op)];
+            if element != ElementType::Bf16 || opset >= MIN_BF16_OPSET {
+                let body = linfusion_attention_inline(spec, attrs)?;
+                forms.push(("standard", Form::Inlined(body)));
+                if opset >= MIN_FUNCTION_OPSET {
+                    forms.push(("function", Form::Function(linfusion_attention_body(spec)?)));
+                }
             }
             for (name, form) in forms {
                 let model = OneNode {
@@ -59,7 +61,10 @@ fn main() -> Result<(), Box<dyn Error>> {
                     ElementType::F64 => "f64",
                 };
                 let layout = format!("{layout:?}").to_lowercase();
-                std::fs::write(folder.join(format!("{name}-{element}-{layout}.onnx")), model.encode())?;
+                std::fs::write(
+                    folder.join(format!("{name}-{element}-{layout}.onnx")),
+                    model.encode(),
+                )?;
             }
         }
     }
