@@ -324,3 +324,6 @@ impl fmt::Display for Port {
         write!(f, "[{}]", dims.join(", "))
     }
 }
+
+#[cfg(test)]
+mod tests;

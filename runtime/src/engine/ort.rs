@@ -4,7 +4,6 @@ use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use ort::AsPointer;
 use ort::environment::Environment;
 use ort::logging::LogLevel;
 use ort::session::SessionInputValue;

@@ -7,6 +7,7 @@ use std::path::Path;
 
 use tract_onnx::pb;
 use tract_onnx::prelude::*;
+use tract_onnx::tract_hir::internal::{TractErrorContext, bail};
 
 use super::{Backend, Dim, Engine, EngineError, Loaded, Port};
 use crate::tensor::{DType, Tensor as OurTensor};
