@@ -7,8 +7,12 @@
 
 pub mod analysis;
 pub mod attention;
+pub mod convert;
+pub mod cost;
 pub mod graph;
 pub mod mapping;
 pub mod plan;
+pub mod report;
 pub mod rewrite;
 pub mod shapes;
+pub mod verify;

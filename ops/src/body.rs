@@ -22,6 +22,8 @@ use crate::schema::{
 pub const MIN_FUNCTION_OPSET: i64 = 12;
 /// The oldest opset that [`linfusion_attention_inline`] serves.
 pub const MIN_INLINE_OPSET: i64 = 11;
+/// The oldest opset whose `Cast` knows bfloat16.
+pub const MIN_BF16_OPSET: i64 = 13;
 /// The newest opset whose operators were checked against the bodies.
 pub const MAX_OPSET: i64 = 28;
 
@@ -59,6 +61,14 @@ pub enum BodyError {
         min: i64,
         /// The newest opset served.
         max: i64,
+    },
+    /// Standard ONNX has no bfloat16 at this opset, so there is no body to write.
+    #[error(
+        "opset {opset} has no bfloat16 `Cast` (13 is the oldest that has); only the op-only form (`op`) works for this model"
+    )]
+    NoBf16 {
+        /// The opset asked for.
+        opset: i64,
     },
     /// An attribute is out of range.
     #[error(transparent)]
@@ -170,7 +180,7 @@ pub fn linfusion_attention_body(spec: BodySpec) -> Result<BodyFunction, BodyErro
     if spec.opset == MIN_INLINE_OPSET {
         return Err(BodyError::NoFunctionAttributes { opset: spec.opset });
     }
-    check_opset(spec.opset, MIN_FUNCTION_OPSET)?;
+    check_spec(spec, MIN_FUNCTION_OPSET)?;
     let mut function = build(spec, Attributes::Formal);
     function.attributes = vec![
         FormalAttribute {
@@ -194,21 +204,24 @@ pub fn linfusion_attention_inline(
     spec: BodySpec,
     attrs: LinFusionAttentionAttrs,
 ) -> Result<BodyFunction, BodyError> {
-    check_opset(spec.opset, MIN_INLINE_OPSET)?;
+    check_spec(spec, MIN_INLINE_OPSET)?;
     attrs.check()?;
     Ok(build(spec, Attributes::Fixed(attrs)))
 }
 
-fn check_opset(opset: i64, min: i64) -> Result<(), BodyError> {
-    if (min..=MAX_OPSET).contains(&opset) {
-        Ok(())
-    } else {
-        Err(BodyError::Opset {
+fn check_spec(spec: BodySpec, min: i64) -> Result<(), BodyError> {
+    let opset = spec.opset;
+    if !(min..=MAX_OPSET).contains(&opset) {
+        return Err(BodyError::Opset {
             opset,
             min,
             max: MAX_OPSET,
-        })
+        });
     }
+    if spec.element == ElementType::Bf16 && opset < MIN_BF16_OPSET {
+        return Err(BodyError::NoBf16 { opset });
+    }
+    Ok(())
 }
 
 fn build(spec: BodySpec, attributes: Attributes) -> BodyFunction {
@@ -458,6 +471,9 @@ mod tests {
         for opset in MIN_INLINE_OPSET..=MAX_OPSET {
             for layout in [Layout::Packed, Layout::Heads] {
                 for element in ElementType::ALL {
+                    if element == ElementType::Bf16 && opset < MIN_BF16_OPSET {
+                        continue;
+                    }
                     specs.push(BodySpec {
                         opset,
                         layout,
@@ -503,6 +519,14 @@ mod tests {
         let at_11 = linfusion_attention_body(spec(11)).unwrap_err();
         assert!(at_11.to_string().contains("`standard`"), "{at_11}");
         assert!(linfusion_attention_inline(spec(11), attrs).is_ok());
+        let bf16 = BodySpec {
+            element: ElementType::Bf16,
+            ..spec(12)
+        };
+        assert_eq!(
+            linfusion_attention_body(bf16),
+            Err(BodyError::NoBf16 { opset: 12 })
+        );
         for opset in [i64::MIN, 0, 10, 29] {
             assert!(linfusion_attention_body(spec(opset)).is_err(), "{opset}");
             assert!(

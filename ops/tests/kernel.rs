@@ -183,7 +183,7 @@ where
         linfusion_ops::ElementType::Bf16 => magnitude * 2f64.powi(-8),
         _ => 0.0,
     };
-    for isa in Isa::available() {
+    for &isa in Isa::available() {
         let found = run(dims, &q, &k, &v, isa, &Serial);
         let error = worst(&found, &exact);
         if error > accumulate + rounding {
@@ -254,7 +254,7 @@ fn empty_dimensions() {
 #[test]
 fn extreme_half_precision_stays_finite() {
     let values = [65504.0, -65504.0, 6e-8, 0.0, -0.0, 1.0];
-    for isa in Isa::available() {
+    for &isa in Isa::available() {
         for q in values {
             for k in values {
                 for v in values {
@@ -285,7 +285,7 @@ fn extreme_half_precision_stays_finite() {
 
 #[test]
 fn not_a_number_is_not_hidden() {
-    for isa in Isa::available() {
+    for &isa in Isa::available() {
         for d in [1, 4, 8, 16, 17, 40] {
             let dims = dims(Layout::Heads, [1, 2, 3, 4, d, d]);
             let ones = ArrayD::<f32>::ones(dims.q_shape());

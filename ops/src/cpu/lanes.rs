@@ -11,7 +11,7 @@ use super::simd::{Accumulator, Convert, Kernel, Simd, Vector, exp32};
 /// N numbers; FUSED where multiply-add is one instruction (elsewhere it would be a library call).
 #[derive(Clone, Copy)]
 #[repr(transparent)]
-pub(super) struct Lanes<A, const N: usize, const FUSED: bool>([A; N]);
+pub(super) struct Lanes<A, const N: usize, const FUSED: bool>(pub(super) [A; N]);
 
 macro_rules! vector {
     ($t:ty) => {
@@ -61,13 +61,6 @@ vector!(f64);
 #[derive(Clone, Copy)]
 pub(super) struct Portable<A, const N: usize, const FUSED: bool>(std::marker::PhantomData<A>);
 
-const PORTABLE_TILE: TileShape = TileShape {
-    lanes: 0,
-    half_columns: false,
-    max_columns: 2,
-    rows: [0, 4, 4, 0, 0, 0],
-};
-
 macro_rules! portable {
     ($t:ty, $map:ident) => {
         // SAFETY: baseline code, available everywhere.
@@ -77,7 +70,9 @@ macro_rules! portable {
             type Half = Lanes<$t, N, FUSED>;
             const TILE: TileShape = TileShape {
                 lanes: N,
-                ..PORTABLE_TILE
+                half_columns: false,
+                max_columns: 2,
+                rows: [0, 4, 4, 0, 0, 0],
             };
             #[inline(always)]
             unsafe fn feature_map(u: Self::Full) -> Self::Full {
@@ -251,7 +246,7 @@ const TAYLOR64: [f64; 12] = [
 ];
 
 #[inline(always)]
-fn feature_map_f64<const FUSED: bool>(u: f64) -> f64 {
+pub(super) fn feature_map_f64<const FUSED: bool>(u: f64) -> f64 {
     let x = if u > 0.0 { 0.0 } else { u };
     let x = if x < LOWEST64 { LOWEST64 } else { x };
     let rounded = fma64::<FUSED>(x, std::f64::consts::LOG2_E, ROUND64);

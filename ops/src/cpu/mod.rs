@@ -4,6 +4,10 @@
 //! the result has the same bits for any number of threads. It differs between instruction sets
 //! and between element types by rounding only.
 
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 mod buffer;
 mod element;
 mod isa;
@@ -13,6 +17,8 @@ mod panels;
 mod plan;
 mod pool;
 mod simd;
+#[cfg(target_arch = "x86_64")]
+mod wide64;
 
 use std::mem::MaybeUninit;
 
