@@ -22,6 +22,8 @@ mod walk;
 #[cfg(test)]
 mod malformed_tests;
 #[cfg(test)]
+mod property_tests;
+#[cfg(test)]
 mod read_tests;
 
 pub use attrs::{
