@@ -1,0 +1,226 @@
+//! Just enough protobuf to write a model with one `LinFusionAttention` node, with or without its
+//! function body: this crate stays free of a protobuf library.
+
+use linfusion_ops::body::{AttributeValue, BodyAttribute, BodyFunction, BodyNode, RefKind};
+use linfusion_ops::schema::{DOMAIN, LINFUSION_ATTENTION, OPSET_VERSION};
+use linfusion_ops::{ElementType, Layout};
+
+/// How the operator stands in the model.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Form {
+    /// The node alone.
+    Op,
+    /// The node and the model-local function.
+    Function(BodyFunction),
+    /// The body's nodes in place of the node.
+    Inlined(BodyFunction),
+}
+
+/// A model with inputs q, k, v and the output out; every dimension but the widths is symbolic.
+#[derive(Debug, Clone, PartialEq)]
+pub struct OneNode {
+    /// The default domain's opset.
+    pub opset: i64,
+    /// Memory layout.
+    pub layout: Layout,
+    /// Element type of all four tensors.
+    pub element: ElementType,
+    /// Attribute `num_heads`.
+    pub heads: i64,
+    /// Attribute `eps`, if the node has one.
+    pub eps: Option<f32>,
+    /// D and Dv.
+    pub widths: [usize; 2],
+    /// How the operator stands in it.
+    pub form: Form,
+}
+
+#[derive(Default)]
+struct Message(Vec<u8>);
+
+impl Message {
+    fn varint(&mut self, mut value: u64) {
+        while value >= 0x80 {
+            self.0.push(value as u8 | 0x80);
+            value >>= 7;
+        }
+        self.0.push(value as u8);
+    }
+    fn int(mut self, field: u64, value: i64) -> Self {
+        self.varint(field << 3);
+        self.varint(value as u64);
+        self
+    }
+    fn float(mut self, field: u64, value: f32) -> Self {
+        self.varint(field << 3 | 5);
+        self.0.extend(value.to_le_bytes());
+        self
+    }
+    fn bytes(mut self, field: u64, value: &[u8]) -> Self {
+        self.varint(field << 3 | 2);
+        self.varint(value.len() as u64);
+        self.0.extend(value);
+        self
+    }
+    fn text(self, field: u64, value: &str) -> Self {
+        self.bytes(field, value.as_bytes())
+    }
+    fn message(self, field: u64, value: Message) -> Self {
+        self.bytes(field, &value.0)
+    }
+    fn each<T>(self, items: &[T], mut add: impl FnMut(Self, &T) -> Self) -> Self {
+        items.iter().fold(self, |m, item| add(m, item))
+    }
+}
+
+fn tensor(data_type: i64, dims: &[i64], raw: Vec<u8>) -> Message {
+    Message::default()
+        .each(dims, |m, &d| m.int(1, d))
+        .int(2, data_type)
+        .bytes(9, &raw)
+}
+
+fn attribute(attribute: &BodyAttribute) -> Message {
+    let m = Message::default().text(1, &attribute.name);
+    let raw = |bytes: Vec<[u8; 8]>| bytes.concat();
+    match &attribute.value {
+        AttributeValue::Int(i) => m.int(3, *i).int(20, 2),
+        AttributeValue::Ints(v) => m.each(v, |m, &i| m.int(8, i)).int(20, 7),
+        AttributeValue::Float(f) => m.float(2, *f).int(20, 1),
+        AttributeValue::String(s) => m.text(4, s).int(20, 3),
+        AttributeValue::TensorF32 { dims, data } => {
+            let bytes = data.iter().flat_map(|x| x.to_le_bytes()).collect();
+            m.message(5, tensor(1, dims, bytes)).int(20, 4)
+        }
+        AttributeValue::TensorF64 { dims, data } => {
+            let bytes = raw(data.iter().map(|x| x.to_le_bytes()).collect());
+            m.message(5, tensor(11, dims, bytes)).int(20, 4)
+        }
+        AttributeValue::TensorI64 { dims, data } => {
+            let bytes = raw(data.iter().map(|x| x.to_le_bytes()).collect());
+            m.message(5, tensor(7, dims, bytes)).int(20, 4)
+        }
+        AttributeValue::Ref { attribute, kind } => {
+            let kind = match kind {
+                RefKind::Int => 2,
+                RefKind::Float => 1,
+            };
+            m.text(21, attribute).int(20, kind)
+        }
+    }
+}
+
+fn node(node: &BodyNode, name: &str, domain: &str) -> Message {
+    Message::default()
+        .each(&node.inputs, |m, s| m.text(1, s))
+        .each(&node.outputs, |m, s| m.text(2, s))
+        .text(3, name)
+        .text(4, &node.op_type)
+        .each(&node.attributes, |m, a| m.message(5, attribute(a)))
+        .text(7, domain)
+}
+
+fn opset_import(domain: &str, version: i64) -> Message {
+    Message::default().text(1, domain).int(2, version)
+}
+
+fn function(f: &BodyFunction, opset: i64) -> Message {
+    let mut m = Message::default()
+        .text(1, &f.name)
+        .each(&f.inputs, |m, s| m.text(4, s))
+        .each(&f.outputs, |m, s| m.text(5, s));
+    for a in &f.attributes {
+        m = match &a.default {
+            None => m.text(6, &a.name),
+            Some(value) => {
+                let value = value.clone();
+                let name = a.name.clone();
+                m.message(11, attribute(&BodyAttribute { name, value }))
+            }
+        };
+    }
+    m.each(&f.nodes, |m, n| m.message(7, node(n, "", "")))
+        .message(9, opset_import("", opset))
+        .text(10, DOMAIN)
+}
+
+fn value_info(name: &str, element: ElementType, dims: &[Dim]) -> Message {
+    let shape = Message::default().each(dims, |m, d| {
+        m.message(
+            1,
+            match d {
+                Dim::Value(v) => Message::default().int(1, *v as i64),
+                Dim::Symbol(s) => Message::default().text(2, s),
+            },
+        )
+    });
+    let tensor = Message::default()
+        .int(1, i64::from(element.onnx_code()))
+        .message(2, shape);
+    Message::default()
+        .text(1, name)
+        .message(2, Message::default().message(1, tensor))
+}
+
+enum Dim {
+    Value(usize),
+    Symbol(&'static str),
+}
+
+impl OneNode {
+    /// The bytes of the `ModelProto`.
+    pub fn encode(&self) -> Vec<u8> {
+        let heads = self.heads.max(0) as usize;
+        let dims = |rows: &'static str, width: usize| match self.layout {
+            Layout::Packed => vec![
+                Dim::Symbol("batch"),
+                Dim::Symbol(rows),
+                Dim::Value(heads * width),
+            ],
+            Layout::Heads => vec![
+                Dim::Symbol("batch"),
+                Dim::Value(heads),
+                Dim::Symbol(rows),
+                Dim::Value(width),
+            ],
+        };
+        let [d, dv] = self.widths;
+        let mut attributes = vec![BodyAttribute {
+            name: "num_heads".into(),
+            value: AttributeValue::Int(self.heads),
+        }];
+        attributes.extend(self.eps.map(|eps| BodyAttribute {
+            name: "eps".into(),
+            value: AttributeValue::Float(eps),
+        }));
+        let site = BodyNode {
+            op_type: LINFUSION_ATTENTION.into(),
+            inputs: ["q", "k", "v"].map(String::from).to_vec(),
+            outputs: vec!["out".into()],
+            attributes,
+        };
+        let mut graph = Message::default();
+        graph = match &self.form {
+            Form::Inlined(body) => graph.each(&body.nodes, |m, n| m.message(1, node(n, "", ""))),
+            Form::Op | Form::Function(_) => graph.message(1, node(&site, "the_site", DOMAIN)),
+        };
+        graph = graph
+            .text(2, "one_node")
+            .message(11, value_info("q", self.element, &dims("queries", d)))
+            .message(11, value_info("k", self.element, &dims("keys", d)))
+            .message(11, value_info("v", self.element, &dims("keys", dv)))
+            .message(12, value_info("out", self.element, &dims("queries", dv)));
+        let mut model = Message::default()
+            .int(1, 8)
+            .text(2, "linfusion-ops tests")
+            .message(7, graph)
+            .message(8, opset_import("", self.opset));
+        if !matches!(self.form, Form::Inlined(_)) {
+            model = model.message(8, opset_import(DOMAIN, OPSET_VERSION));
+        }
+        if let Form::Function(body) = &self.form {
+            model = model.message(25, function(body, self.opset));
+        }
+        model.0
+    }
+}
