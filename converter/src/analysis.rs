@@ -44,7 +44,9 @@ impl<'m> Analysis<'m> {
         let graph = Graph::new(&model.graph);
         let mut sites = find(model, &graph, &shapes);
         let recognised = recognise(&evidence(&sites));
-        let side = recognised.as_ref().map_or(64, |r| r.structure.native_latent as i64);
+        let side = recognised
+            .as_ref()
+            .map_or(64, |r| r.structure.native_latent as i64);
         let native = Shapes::propagate(model, &read, &Probe::square(side));
         let tokens = sites.iter().map(|s| s.tokens_at(&native)).collect();
         let not_a_denoiser = not_a_denoiser(graph.proto, &sites);
@@ -74,7 +76,9 @@ impl<'m> Analysis<'m> {
     /// The architecture's name; `unknown` if it is not in the catalogue.
     #[must_use]
     pub fn architecture(&self) -> &'static str {
-        self.recognised.as_ref().map_or("unknown", |r| r.architecture.name())
+        self.recognised
+            .as_ref()
+            .map_or("unknown", |r| r.architecture.name())
     }
 }
 
@@ -84,7 +88,11 @@ fn evidence(sites: &[Site<'_>]) -> Evidence {
         self_sites: sites
             .iter()
             .filter(|s| s.kind == Kind::SelfAttention)
-            .map(|s| SiteEvidence { module: s.module.clone(), width: size(s.width()), heads: size(s.heads) })
+            .map(|s| SiteEvidence {
+                module: s.module.clone(),
+                width: size(s.width()),
+                heads: size(s.heads),
+            })
             .collect(),
         context_width: sites.iter().find_map(|s| size(s.context_width)),
     }
@@ -93,7 +101,10 @@ fn evidence(sites: &[Site<'_>]) -> Evidence {
 /// Where names are gone but the architecture is clear, the order names the sites.
 fn name_by_order(sites: &mut [Site<'_>], recognised: Option<&Recognition>) {
     let Some(r) = recognised else { return };
-    let mut own: Vec<&mut Site<'_>> = sites.iter_mut().filter(|s| s.kind == Kind::SelfAttention).collect();
+    let mut own: Vec<&mut Site<'_>> = sites
+        .iter_mut()
+        .filter(|s| s.kind == Kind::SelfAttention)
+        .collect();
     if own.len() == r.sites.len() && own.iter().any(|s| s.module.is_none()) {
         for (site, catalogued) in own.iter_mut().zip(&r.sites) {
             site.module.get_or_insert_with(|| catalogued.module.clone());
@@ -104,8 +115,11 @@ fn name_by_order(sites: &mut [Site<'_>], recognised: Option<&Recognition>) {
 /// The VAE and the text encoders have self-attention too, which LinFusion does
 /// not replace. A denoiser reads a noisy image and something else (a time step).
 fn not_a_denoiser(graph: &GraphProto, sites: &[Site<'_>]) -> Option<String> {
-    let stored: std::collections::HashSet<&str> =
-        graph.initializer.iter().filter_map(|t| t.name.as_deref()).collect();
+    let stored: std::collections::HashSet<&str> = graph
+        .initializer
+        .iter()
+        .filter_map(|t| t.name.as_deref())
+        .collect();
     let inputs: Vec<(Option<i32>, Option<Vec<Dim<'_>>>)> = graph
         .input
         .iter()
@@ -116,9 +130,17 @@ fn not_a_denoiser(graph: &GraphProto, sites: &[Site<'_>]) -> Option<String> {
     if !inputs.is_empty() && inputs.iter().all(|(e, _)| !is_float(*e)) {
         return Some("the model reads only integers: a text encoder, not a denoiser".to_owned());
     }
-    let images = inputs.iter().filter(|(e, d)| is_float(*e) && d.as_ref().is_some_and(|d| d.len() == 4)).count();
-    let own = sites.iter().filter(|s| s.kind == Kind::SelfAttention).count();
-    let single_head = sites.iter().all(|s| s.kind != Kind::SelfAttention || s.heads == Some(1));
+    let images = inputs
+        .iter()
+        .filter(|(e, d)| is_float(*e) && d.as_ref().is_some_and(|d| d.len() == 4))
+        .count();
+    let own = sites
+        .iter()
+        .filter(|s| s.kind == Kind::SelfAttention)
+        .count();
+    let single_head = sites
+        .iter()
+        .all(|s| s.kind != Kind::SelfAttention || s.heads == Some(1));
     if inputs.len() == 1 && images == 1 && own <= 2 && single_head {
         return Some("one image in and nothing else, one head: a VAE, not a denoiser".to_owned());
     }

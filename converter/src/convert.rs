@@ -4,7 +4,8 @@ use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use linfusion_models::checkpoint::{
-    Checkpoint, CheckpointError, CheckpointModule, MlpWidth, SearchPlaces, discover, download_command,
+    Checkpoint, CheckpointError, CheckpointModule, MlpWidth, SearchPlaces, discover,
+    download_command,
 };
 use linfusion_models::onnx::proto::ModelProto;
 use linfusion_models::onnx::write::{ExternalData, Overwrite, WriteError, WriteOptions, stage};
@@ -124,7 +125,9 @@ pub enum ConvertError {
         how: String,
     },
     /// Nothing, or less than expected, can be converted.
-    #[error("{converted} of {expected} self-attentions of '{model}' can be converted; --allow-partial accepts that\n{reasons}")]
+    #[error(
+        "{converted} of {expected} self-attentions of '{model}' can be converted; --allow-partial accepts that\n{reasons}"
+    )]
     Fewer {
         /// The model.
         model: String,
@@ -138,7 +141,9 @@ pub enum ConvertError {
         report: Box<ModelReport>,
     },
     /// Opset or element type are outside what the operator can be written in.
-    #[error("'{model}' imports opset {opset}: {source}\nhint: --emit standard works from opset 11 up")]
+    #[error(
+        "'{model}' imports opset {opset}: {source}\nhint: --emit standard works from opset 11 up"
+    )]
     Opset {
         /// The model.
         model: String,
@@ -168,7 +173,10 @@ pub enum ConvertError {
 ///
 /// # Errors
 /// [`ConvertError`]; no output exists then, and an older one is as it was.
-pub fn convert(request: &Request, progress: &mut dyn FnMut(&str)) -> Result<ConvertReport, ConvertError> {
+pub fn convert(
+    request: &Request,
+    progress: &mut dyn FnMut(&str),
+) -> Result<ConvertReport, ConvertError> {
     progress("reading the model");
     let file = OnnxFile::open(&request.model)?;
     let name = request.model.display().to_string();
@@ -180,8 +188,14 @@ pub fn convert(request: &Request, progress: &mut dyn FnMut(&str)) -> Result<Conv
     let checkpoint = open_checkpoint(request, &name, &analysis)?;
     let modules = modules(&analysis, checkpoint.as_ref())?;
     let mut warnings = Vec::new();
-    let (patches, converted) =
-        patches(request, &analysis, &mut actions, checkpoint.as_ref(), &modules, &mut warnings)?;
+    let (patches, converted) = patches(
+        request,
+        &analysis,
+        &mut actions,
+        checkpoint.as_ref(),
+        &modules,
+        &mut warnings,
+    )?;
     refuse_fewer(&name, &analysis, &actions, request.partial)?;
 
     let mid = checkpoint.as_ref().map_or(0, mlp_width);
@@ -189,7 +203,11 @@ pub fn convert(request: &Request, progress: &mut dyn FnMut(&str)) -> Result<Conv
         model: ModelReport::new(&name, &analysis, &actions, mid),
         output: None,
         companions: Vec::new(),
-        weights: if checkpoint.is_some() { "checkpoint" } else { "none" },
+        weights: if checkpoint.is_some() {
+            "checkpoint"
+        } else {
+            "none"
+        },
         checkpoint: checkpoint.as_ref().map(|c| c.path.display().to_string()),
         checkpoint_sha256: checkpoint.as_ref().map(|c| c.sha256().to_owned()),
         emit: request.emit,
@@ -216,15 +234,26 @@ pub fn convert(request: &Request, progress: &mut dyn FnMut(&str)) -> Result<Conv
     report.initializers_removed = pruned.initializers;
     if !converted.is_empty() {
         let opset = analysis.opset;
-        declare_operator(&mut model, request.emit, opset, element)
-            .map_err(|source| ConvertError::Opset { model: name.clone(), opset, source })?;
+        declare_operator(&mut model, request.emit, opset, element).map_err(|source| {
+            ConvertError::Opset {
+                model: name.clone(),
+                opset,
+                source,
+            }
+        })?;
     }
     record(&mut model, &report);
 
     progress("writing");
-    let out = request.out.clone().unwrap_or_else(|| default_output(&request.model));
-    let options =
-        WriteOptions { external: request.external, overwrite: request.overwrite, ..WriteOptions::default() };
+    let out = request
+        .out
+        .clone()
+        .unwrap_or_else(|| default_output(&request.model));
+    let options = WriteOptions {
+        external: request.external,
+        overwrite: request.overwrite,
+        ..WriteOptions::default()
+    };
     let staged = stage(&model, Some(&file), &out, &options)?;
     if request.verify != Verify::Off {
         let before = known_problems(&file);
@@ -235,16 +264,29 @@ pub fn convert(request: &Request, progress: &mut dyn FnMut(&str)) -> Result<Conv
     }
     let published = staged.publish()?;
     report.output = Some(published.model.display().to_string());
-    report.companions = published.companions().map(|p| p.display().to_string()).collect();
+    report.companions = published
+        .companions()
+        .map(|p| p.display().to_string())
+        .collect();
     if !published.reused.is_empty() && published.data.is_some() {
-        report.warnings.push(format!("'{}' needs all of these beside it: {}", published.model.display(), report.companions.join(", ")));
+        report.warnings.push(format!(
+            "'{}' needs all of these beside it: {}",
+            published.model.display(),
+            report.companions.join(", ")
+        ));
     }
-    report.warnings.extend(published.notes.iter().map(ToString::to_string));
+    report
+        .warnings
+        .extend(published.notes.iter().map(ToString::to_string));
     Ok(report)
 }
 
 /// A second probe: values of equal shape under both have equal shape.
-const AGAIN: Probe = Probe { batch: 3, latent: (48, 32), text: 11 };
+const AGAIN: Probe = Probe {
+    batch: 3,
+    latent: (48, 32),
+    text: 11,
+};
 
 /// `<stem>.linfusion.onnx` beside the model.
 #[must_use]
@@ -253,15 +295,25 @@ pub fn default_output(model: &Path) -> PathBuf {
 }
 
 fn refuse_converted(model: &ModelProto, name: &str) -> Result<(), ConvertError> {
-    let recorded = model.metadata_props.iter().find(|p| p.key.as_deref() == Some(METADATA_KEY));
-    let has_node = model.graph.node.iter().any(|n| n.domain.as_deref() == Some(linfusion_ops::schema::DOMAIN));
+    let recorded = model
+        .metadata_props
+        .iter()
+        .find(|p| p.key.as_deref() == Some(METADATA_KEY));
+    let has_node = model
+        .graph
+        .node
+        .iter()
+        .any(|n| n.domain.as_deref() == Some(linfusion_ops::schema::DOMAIN));
     if recorded.is_none() && !has_node {
         return Ok(());
     }
     let how = recorded
         .and_then(|p| p.value.clone())
         .unwrap_or_else(|| "it holds ai.linfusion nodes".to_owned());
-    Err(ConvertError::AlreadyConverted { model: name.to_owned(), how })
+    Err(ConvertError::AlreadyConverted {
+        model: name.to_owned(),
+        how,
+    })
 }
 
 /// Sites the user chose to keep are no shortfall; sites that cannot be converted are.
@@ -278,7 +330,9 @@ fn refuse_fewer(
         .map_or(0, |r| r.expected_self())
         .max(analysis.self_sites().count());
     let stuck: Vec<usize> = (0..analysis.sites.len())
-        .filter(|&i| analysis.sites[i].kind == Kind::SelfAttention && analysis.sites[i].plain.is_err())
+        .filter(|&i| {
+            analysis.sites[i].kind == Kind::SelfAttention && analysis.sites[i].plain.is_err()
+        })
         .collect();
     let missing = analysis.self_sites().count() < expected;
     if converted > 0 && (partial == Partial::Allow || (stuck.is_empty() && !missing)) {
@@ -290,10 +344,19 @@ fn refuse_fewer(
             Action::Keep(reason) => reason.as_str(),
             Action::Convert => "",
         };
-        format!("  {} [{}]: {reason}", s.module.as_deref().unwrap_or(&s.anchor), s.kind)
+        format!(
+            "  {} [{}]: {reason}",
+            s.module.as_deref().unwrap_or(&s.anchor),
+            s.kind
+        )
     };
-    let mut shown: Vec<usize> =
-        if stuck.is_empty() { (0..analysis.sites.len()).filter(|&i| actions[i] != Action::Convert).collect() } else { stuck };
+    let mut shown: Vec<usize> = if stuck.is_empty() {
+        (0..analysis.sites.len())
+            .filter(|&i| actions[i] != Action::Convert)
+            .collect()
+    } else {
+        stuck
+    };
     let more = shown.len().saturating_sub(12);
     shown.truncate(12);
     let mut reasons = shown.into_iter().map(line).collect::<Vec<_>>().join("\n");
@@ -322,8 +385,18 @@ fn open_checkpoint(
         WeightsFrom::Untrained => Ok(None),
         WeightsFrom::Path(path) => Ok(Some(Checkpoint::open(path)?)),
         WeightsFrom::Search => {
-            let found = discover(&request.model, architecture, &SearchPlaces::from_environment());
-            let list = |paths: &[PathBuf]| paths.iter().map(|p| p.display().to_string()).collect::<Vec<_>>().join(", ");
+            let found = discover(
+                &request.model,
+                architecture,
+                &SearchPlaces::from_environment(),
+            );
+            let list = |paths: &[PathBuf]| {
+                paths
+                    .iter()
+                    .map(|p| p.display().to_string())
+                    .collect::<Vec<_>>()
+                    .join(", ")
+            };
             match &found.found[..] {
                 [one] => Ok(Some(Checkpoint::open(one)?)),
                 [] => Err(ConvertError::NoWeights {
@@ -335,7 +408,10 @@ fn open_checkpoint(
                         download_command,
                     ),
                 }),
-                many => Err(ConvertError::ManyWeights { model: name.to_owned(), found: list(many) }),
+                many => Err(ConvertError::ManyWeights {
+                    model: name.to_owned(),
+                    found: list(many),
+                }),
             }
         }
     }
@@ -365,12 +441,18 @@ fn patches(
     modules: &[Option<&CheckpointModule>],
     warnings: &mut Vec<String>,
 ) -> Result<(Vec<Patch>, Vec<Converted>), ConvertError> {
-    let context =
-        Context { graph: &analysis.graph, shapes: &analysis.shapes, opset: analysis.opset, emit: request.emit };
+    let context = Context {
+        graph: &analysis.graph,
+        shapes: &analysis.shapes,
+        opset: analysis.opset,
+        emit: request.emit,
+    };
     let (mut patches, mut converted) = (Vec::new(), Vec::new());
     let mut names = HashSet::new();
     for (site, action) in analysis.sites.iter().zip(actions.iter_mut()) {
-        let (Action::Convert, Ok(plain)) = (&*action, &site.plain) else { continue };
+        let (Action::Convert, Ok(plain)) = (&*action, &site.plain) else {
+            continue;
+        };
         let weights = match (checkpoint, modules[site.index]) {
             (None, _) => Weights::Graph,
             (Some(checkpoint), Some(module)) => Weights::Module { checkpoint, module },
@@ -381,9 +463,16 @@ fn patches(
         };
         let module = match &weights {
             Weights::Module { module, .. } => module.module_name.clone(),
-            Weights::Graph => site.module.clone().unwrap_or_else(|| format!("attention_{}", site.index)),
+            Weights::Graph => site
+                .module
+                .clone()
+                .unwrap_or_else(|| format!("attention_{}", site.index)),
         };
-        let module = if names.insert(module.clone()) { module } else { format!("{module}_{}", site.index) };
+        let module = if names.insert(module.clone()) {
+            module
+        } else {
+            format!("{module}_{}", site.index)
+        };
         match patch(&context, plain, &site.anchor, &module, &weights) {
             Ok(p) => {
                 for (tensor, n) in &p.overflows {
@@ -404,7 +493,11 @@ fn patches(
             Err(SiteError::Graph { reason, .. }) => *action = Action::Keep(reason),
             Err(SiteError::Body(source)) => {
                 let model = request.model.display().to_string();
-                return Err(ConvertError::Opset { model, opset: analysis.opset, source });
+                return Err(ConvertError::Opset {
+                    model,
+                    opset: analysis.opset,
+                    source,
+                });
             }
             Err(e) => return Err(e.into()),
         }
@@ -433,9 +526,22 @@ fn record(model: &mut ModelProto, report: &ConvertReport) {
         sites.join(" ")
     };
     let entries = [
-        (METADATA_KEY, format!("linfusion-convert {}", env!("CARGO_PKG_VERSION"))),
-        ("linfusion.weights", if report.weights == "none" { "none (untrained)".to_owned() } else { "checkpoint".to_owned() }),
-        ("linfusion.checkpoint_sha256", report.checkpoint_sha256.clone().unwrap_or_default()),
+        (
+            METADATA_KEY,
+            format!("linfusion-convert {}", env!("CARGO_PKG_VERSION")),
+        ),
+        (
+            "linfusion.weights",
+            if report.weights == "none" {
+                "none (untrained)".to_owned()
+            } else {
+                "checkpoint".to_owned()
+            },
+        ),
+        (
+            "linfusion.checkpoint_sha256",
+            report.checkpoint_sha256.clone().unwrap_or_default(),
+        ),
         ("linfusion.converted", list("convert")),
         ("linfusion.kept", list("keep")),
     ];
@@ -452,5 +558,10 @@ pub fn inspect(model: &Path, selection: &Selection) -> Result<ModelReport, Conve
     let file = OnnxFile::open(model)?;
     let analysis = Analysis::of(&file);
     let actions = plan(&analysis.sites, &analysis.tokens, selection);
-    Ok(ModelReport::new(&model.display().to_string(), &analysis, &actions, 0))
+    Ok(ModelReport::new(
+        &model.display().to_string(),
+        &analysis,
+        &actions,
+        0,
+    ))
 }

@@ -40,7 +40,10 @@ impl std::ops::AddAssign for Cost {
 #[must_use]
 pub fn softmax(s: Shape) -> Cost {
     let (n, h, d) = (s.tokens as f64, s.heads as f64, s.head_dim as f64);
-    Cost { flops: h * (4.0 * n * n * d + 5.0 * n * n), bytes: s.element as f64 * h * (4.0 * n * d + 4.0 * n * n) }
+    Cost {
+        flops: h * (4.0 * n * n * d + 5.0 * n * n),
+        bytes: s.element as f64 * h * (4.0 * n * d + 4.0 * n * n),
+    }
 }
 
 /// LinFusion attention: φ(k)ᵀv and φ(q)·S are 2·N·D² each a head; the MLPs are
@@ -51,7 +54,13 @@ pub fn linear(s: Shape) -> Cost {
     let mlp = 8.0 * n * h * d * s.mid as f64;
     Cost {
         flops: h * (4.0 * n * d * d + 6.0 * n * d) + mlp,
-        bytes: s.element as f64 * (4.0 * n * h * d + if s.mid > 0 { 4.0 * n * (h * d + s.mid as f64) } else { 0.0 }),
+        bytes: s.element as f64
+            * (4.0 * n * h * d
+                + if s.mid > 0 {
+                    4.0 * n * (h * d + s.mid as f64)
+                } else {
+                    0.0
+                }),
     }
 }
 
@@ -61,7 +70,13 @@ mod tests {
 
     #[test]
     fn linear_attention_grows_linearly_and_softmax_quadratically() {
-        let at = |tokens| Shape { tokens, heads: 8, head_dim: 40, mid: 20, element: 2 };
+        let at = |tokens| Shape {
+            tokens,
+            heads: 8,
+            head_dim: 40,
+            mid: 20,
+            element: 2,
+        };
         assert_eq!(linear(at(4096)).flops * 4.0, linear(at(16384)).flops);
         assert_eq!(softmax(at(4096)).flops * 16.0, softmax(at(16384)).flops);
     }

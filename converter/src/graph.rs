@@ -3,10 +3,10 @@
 
 use std::collections::{HashMap, HashSet};
 
+use linfusion_models::onnx::proto::{GraphProto, NodeProto, TensorProto};
 pub use linfusion_models::onnx::{
     attr as attribute, attr_f as attr_float, attr_i as attr_int, attr_ints, attr_s as attr_str,
 };
-use linfusion_models::onnx::proto::{GraphProto, NodeProto, TensorProto};
 
 /// Position of a node in `GraphProto.node` (which ONNX requires to be in
 /// topological order).
@@ -42,16 +42,33 @@ impl<'m> Graph<'m> {
             producers: HashMap::with_capacity(proto.node.len()),
             readers: HashMap::with_capacity(proto.node.len()),
             captured: HashSet::new(),
-            initializers: proto.initializer.iter().map(|t| (tensor_name(t), t)).collect(),
-            outputs: proto.output.iter().filter_map(|v| v.name.as_deref()).collect(),
+            initializers: proto
+                .initializer
+                .iter()
+                .map(|t| (tensor_name(t), t))
+                .collect(),
+            outputs: proto
+                .output
+                .iter()
+                .filter_map(|v| v.name.as_deref())
+                .collect(),
         };
         for (i, node) in proto.node.iter().enumerate() {
             let id = NodeId(i);
-            for (slot, name) in node.output.iter().enumerate().filter(|(_, n)| !n.is_empty()) {
+            for (slot, name) in node
+                .output
+                .iter()
+                .enumerate()
+                .filter(|(_, n)| !n.is_empty())
+            {
                 graph.producers.insert(name, Port { node: id, slot });
             }
             for (slot, name) in node.input.iter().enumerate().filter(|(_, n)| !n.is_empty()) {
-                graph.readers.entry(name).or_default().push(Port { node: id, slot });
+                graph
+                    .readers
+                    .entry(name)
+                    .or_default()
+                    .push(Port { node: id, slot });
             }
             for sub in subgraphs(node) {
                 collect_captures(sub, &mut graph.captured);
@@ -62,7 +79,11 @@ impl<'m> Graph<'m> {
 
     /// All nodes with their ids, in file order.
     pub fn nodes(&self) -> impl Iterator<Item = (NodeId, &'m NodeProto)> {
-        self.proto.node.iter().enumerate().map(|(i, n)| (NodeId(i), n))
+        self.proto
+            .node
+            .iter()
+            .enumerate()
+            .map(|(i, n)| (NodeId(i), n))
     }
 
     /// The node at `id`.
@@ -154,12 +175,17 @@ pub fn label(node: &NodeProto) -> &str {
 /// The value at input `slot`, `None` if absent or empty.
 #[must_use]
 pub fn input(node: &NodeProto, slot: usize) -> Option<&str> {
-    node.input.get(slot).map(String::as_str).filter(|n| !n.is_empty())
+    node.input
+        .get(slot)
+        .map(String::as_str)
+        .filter(|n| !n.is_empty())
 }
 
 /// The subgraphs (If, Loop, Scan bodies) of a node.
 pub fn subgraphs(node: &NodeProto) -> impl Iterator<Item = &GraphProto> {
-    node.attribute.iter().flat_map(|a| a.g.as_option().into_iter().chain(a.graphs.iter()))
+    node.attribute
+        .iter()
+        .flat_map(|a| a.g.as_option().into_iter().chain(a.graphs.iter()))
 }
 
 /// Every value a graph reads from outside itself, nested graphs included.

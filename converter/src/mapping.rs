@@ -31,20 +31,30 @@ pub fn assign<'c>(
     checkpoint: &'c Checkpoint,
     recognised: Option<&Recognition>,
 ) -> Result<Vec<Option<&'c CheckpointModule>>, Ambiguous> {
-    let by_name: HashMap<String, &CheckpointModule> =
-        checkpoint.modules.iter().map(|m| (canonical_module(&m.module_name).into_owned(), m)).collect();
+    let by_name: HashMap<String, &CheckpointModule> = checkpoint
+        .modules
+        .iter()
+        .map(|m| (canonical_module(&m.module_name).into_owned(), m))
+        .collect();
     let find = |module: &str| by_name.get(canonical_module(module).as_ref()).copied();
-    let mut assigned: Vec<Option<&CheckpointModule>> =
-        sites.iter().map(|s| s.module.as_deref().and_then(find)).collect();
-    let open: Vec<usize> =
-        (0..sites.len()).filter(|&i| assigned[i].is_none() && !named_elsewhere(sites[i])).collect();
+    let mut assigned: Vec<Option<&CheckpointModule>> = sites
+        .iter()
+        .map(|s| s.module.as_deref().and_then(find))
+        .collect();
+    let open: Vec<usize> = (0..sites.len())
+        .filter(|&i| assigned[i].is_none() && !named_elsewhere(sites[i]))
+        .collect();
     if open.is_empty() {
         return Ok(assigned);
     }
     // Where a whole architecture is recognised, the order of its sites names them.
     if let Some(r) = recognised.filter(|r| r.sites.len() == sites.len()) {
         let modules: Vec<_> = open.iter().map(|&i| find(&r.sites[i].module)).collect();
-        if open.iter().zip(&modules).all(|(&i, m)| m.is_some_and(|m| fits(sites[i], m))) {
+        if open
+            .iter()
+            .zip(&modules)
+            .all(|(&i, m)| m.is_some_and(|m| fits(sites[i], m)))
+        {
             for (&i, m) in open.iter().zip(modules) {
                 assigned[i] = m;
             }
@@ -62,17 +72,31 @@ pub fn assign<'c>(
         }
         return Ok(assigned);
     }
-    let line = |what: String, width: String, heads: String| format!("  {what} (width {width}, {heads} heads)");
+    let line = |what: String, width: String, heads: String| {
+        format!("  {what} (width {width}, {heads} heads)")
+    };
     let known = |v: Option<i64>| v.map_or("unknown".to_owned(), |v| v.to_string());
     Err(Ambiguous {
         sites: open
             .iter()
-            .map(|&i| line(sites[i].anchor.clone(), known(sites[i].width()), known(sites[i].heads)))
+            .map(|&i| {
+                line(
+                    sites[i].anchor.clone(),
+                    known(sites[i].width()),
+                    known(sites[i].heads),
+                )
+            })
             .collect::<Vec<_>>()
             .join("\n"),
         modules: rest
             .iter()
-            .map(|m| line(m.module_name.clone(), m.dim.to_string(), m.heads.to_string()))
+            .map(|m| {
+                line(
+                    m.module_name.clone(),
+                    m.dim.to_string(),
+                    m.heads.to_string(),
+                )
+            })
             .collect::<Vec<_>>()
             .join("\n"),
     })

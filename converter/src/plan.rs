@@ -36,10 +36,16 @@ pub struct BadPattern {
 pub fn globs(patterns: &[String]) -> Result<GlobSet, BadPattern> {
     let mut set = GlobSetBuilder::new();
     for pattern in patterns {
-        let bad = |source| BadPattern { pattern: pattern.clone(), source };
+        let bad = |source| BadPattern {
+            pattern: pattern.clone(),
+            source,
+        };
         set.add(Glob::new(pattern).map_err(bad)?);
     }
-    set.build().map_err(|source| BadPattern { pattern: patterns.join(" "), source })
+    set.build().map_err(|source| BadPattern {
+        pattern: patterns.join(" "),
+        source,
+    })
 }
 
 /// What is done with a site.
@@ -74,7 +80,12 @@ pub fn plan(sites: &[Site<'_>], tokens: &[Option<i64>], selection: &Selection) -
         .collect()
 }
 
-fn refusal(site: &Site<'_>, tokens: Option<i64>, selection: &Selection, ordinal: usize) -> Option<String> {
+fn refusal(
+    site: &Site<'_>,
+    tokens: Option<i64>,
+    selection: &Selection,
+    ordinal: usize,
+) -> Option<String> {
     let matches = |set: &GlobSet| {
         site.module.as_deref().is_some_and(|m| set.is_match(m)) || set.is_match(&site.anchor)
     };
@@ -88,9 +99,10 @@ fn refusal(site: &Site<'_>, tokens: Option<i64>, selection: &Selection, ordinal:
         return Some(format!("kept by --keep-every {n}"));
     }
     match tokens {
-        Some(t) if t < selection.min_tokens => {
-            Some(format!("{t} tokens at the native size, fewer than --min-tokens {}", selection.min_tokens))
-        }
+        Some(t) if t < selection.min_tokens => Some(format!(
+            "{t} tokens at the native size, fewer than --min-tokens {}",
+            selection.min_tokens
+        )),
         _ => None,
     }
 }

@@ -130,8 +130,14 @@ impl ModelReport {
             schema: SCHEMA,
             model: model.to_owned(),
             architecture: analysis.architecture().to_owned(),
-            variant: analysis.recognised.as_ref().map(|r| format!("{:?}", r.variant).to_lowercase()),
-            expected_self: analysis.recognised.as_ref().map(linfusion_models::catalogue::Recognition::expected_self),
+            variant: analysis
+                .recognised
+                .as_ref()
+                .map(|r| format!("{:?}", r.variant).to_lowercase()),
+            expected_self: analysis
+                .recognised
+                .as_ref()
+                .map(linfusion_models::catalogue::Recognition::expected_self),
             opset: analysis.opset,
             sites,
             costs: costs(analysis, actions, mid),
@@ -147,7 +153,15 @@ impl ModelReport {
     /// The sites and the cost as tables for a terminal.
     #[must_use]
     pub fn table(&self) -> String {
-        let mut sites = table(["#", "module", "kind", "tokens", "heads × dim", "action", "reason"]);
+        let mut sites = table([
+            "#",
+            "module",
+            "kind",
+            "tokens",
+            "heads × dim",
+            "action",
+            "reason",
+        ]);
         for s in &self.sites {
             let known = |v: Option<i64>| v.map_or("?".to_owned(), |v| v.to_string());
             sites.add_row([
@@ -164,16 +178,26 @@ impl ModelReport {
             "{}\narchitecture {}{}, opset {}: {} self-attentions{}, {} cross, {} joint, {} other\n{sites}\n",
             self.model,
             self.architecture,
-            self.variant.as_ref().map_or(String::new(), |v| format!(" ({v})")),
+            self.variant
+                .as_ref()
+                .map_or(String::new(), |v| format!(" ({v})")),
             self.opset,
             self.count(Kind::SelfAttention),
-            self.expected_self.map_or(String::new(), |n| format!(" of {n}")),
+            self.expected_self
+                .map_or(String::new(), |n| format!(" of {n}")),
             self.count(Kind::Cross),
             self.count(Kind::Joint),
             self.count(Kind::Other),
         );
         if !self.costs.is_empty() {
-            let mut costs = table(["image", "softmax GFLOP", "linear GFLOP", "softmax GB", "linear GB", "ratio"]);
+            let mut costs = table([
+                "image",
+                "softmax GFLOP",
+                "linear GFLOP",
+                "softmax GB",
+                "linear GB",
+                "ratio",
+            ]);
             for c in &self.costs {
                 let giga = |v: f64| format!("{:.2}", v / 1e9);
                 costs.add_row([
@@ -185,7 +209,8 @@ impl ModelReport {
                     format!("{:.1}×", c.before.flops / c.after.flops.max(1.0)),
                 ]);
             }
-            text += &format!("self-attention, one step at batch 1, counted (not measured):\n{costs}\n");
+            text +=
+                &format!("self-attention, one step at batch 1, counted (not measured):\n{costs}\n");
         }
         text
     }
@@ -193,7 +218,9 @@ impl ModelReport {
 
 fn table<const N: usize>(header: [&str; N]) -> Table {
     let mut table = Table::new();
-    table.load_preset(presets::UTF8_HORIZONTAL_ONLY).set_content_arrangement(ContentArrangement::Dynamic);
+    table
+        .load_preset(presets::UTF8_HORIZONTAL_ONLY)
+        .set_content_arrangement(ContentArrangement::Dynamic);
     table.set_header(header);
     table
 }
@@ -202,7 +229,11 @@ fn table<const N: usize>(header: [&str; N]) -> Table {
 const LATENT: u64 = 8;
 
 fn costs(analysis: &Analysis<'_>, actions: &[Action], mid: u64) -> Vec<SizeReport> {
-    let Some(native) = analysis.recognised.as_ref().map(|r| r.structure.native_latent as u64 * LATENT) else {
+    let Some(native) = analysis
+        .recognised
+        .as_ref()
+        .map(|r| r.structure.native_latent as u64 * LATENT)
+    else {
         return Vec::new();
     };
     let known: Option<Vec<(cost::Shape, bool)>> = analysis
@@ -224,18 +255,29 @@ fn costs(analysis: &Analysis<'_>, actions: &[Action], mid: u64) -> Vec<SizeRepor
             Some((shape, *action == Action::Convert))
         })
         .collect();
-    let Some(known) = known else { return Vec::new() };
+    let Some(known) = known else {
+        return Vec::new();
+    };
     [512u64, 1024, 2048, 4096, 8192, 16384]
         .into_iter()
         .map(|pixels| {
             let (mut before, mut after) = (Cost::default(), Cost::default());
             for (shape, convert) in &known {
                 let mut s = *shape;
-                s.tokens = (s.tokens as f64 * (pixels as f64 / native as f64).powi(2)).round() as u64;
+                s.tokens =
+                    (s.tokens as f64 * (pixels as f64 / native as f64).powi(2)).round() as u64;
                 before += cost::softmax(s);
-                after += if *convert { cost::linear(s) } else { cost::softmax(s) };
+                after += if *convert {
+                    cost::linear(s)
+                } else {
+                    cost::softmax(s)
+                };
             }
-            SizeReport { pixels, before, after }
+            SizeReport {
+                pixels,
+                before,
+                after,
+            }
         })
         .collect()
 }

@@ -73,7 +73,9 @@ pub enum VerifyError {
     #[error("the written model is not valid (a bug in the rewrite, please report it):\n  {}", .0.join("\n  "))]
     Structure(Vec<String>),
     /// A site computes something else.
-    #[error("{module}: the written site is off by {error:.2e} of its largest output, more than {bound:.2e} for {element} (run on {engine})")]
+    #[error(
+        "{module}: the written site is off by {error:.2e} of its largest output, more than {bound:.2e} for {element} (run on {engine})"
+    )]
     Numbers {
         /// The site.
         module: String,
@@ -87,7 +89,9 @@ pub enum VerifyError {
         engine: Engine,
     },
     /// A site makes infinities or NaN of finite input.
-    #[error("{module}: the written site makes infinite or NaN values of finite input (run on {engine})")]
+    #[error(
+        "{module}: the written site makes infinite or NaN values of finite input (run on {engine})"
+    )]
     NotFinite {
         /// The site.
         module: String,
@@ -126,7 +130,10 @@ pub fn verify(
         progress(&site.module);
         let size = site.x_shape.iter().product::<i64>();
         if how == Verify::Auto && usize::try_from(size).map_or(true, |n| n > MAX_ELEMENTS) {
-            verified.skipped.push(format!("{}: an input of {size} elements (--verify full runs it)", site.module));
+            verified.skipped.push(format!(
+                "{}: an input of {size} elements (--verify full runs it)",
+                site.module
+            ));
             continue;
         }
         match run_site(file, site, engine) {
@@ -136,9 +143,14 @@ pub fn verify(
             }
             Err(Failure::Wrong(e)) => return Err(*e),
             Err(Failure::CannotRun(reason)) if how == Verify::Full => {
-                return Err(VerifyError::CannotRun { module: site.module.clone(), reason });
+                return Err(VerifyError::CannotRun {
+                    module: site.module.clone(),
+                    reason,
+                });
             }
-            Err(Failure::CannotRun(reason)) => verified.skipped.push(format!("{}: {reason}", site.module)),
+            Err(Failure::CannotRun(reason)) => {
+                verified.skipped.push(format!("{}: {reason}", site.module))
+            }
         }
     }
     Ok(verified)
@@ -154,10 +166,53 @@ pub fn known_problems(file: &OnnxFile) -> HashSet<String> {
     }
 }
 
+/// The converted sites of a written model, from its operator nodes: each is cut
+/// from its own q, k and v, which are run on random input.
+#[must_use]
+pub fn converted_sites(file: &OnnxFile) -> Vec<Converted> {
+    use linfusion_ops::schema::{ATTR_NUM_HEADS, DOMAIN, LINFUSION_ATTENTION};
+    let shapes = crate::shapes::Shapes::propagate(
+        &file.model,
+        &|t| file.tensor_bytes(t).ok(),
+        &crate::shapes::Probe::TRACE,
+    );
+    let graph = crate::graph::Graph::new(&file.model.graph);
+    graph
+        .nodes()
+        .filter(|(_, n)| n.domain.as_deref() == Some(DOMAIN) && n.op_type.as_deref() == Some(LINFUSION_ATTENTION))
+        .filter_map(|(_, n)| {
+            let out = n.output.first()?;
+            // v is a linear layer of x alone; x is what q, k and v have in common.
+            let linear = *crate::attention::projection::roots(&graph, &shapes, n.input.get(2)?).linears.first()?;
+            Some(Converted {
+                module: crate::graph::label(n).trim_start_matches('/').trim_end_matches("/LinFusionAttention").to_owned(),
+                x: linear.source.to_owned(),
+                x_shape: shapes.shape(linear.source)?.to_vec(),
+                qkv: [n.input.first()?.clone(), n.input.get(1)?.clone(), n.input.get(2)?.clone()],
+                attended: out.clone(),
+                target: out.clone(),
+                heads: crate::graph::attr_int(n, ATTR_NUM_HEADS)?,
+                element: ElementType::from_onnx(shapes.fact(linear.source).element?)?,
+            })
+        })
+        .collect()
+}
+
 fn structure(file: &OnnxFile, before: &HashSet<String>) -> Result<(), VerifyError> {
-    let Err(problems) = check_model(&file.model, Some(file)) else { return Ok(()) };
-    let new: Vec<String> = problems.iter().map(ToString::to_string).filter(|p| !before.contains(p)).take(8).collect();
-    if new.is_empty() { Ok(()) } else { Err(VerifyError::Structure(new)) }
+    let Err(problems) = check_model(&file.model, Some(file)) else {
+        return Ok(());
+    };
+    let new: Vec<String> = problems
+        .iter()
+        .map(ToString::to_string)
+        .filter(|p| !before.contains(p))
+        .take(8)
+        .collect();
+    if new.is_empty() {
+        Ok(())
+    } else {
+        Err(VerifyError::Structure(new))
+    }
 }
 
 /// ONNX Runtime if it is there, else tract.
@@ -177,7 +232,14 @@ enum Failure {
 impl From<EngineError> for Failure {
     fn from(error: EngineError) -> Self {
         // The first line says what; the rest is an engine's stack of contexts.
-        Failure::CannotRun(error.to_string().lines().next().unwrap_or_default().to_owned())
+        Failure::CannotRun(
+            error
+                .to_string()
+                .lines()
+                .next()
+                .unwrap_or_default()
+                .to_owned(),
+        )
     }
 }
 
@@ -186,14 +248,26 @@ fn run_site(file: &OnnxFile, site: &Converted, engine: Engine) -> Result<f64, Fa
         .ok_or_else(|| Failure::CannotRun(format!("element type {}", site.element)))?;
     let model = cut(file, site).map_err(Failure::CannotRun)?;
     let bytes = model.encode_to_vec();
-    let options = SessionOptions { operators: Operators::None, ..SessionOptions::default() };
+    let options = SessionOptions {
+        operators: Operators::None,
+        ..SessionOptions::default()
+    };
     let mut session = Session::from_bytes(engine, &bytes, &options)?;
-    let shape: Option<Vec<usize>> = site.x_shape.iter().map(|&d| usize::try_from(d).ok()).collect();
-    let shape = shape.ok_or_else(|| Failure::CannotRun(format!("input shape {:?}", site.x_shape)))?;
+    let shape: Option<Vec<usize>> = site
+        .x_shape
+        .iter()
+        .map(|&d| usize::try_from(d).ok())
+        .collect();
+    let shape =
+        shape.ok_or_else(|| Failure::CannotRun(format!("input shape {:?}", site.x_shape)))?;
     let x = Tensor::from_f64(noise(&shape), dtype);
-    let outputs: HashMap<String, Tensor> = session.run(&[(site.x.as_str(), x)])?.into_iter().collect();
+    let outputs: HashMap<String, Tensor> =
+        session.run(&[(site.x.as_str(), x)])?.into_iter().collect();
     let get = |name: &String| {
-        outputs.get(name).map(Tensor::to_f64).ok_or_else(|| Failure::CannotRun(format!("no output '{name}'")))
+        outputs
+            .get(name)
+            .map(Tensor::to_f64)
+            .ok_or_else(|| Failure::CannotRun(format!("no output '{name}'")))
     };
     let [q, k, v] = [get(&site.qkv[0])?, get(&site.qkv[1])?, get(&site.qkv[2])?];
     let found = get(&site.attended)?;
@@ -203,16 +277,29 @@ fn run_site(file: &OnnxFile, site: &Converted, engine: Engine) -> Result<f64, Fa
         .map_err(|e| Failure::CannotRun(e.to_string()))?;
     let wrong = |e| Failure::Wrong(Box::new(e));
     if outputs.values().any(|t| !t.is_finite()) {
-        return Err(wrong(VerifyError::NotFinite { module: site.module.clone(), engine }));
+        return Err(wrong(VerifyError::NotFinite {
+            module: site.module.clone(),
+            engine,
+        }));
     }
-    let largest = expected.iter().fold(f64::MIN_POSITIVE, |m, v| m.max(v.abs()));
-    let error = found.iter().zip(&expected).fold(0.0f64, |m, (a, b)| m.max((a - b).abs())) / largest;
+    let largest = expected
+        .iter()
+        .fold(f64::MIN_POSITIVE, |m, v| m.max(v.abs()));
+    let error = found
+        .iter()
+        .zip(&expected)
+        .fold(0.0f64, |m, (a, b)| m.max((a - b).abs()))
+        / largest;
     // q, k, v are exact here; what is left is fp32 accumulation over the tokens
     // and one rounding of the output. The error of a sum of n terms of one sign
     // grows at most with n·u, in practice with its root; 8 leaves room for the
     // quotient of two sums.
     let terms = expected.shape().get(1).copied().unwrap_or(1).max(1) as f64;
-    let accumulate = if site.element == ElementType::F64 { f64::EPSILON } else { f64::from(f32::EPSILON) };
+    let accumulate = if site.element == ElementType::F64 {
+        f64::EPSILON
+    } else {
+        f64::from(f32::EPSILON)
+    };
     let round = match site.element {
         ElementType::F16 => half::f16::EPSILON.to_f64(),
         ElementType::Bf16 => half::bf16::EPSILON.to_f64(),
@@ -221,7 +308,13 @@ fn run_site(file: &OnnxFile, site: &Converted, engine: Engine) -> Result<f64, Fa
     let bound = 8.0 * accumulate * terms.sqrt().max(4.0) + round;
     if error > bound {
         let element = site.element.to_string();
-        return Err(wrong(VerifyError::Numbers { module: site.module.clone(), error, bound, element, engine }));
+        return Err(wrong(VerifyError::Numbers {
+            module: site.module.clone(),
+            error,
+            bound,
+            element,
+            engine,
+        }));
     }
     Ok(error)
 }
@@ -243,8 +336,12 @@ fn cut(file: &OnnxFile, site: &Converted) -> Result<ModelProto, String> {
         .collect();
     let mut nodes = HashSet::new();
     let mut weights = HashSet::new();
-    let wanted: Vec<&str> =
-        site.qkv.iter().chain([&site.attended, &site.target]).map(String::as_str).collect();
+    let wanted: Vec<&str> = site
+        .qkv
+        .iter()
+        .chain([&site.attended, &site.target])
+        .map(String::as_str)
+        .collect();
     let mut queue = wanted.clone();
     while let Some(value) = queue.pop() {
         if value == site.x || value.is_empty() {
@@ -268,7 +365,10 @@ fn cut(file: &OnnxFile, site: &Converted) -> Result<ModelProto, String> {
         v.sort_unstable();
         v
     };
-    let node: Vec<NodeProto> = sorted(nodes).into_iter().map(|i| graph.node[i].clone()).collect();
+    let node: Vec<NodeProto> = sorted(nodes)
+        .into_iter()
+        .map(|i| graph.node[i].clone())
+        .collect();
     let mut initializer = Vec::new();
     for i in sorted(weights) {
         let mut tensor = graph.initializer[i].clone();
@@ -310,7 +410,9 @@ fn cut(file: &OnnxFile, site: &Converted) -> Result<ModelProto, String> {
 fn noise(shape: &[usize]) -> ArrayD<f64> {
     let mut state = 0x9e37_79b9_7f4a_7c15u64;
     ArrayD::from_shape_simple_fn(IxDyn(shape), || {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
         ((state >> 33) as f64 / f64::from(1u32 << 31)) * 4.0 - 2.0
     })
 }

@@ -44,7 +44,14 @@ impl Operand<'_> {
 
     /// Index of element (`batch_head`, token, channel), for `channels` a head.
     #[must_use]
-    pub fn index(&self, batch_head: i64, heads: i64, token: i64, channel: i64, channels: i64) -> Option<Vec<i64>> {
+    pub fn index(
+        &self,
+        batch_head: i64,
+        heads: i64,
+        token: i64,
+        channel: i64,
+        channels: i64,
+    ) -> Option<Vec<i64>> {
         let digits = super::layout::unravel(batch_head, &self.batch)?;
         self.roles
             .iter()
@@ -52,9 +59,9 @@ impl Operand<'_> {
                 Role::Batch(k) => digits.get(*k).copied(),
                 Role::Token => Some(token),
                 Role::Channel => Some(channel),
-                Role::HeadChannel => {
-                    (batch_head % heads).checked_mul(channels)?.checked_add(channel)
-                }
+                Role::HeadChannel => (batch_head % heads)
+                    .checked_mul(channels)?
+                    .checked_add(channel),
                 Role::Part(j) => Some(*j),
             })
             .collect()
@@ -108,7 +115,11 @@ fn not<T>(reason: impl Into<String>) -> Result<T, NotAttention> {
 /// Every node that is, or may be, the heart of an attention, in file order.
 #[must_use]
 pub fn anchors(graph: &Graph<'_>) -> Vec<NodeId> {
-    graph.nodes().filter(|(_, n)| is_anchor(n)).map(|(id, _)| id).collect()
+    graph
+        .nodes()
+        .filter(|(_, n)| is_anchor(n))
+        .map(|(id, _)| id)
+        .collect()
 }
 
 /// Whether a node is a Softmax or an attention operator.
@@ -118,9 +129,19 @@ pub fn is_anchor(node: &linfusion_models::onnx::proto::NodeProto) -> bool {
         "" => matches!(op(node), "Softmax" | "Attention"),
         "com.microsoft" => matches!(
             op(node),
-            "Attention" | "QAttention" | "MultiHeadAttention" | "PackedMultiHeadAttention" | "PackedAttention"
-                | "GroupQueryAttention" | "DecoderMaskedMultiHeadAttention" | "BiasSoftmax" | "QLinearSoftmax"
-                | "SparseAttention" | "LongformerAttention" | "QOrderedAttention" | "PagedAttention"
+            "Attention"
+                | "QAttention"
+                | "MultiHeadAttention"
+                | "PackedMultiHeadAttention"
+                | "PackedAttention"
+                | "GroupQueryAttention"
+                | "DecoderMaskedMultiHeadAttention"
+                | "BiasSoftmax"
+                | "QLinearSoftmax"
+                | "SparseAttention"
+                | "LongformerAttention"
+                | "QOrderedAttention"
+                | "PagedAttention"
                 | "LinearAttention"
         ),
         _ => false,
@@ -132,29 +153,46 @@ pub fn is_anchor(node: &linfusion_models::onnx::proto::NodeProto) -> bool {
 /// # Errors
 /// [`NotAttention`] with one sentence if the anchor is no attention or cannot be
 /// followed.
-pub fn core<'m>(graph: &Graph<'m>, shapes: &Shapes, anchor: NodeId) -> Result<Core<'m>, NotAttention> {
+pub fn core<'m>(
+    graph: &Graph<'m>,
+    shapes: &Shapes,
+    anchor: NodeId,
+) -> Result<Core<'m>, NotAttention> {
     let node = graph.node(anchor);
     match (domain(node), op(node)) {
         ("", "Softmax") | ("com.microsoft", "QLinearSoftmax") => products(graph, shapes, anchor),
         ("", "Attention") => standard(graph, shapes, anchor),
         ("com.microsoft", "MultiHeadAttention") => multi_head(graph, shapes, anchor),
         ("com.microsoft", "Attention" | "QAttention") => merged(graph, shapes, anchor),
-        (d, name) => not(format!("{d}::{name} is not an attention this tool rewrites")),
+        (d, name) => not(format!(
+            "{d}::{name} is not an attention this tool rewrites"
+        )),
     }
 }
 
 fn shape_of(shapes: &Shapes, value: &str) -> Result<Vec<i64>, NotAttention> {
-    shapes.shape(value).map(<[i64]>::to_vec).ok_or_else(|| NotAttention(format!("the shape of '{value}' is unknown")))
+    shapes
+        .shape(value)
+        .map(<[i64]>::to_vec)
+        .ok_or_else(|| NotAttention(format!("the shape of '{value}' is unknown")))
 }
 
 /// Product → Softmax → product.
-fn products<'m>(graph: &Graph<'m>, shapes: &Shapes, anchor: NodeId) -> Result<Core<'m>, NotAttention> {
+fn products<'m>(
+    graph: &Graph<'m>,
+    shapes: &Shapes,
+    anchor: NodeId,
+) -> Result<Core<'m>, NotAttention> {
     let node = graph.node(anchor);
-    let Some(input) = input(node, 0) else { return not("Softmax without an input") };
+    let Some(input) = input(node, 0) else {
+        return not("Softmax without an input");
+    };
     let scores_shape = shape_of(shapes, input)?;
     let axis = attr_int(node, "axis").unwrap_or(-1);
     if axis != -1 && axis != scores_shape.len() as i64 - 1 {
-        return not(format!("Softmax over axis {axis} of {scores_shape:?}, not over the last one"));
+        return not(format!(
+            "Softmax over axis {axis} of {scores_shape:?}, not over the last one"
+        ));
     }
     let scores = scores(graph, shapes, input)?;
     let (v, out) = weighted_sum(graph, shapes, anchor)?;
@@ -179,26 +217,47 @@ struct Scores<'m> {
 }
 
 /// Walks up from the Softmax to the product of queries and keys.
-fn scores<'m>(graph: &Graph<'m>, shapes: &Shapes, from: &'m str) -> Result<Scores<'m>, NotAttention> {
+fn scores<'m>(
+    graph: &Graph<'m>,
+    shapes: &Shapes,
+    from: &'m str,
+) -> Result<Scores<'m>, NotAttention> {
     let (mut value, mut mask, mut scale) = (from, None::<String>, 1.0);
     for _ in 0..32 {
         let Some(port) = graph.producer(value) else {
-            return not(format!("Softmax of '{value}', which no product of queries and keys makes"));
+            return not(format!(
+                "Softmax of '{value}', which no product of queries and keys makes"
+            ));
         };
         let node = graph.node(port.node);
         if let Some((q, k, factor)) = product_operands(graph, shapes, port.node)? {
-            return Ok(Scores { q, k, mask, scale: scale * factor });
+            return Ok(Scores {
+                q,
+                k,
+                mask,
+                scale: scale * factor,
+            });
         }
         value = match (domain(node), op(node)) {
             (_, "Cast" | "Identity" | "Reshape" | "Squeeze" | "Unsqueeze" | "Clip" | "Dropout")
             | (_, "QuantizeLinear" | "DequantizeLinear") => match input(node, 0) {
                 Some(v) => v,
-                None => return not(format!("{} '{}' without an input", op(node), crate::graph::label(node))),
+                None => {
+                    return not(format!(
+                        "{} '{}' without an input",
+                        op(node),
+                        crate::graph::label(node)
+                    ));
+                }
             },
             (_, "Mul" | "Div") => {
                 let (data, other) = split_small(shapes, node)?;
                 let factor = shapes.fact(other).scalar().unwrap_or(1.0);
-                scale *= if op(node) == "Mul" { factor } else { 1.0 / factor };
+                scale *= if op(node) == "Mul" {
+                    factor
+                } else {
+                    1.0 / factor
+                };
                 data
             }
             (_, "Sub") if is_row_max(graph, node) => {
@@ -213,7 +272,10 @@ fn scores<'m>(graph: &Graph<'m>, shapes: &Shapes, from: &'m str) -> Result<Score
             }
             (_, "Where") => {
                 let (a, b) = (input(node, 1), input(node, 2));
-                mask = Some(format!("the scores are masked by '{}'", input(node, 0).unwrap_or("")));
+                mask = Some(format!(
+                    "the scores are masked by '{}'",
+                    input(node, 0).unwrap_or("")
+                ));
                 match (a, b) {
                     (Some(a), Some(b)) if shapes.fact(a).constant => b,
                     (Some(a), Some(_)) => a,
@@ -223,7 +285,11 @@ fn scores<'m>(graph: &Graph<'m>, shapes: &Shapes, from: &'m str) -> Result<Score
             (d, name) => {
                 return not(format!(
                     "Softmax of the output of {}{name} '{}', not of a product of queries and keys",
-                    if d.is_empty() { String::new() } else { format!("{d}::") },
+                    if d.is_empty() {
+                        String::new()
+                    } else {
+                        format!("{d}::")
+                    },
                     crate::graph::label(node)
                 ));
             }
@@ -241,27 +307,42 @@ fn product_operands<'m>(
 ) -> Result<Option<(Operand<'m>, Operand<'m>, f64)>, NotAttention> {
     let node = graph.node(id);
     let (slot_a, slot_b) = match (domain(node), op(node)) {
-        ("", "MatMul" | "MatMulInteger") | ("com.microsoft", "FusedMatMul" | "TransposeMatMul") => (0, 1),
+        ("", "MatMul" | "MatMulInteger") | ("com.microsoft", "FusedMatMul" | "TransposeMatMul") => {
+            (0, 1)
+        }
         ("com.microsoft", "MatMulIntegerToFloat" | "DynamicQuantizeMatMul") => (0, 1),
         ("", "QLinearMatMul") => (0, 3),
         ("", "Einsum") => return einsum_product(graph, shapes, id),
         _ => return Ok(None),
     };
-    let (Some(a), Some(b)) = (input(node, slot_a), input(node, slot_b)) else { return Ok(None) };
+    let (Some(a), Some(b)) = (input(node, slot_a), input(node, slot_b)) else {
+        return Ok(None);
+    };
     let flag = |name: &str| attr_int(node, name).unwrap_or(0) == 1;
     if flag("transBatchA") || flag("transBatchB") {
-        return not(format!("'{}' moves its batch axes (transBatch)", crate::graph::label(node)));
+        return not(format!(
+            "'{}' moves its batch axes (transBatch)",
+            crate::graph::label(node)
+        ));
     }
-    let operand = |value: &'m str, swapped: bool, last: [Role; 2]| -> Result<Operand<'m>, NotAttention> {
-        let shape = shape_of(shapes, value)?;
-        if shape.len() < 3 {
-            return not(format!("'{value}' has shape {shape:?}; attention needs a batch axis"));
-        }
-        let mut roles: Vec<Role> = (0..shape.len() - 2).map(Role::Batch).collect();
-        roles.extend(if swapped { [last[1], last[0]] } else { last });
-        let batch = shape[..shape.len() - 2].to_vec();
-        Ok(Operand { value, shape, roles, batch })
-    };
+    let operand =
+        |value: &'m str, swapped: bool, last: [Role; 2]| -> Result<Operand<'m>, NotAttention> {
+            let shape = shape_of(shapes, value)?;
+            if shape.len() < 3 {
+                return not(format!(
+                    "'{value}' has shape {shape:?}; attention needs a batch axis"
+                ));
+            }
+            let mut roles: Vec<Role> = (0..shape.len() - 2).map(Role::Batch).collect();
+            roles.extend(if swapped { [last[1], last[0]] } else { last });
+            let batch = shape[..shape.len() - 2].to_vec();
+            Ok(Operand {
+                value,
+                shape,
+                roles,
+                batch,
+            })
+        };
     Ok(Some((
         operand(a, flag("transA"), [Role::Token, Role::Channel])?,
         operand(b, flag("transB"), [Role::Channel, Role::Token])?,
@@ -276,9 +357,15 @@ fn einsum_product<'m>(
     id: NodeId,
 ) -> Result<Option<(Operand<'m>, Operand<'m>, f64)>, NotAttention> {
     let node = graph.node(id);
-    let Some((terms, out)) = attr_str(node, "equation").and_then(einsum_terms) else { return Ok(None) };
-    let ([ta, tb], [va, vb]) = (&terms[..], &node.input[..]) else { return Ok(None) };
-    let [batch_letters @ .., row, col] = &out[..] else { return Ok(None) };
+    let Some((terms, out)) = attr_str(node, "equation").and_then(einsum_terms) else {
+        return Ok(None);
+    };
+    let ([ta, tb], [va, vb]) = (&terms[..], &node.input[..]) else {
+        return Ok(None);
+    };
+    let [batch_letters @ .., row, col] = &out[..] else {
+        return Ok(None);
+    };
     let (q, k) = match (ta.contains(row), tb.contains(row)) {
         (true, false) => ((ta, va), (tb, vb)),
         (false, true) => ((tb, vb), (ta, va)),
@@ -315,11 +402,21 @@ fn letters<'m>(
         })
         .collect();
     let batch: Option<Vec<i64>> = (0..batch_letters.len())
-        .map(|k| roles.iter().position(|r| *r == Role::Batch(k)).and_then(|i| shape.get(i).copied()))
+        .map(|k| {
+            roles
+                .iter()
+                .position(|r| *r == Role::Batch(k))
+                .and_then(|i| shape.get(i).copied())
+        })
         .collect();
     let channels = roles.iter().filter(|r| **r == Role::Channel).count();
     Ok(match batch {
-        Some(batch) if channels == 1 && roles.len() == shape.len() => Some(Operand { value, shape, roles, batch }),
+        Some(batch) if channels == 1 && roles.len() == shape.len() => Some(Operand {
+            value,
+            shape,
+            roles,
+            batch,
+        }),
         _ => None,
     })
 }
@@ -335,7 +432,9 @@ fn weighted_sum<'m>(
     };
     for _ in 0..32 {
         if graph.is_observed(value) {
-            return not(format!("the attention weights '{value}' are an output of the graph or used in a subgraph"));
+            return not(format!(
+                "the attention weights '{value}' are an output of the graph or used in a subgraph"
+            ));
         }
         let readers: Vec<NodeId> = graph
             .readers(value)
@@ -344,12 +443,23 @@ fn weighted_sum<'m>(
             .filter(|&n| !matches!(op(graph.node(n)), "Shape" | "IsNaN" | "Size"))
             .collect();
         let &[reader] = &readers[..] else {
-            return not(format!("the attention weights '{value}' are read by {} nodes", readers.len()));
+            return not(format!(
+                "the attention weights '{value}' are read by {} nodes",
+                readers.len()
+            ));
         };
         let node = graph.node(reader);
         match op(node) {
-            "Cast" | "Identity" | "Reshape" | "Dropout" | "QuantizeLinear" | "DequantizeLinear" | "Where"
-            | "Squeeze" | "Unsqueeze" | "DynamicQuantizeLinear" => {
+            "Cast"
+            | "Identity"
+            | "Reshape"
+            | "Dropout"
+            | "QuantizeLinear"
+            | "DequantizeLinear"
+            | "Where"
+            | "Squeeze"
+            | "Unsqueeze"
+            | "DynamicQuantizeLinear" => {
                 value = node.output.first().map_or("", String::as_str);
             }
             "Einsum" => return einsum_sum(graph, shapes, reader, value),
@@ -362,7 +472,10 @@ fn weighted_sum<'m>(
                     ));
                 };
                 if p.value != value {
-                    return not(format!("the Softmax is the right operand of '{}'", crate::graph::label(node)));
+                    return not(format!(
+                        "the Softmax is the right operand of '{}'",
+                        crate::graph::label(node)
+                    ));
                 }
                 let mut v = v;
                 for role in &mut v.roles {
@@ -375,10 +488,20 @@ fn weighted_sum<'m>(
                 let out = node.output.first().map_or("", String::as_str);
                 let shape = shape_of(shapes, out)?;
                 let n = shape.len().saturating_sub(2);
-                let roles =
-                    (0..n).map(Role::Batch).chain([Role::Token, Role::Channel]).collect();
+                let roles = (0..n)
+                    .map(Role::Batch)
+                    .chain([Role::Token, Role::Channel])
+                    .collect();
                 let batch = shape[..n].to_vec();
-                return Ok((v, Operand { value: out, shape, roles, batch }));
+                return Ok((
+                    v,
+                    Operand {
+                        value: out,
+                        shape,
+                        roles,
+                        batch,
+                    },
+                ));
             }
         }
     }
@@ -392,11 +515,26 @@ fn einsum_sum<'m>(
     weights: &str,
 ) -> Result<(Operand<'m>, Operand<'m>), NotAttention> {
     let node = graph.node(id);
-    let unclear = || NotAttention(format!("the Einsum '{}' is no product with values", crate::graph::label(node)));
-    let (terms, out) = attr_str(node, "equation").and_then(einsum_terms).ok_or_else(unclear)?;
-    let ([ta, tb], [va, vb]) = (&terms[..], &node.input[..]) else { return Err(unclear()) };
-    let (p, v, v_value) = if va == weights { (ta, tb, vb) } else { (tb, ta, va) };
-    let [batch_letters @ .., row, key] = &p[..] else { return Err(unclear()) };
+    let unclear = || {
+        NotAttention(format!(
+            "the Einsum '{}' is no product with values",
+            crate::graph::label(node)
+        ))
+    };
+    let (terms, out) = attr_str(node, "equation")
+        .and_then(einsum_terms)
+        .ok_or_else(unclear)?;
+    let ([ta, tb], [va, vb]) = (&terms[..], &node.input[..]) else {
+        return Err(unclear());
+    };
+    let (p, v, v_value) = if va == weights {
+        (ta, tb, vb)
+    } else {
+        (tb, ta, va)
+    };
+    let [batch_letters @ .., row, key] = &p[..] else {
+        return Err(unclear());
+    };
     if out.contains(key) || v.contains(row) {
         return Err(unclear());
     }
@@ -419,7 +557,10 @@ fn split_small<'m>(
             return Ok((b, a));
         }
     }
-    not(format!("the scores are multiplied by a tensor in '{}'", crate::graph::label(node)))
+    not(format!(
+        "the scores are multiplied by a tensor in '{}'",
+        crate::graph::label(node)
+    ))
 }
 
 /// Splits an Add on the scores into (scores, what is added): the scores are the
@@ -438,18 +579,24 @@ fn addends<'m>(
 
 /// Whether a product of two activations lies directly above `value`.
 fn scores_above(graph: &Graph<'_>, value: &str, budget: usize) -> bool {
-    let Some(port) = graph.producer(value) else { return false };
+    let Some(port) = graph.producer(value) else {
+        return false;
+    };
     let node = graph.node(port.node);
     match op(node) {
-        "MatMul" | "FusedMatMul" | "TransposeMatMul" | "Einsum" | "MatMulInteger" | "QLinearMatMul" => true,
-        "Mul" | "Add" | "Sub" | "Where" if budget > 0 => {
-            node.input.iter().any(|i| scores_above(graph, i, budget - 1))
-        }
-        "Div" | "Cast" | "Reshape" | "Identity" | "Clip" | "QuantizeLinear" | "DequantizeLinear" | "Squeeze"
-        | "Unsqueeze"
+        "MatMul" | "FusedMatMul" | "TransposeMatMul" | "Einsum" | "MatMulInteger"
+        | "QLinearMatMul" => true,
+        "Mul" | "Add" | "Sub" | "Where" if budget > 0 => node
+            .input
+            .iter()
+            .any(|i| scores_above(graph, i, budget - 1)),
+        "Div" | "Cast" | "Reshape" | "Identity" | "Clip" | "QuantizeLinear"
+        | "DequantizeLinear" | "Squeeze" | "Unsqueeze"
             if budget > 0 =>
         {
-            node.input.first().is_some_and(|i| scores_above(graph, i, budget - 1))
+            node.input
+                .first()
+                .is_some_and(|i| scores_above(graph, i, budget - 1))
         }
         _ => false,
     }
@@ -457,7 +604,9 @@ fn scores_above(graph: &Graph<'_>, value: &str, budget: usize) -> bool {
 
 /// `scores − max(scores)`: softmax does not see it.
 fn is_row_max(graph: &Graph<'_>, node: &linfusion_models::onnx::proto::NodeProto) -> bool {
-    let (Some(data), Some(other)) = (input(node, 0), input(node, 1)) else { return false };
+    let (Some(data), Some(other)) = (input(node, 0), input(node, 1)) else {
+        return false;
+    };
     graph.producer(other).is_some_and(|p| {
         let n = graph.node(p.node);
         op(n) == "ReduceMax" && input(n, 0) == Some(data)
@@ -477,15 +626,25 @@ fn is_zero(graph: &Graph<'_>, shapes: &Shapes, value: &str) -> bool {
             && t.int32_data.iter().all(|&x| x == 0)
             && t.int64_data.iter().all(|&x| x == 0);
         let stored_inline = t.external_data.is_empty();
-        return stored_inline && typed && t.raw_data.as_deref().is_none_or(|b| b.iter().all(|&x| x == 0));
+        return stored_inline
+            && typed
+            && t.raw_data
+                .as_deref()
+                .is_none_or(|b| b.iter().all(|&x| x == 0));
     }
-    let Some(port) = graph.producer(value) else { return false };
+    let Some(port) = graph.producer(value) else {
+        return false;
+    };
     let node = graph.node(port.node);
     match op(node) {
         "Mul" => node.input.iter().any(|i| is_zero(graph, shapes, i)),
         "ConstantOfShape" => crate::graph::attribute(node, "value")
             .and_then(|a| a.t.as_option())
-            .is_none_or(|t| t.raw_data.as_deref().is_some_and(|b| b.iter().all(|&x| x == 0))),
+            .is_none_or(|t| {
+                t.raw_data
+                    .as_deref()
+                    .is_some_and(|b| b.iter().all(|&x| x == 0))
+            }),
         "Cast" | "Identity" | "Expand" | "Reshape" | "Unsqueeze" | "Tile" => {
             input(node, 0).is_some_and(|i| is_zero(graph, shapes, i))
         }
@@ -493,20 +652,43 @@ fn is_zero(graph: &Graph<'_>, shapes: &Shapes, value: &str) -> bool {
     }
 }
 
-fn named_mask(node: &linfusion_models::onnx::proto::NodeProto, slots: &[(usize, &str)]) -> Option<String> {
-    slots.iter().find_map(|&(slot, what)| input(node, slot).map(|v| format!("{what} '{v}'")))
+fn named_mask(
+    node: &linfusion_models::onnx::proto::NodeProto,
+    slots: &[(usize, &str)],
+) -> Option<String> {
+    slots
+        .iter()
+        .find_map(|&(slot, what)| input(node, slot).map(|v| format!("{what} '{v}'")))
 }
 
 /// ONNX `Attention`-23 and later.
-fn standard<'m>(graph: &Graph<'m>, shapes: &Shapes, anchor: NodeId) -> Result<Core<'m>, NotAttention> {
+fn standard<'m>(
+    graph: &Graph<'m>,
+    shapes: &Shapes,
+    anchor: NodeId,
+) -> Result<Core<'m>, NotAttention> {
     let node = graph.node(anchor);
     let operand = |slot: usize, heads: Option<i64>| operand_4d(graph, shapes, anchor, slot, heads);
-    let (hq, hk) = (attr_int(node, "q_num_heads"), attr_int(node, "kv_num_heads"));
+    let (hq, hk) = (
+        attr_int(node, "q_num_heads"),
+        attr_int(node, "kv_num_heads"),
+    );
     let (q, k, v) = (operand(0, hq)?, operand(1, hk)?, operand(2, hk)?);
     if q.batch.get(1) != k.batch.get(1) {
-        return not(format!("grouped queries: {:?} query heads, {:?} key heads", q.batch.get(1), k.batch.get(1)));
+        return not(format!(
+            "grouped queries: {:?} query heads, {:?} key heads",
+            q.batch.get(1),
+            k.batch.get(1)
+        ));
     }
-    let mut mask = named_mask(node, &[(3, "an attention mask"), (4, "a key cache"), (5, "a value cache")]);
+    let mut mask = named_mask(
+        node,
+        &[
+            (3, "an attention mask"),
+            (4, "a key cache"),
+            (5, "a value cache"),
+        ],
+    );
     if input(node, 3).is_some_and(|m| is_zero(graph, shapes, m)) && input(node, 4).is_none() {
         mask = None;
     }
@@ -519,11 +701,25 @@ fn standard<'m>(graph: &Graph<'m>, shapes: &Shapes, anchor: NodeId) -> Result<Co
     let heads = q.batch.get(1).copied();
     let out = output_like(graph, shapes, anchor, heads)?;
     let scale = attr_float(node, "scale").map_or(f64::NAN, f64::from);
-    Ok(Core { anchor, form: Form::Standard, q, k, v, out, heads, mask, scale })
+    Ok(Core {
+        anchor,
+        form: Form::Standard,
+        q,
+        k,
+        v,
+        out,
+        heads,
+        mask,
+        scale,
+    })
 }
 
 /// `com.microsoft::MultiHeadAttention`: separate, or packed q/k/v or k/v.
-fn multi_head<'m>(graph: &Graph<'m>, shapes: &Shapes, anchor: NodeId) -> Result<Core<'m>, NotAttention> {
+fn multi_head<'m>(
+    graph: &Graph<'m>,
+    shapes: &Shapes,
+    anchor: NodeId,
+) -> Result<Core<'m>, NotAttention> {
     let node = graph.node(anchor);
     let heads = attr_int(node, "num_heads");
     if input(node, 3).is_some_and(|b| !is_zero(graph, shapes, b)) {
@@ -536,20 +732,46 @@ fn multi_head<'m>(graph: &Graph<'m>, shapes: &Shapes, anchor: NodeId) -> Result<
             let kv = operand_4d(graph, shapes, anchor, 1, heads)?;
             (kv.clone(), part(&kv, 1))
         }
-        _ => (operand_4d(graph, shapes, anchor, 1, heads)?, operand_4d(graph, shapes, anchor, 2, heads)?),
+        _ => (
+            operand_4d(graph, shapes, anchor, 1, heads)?,
+            operand_4d(graph, shapes, anchor, 2, heads)?,
+        ),
     };
-    let mut mask =
-        named_mask(node, &[(4, "a key padding mask"), (5, "an attention bias"), (6, "a key cache"), (7, "a value cache")]);
+    let mut mask = named_mask(
+        node,
+        &[
+            (4, "a key padding mask"),
+            (5, "an attention bias"),
+            (6, "a key cache"),
+            (7, "a value cache"),
+        ],
+    );
     if attr_int(node, "unidirectional") == Some(1) {
         mask = Some("causal attention".into());
     }
     let out = output_like(graph, shapes, anchor, heads)?;
-    let scale = attr_float(node, "scale").filter(|s| *s != 0.0).map_or(f64::NAN, f64::from);
-    Ok(Core { anchor, form: Form::MultiHead, q, k, v, out, heads, mask, scale })
+    let scale = attr_float(node, "scale")
+        .filter(|s| *s != 0.0)
+        .map_or(f64::NAN, f64::from);
+    Ok(Core {
+        anchor,
+        form: Form::MultiHead,
+        q,
+        k,
+        v,
+        out,
+        heads,
+        mask,
+        scale,
+    })
 }
 
 /// `com.microsoft::Attention`: x and the merged weights.
-fn merged<'m>(graph: &Graph<'m>, shapes: &Shapes, anchor: NodeId) -> Result<Core<'m>, NotAttention> {
+fn merged<'m>(
+    graph: &Graph<'m>,
+    shapes: &Shapes,
+    anchor: NodeId,
+) -> Result<Core<'m>, NotAttention> {
     let node = graph.node(anchor);
     let heads = attr_int(node, "num_heads");
     let x = operand_4d(graph, shapes, anchor, 0, heads)?;
@@ -557,14 +779,29 @@ fn merged<'m>(graph: &Graph<'m>, shapes: &Shapes, anchor: NodeId) -> Result<Core
     let mut mask = if quantized {
         named_mask(node, &[(5, "a mask"), (8, "a cache")])
     } else {
-        named_mask(node, &[(3, "a mask"), (4, "a cache"), (5, "an attention bias")])
+        named_mask(
+            node,
+            &[(3, "a mask"), (4, "a cache"), (5, "an attention bias")],
+        )
     };
     if attr_int(node, "unidirectional") == Some(1) {
         mask = Some("causal attention".into());
     }
     let out = output_like(graph, shapes, anchor, heads)?;
-    let scale = attr_float(node, "scale").filter(|s| *s != 0.0).map_or(f64::NAN, f64::from);
-    Ok(Core { anchor, form: Form::MergedWeights, q: x.clone(), k: x.clone(), v: x, out, heads, mask, scale })
+    let scale = attr_float(node, "scale")
+        .filter(|s| *s != 0.0)
+        .map_or(f64::NAN, f64::from);
+    Ok(Core {
+        anchor,
+        form: Form::MergedWeights,
+        q: x.clone(),
+        k: x.clone(),
+        v: x,
+        out,
+        heads,
+        mask,
+        scale,
+    })
 }
 
 fn part<'m>(packed: &Operand<'m>, index: i64) -> Operand<'m> {
@@ -587,25 +824,51 @@ fn operand_4d<'m>(
     heads: Option<i64>,
 ) -> Result<Operand<'m>, NotAttention> {
     let Some(value) = graph.input(node, slot) else {
-        return not(format!("input {slot} of '{}' is missing", crate::graph::label(graph.node(node))));
+        return not(format!(
+            "input {slot} of '{}' is missing",
+            crate::graph::label(graph.node(node))
+        ));
     };
     let shape = shape_of(shapes, value)?;
     operand_by_rank(value, shape, heads)
 }
 
-fn operand_by_rank(value: &str, shape: Vec<i64>, heads: Option<i64>) -> Result<Operand<'_>, NotAttention> {
+fn operand_by_rank(
+    value: &str,
+    shape: Vec<i64>,
+    heads: Option<i64>,
+) -> Result<Operand<'_>, NotAttention> {
     let (roles, batch) = match (&shape[..], heads) {
-        ([b, h, _, _], _) => {
-            (vec![Role::Batch(0), Role::Batch(1), Role::Token, Role::Channel], vec![*b, *h])
-        }
-        ([b, _, _], Some(h)) => (vec![Role::Batch(0), Role::Token, Role::HeadChannel], vec![*b, h]),
-        ([b, _, h, _, _], _) => (
-            vec![Role::Batch(0), Role::Token, Role::Batch(1), Role::Part(0), Role::Channel],
+        ([b, h, _, _], _) => (
+            vec![Role::Batch(0), Role::Batch(1), Role::Token, Role::Channel],
             vec![*b, *h],
         ),
-        _ => return not(format!("'{value}' has shape {shape:?}, which is no attention operand")),
+        ([b, _, _], Some(h)) => (
+            vec![Role::Batch(0), Role::Token, Role::HeadChannel],
+            vec![*b, h],
+        ),
+        ([b, _, h, _, _], _) => (
+            vec![
+                Role::Batch(0),
+                Role::Token,
+                Role::Batch(1),
+                Role::Part(0),
+                Role::Channel,
+            ],
+            vec![*b, *h],
+        ),
+        _ => {
+            return not(format!(
+                "'{value}' has shape {shape:?}, which is no attention operand"
+            ));
+        }
     };
-    Ok(Operand { value, shape, roles, batch })
+    Ok(Operand {
+        value,
+        shape,
+        roles,
+        batch,
+    })
 }
 
 fn output_like<'m>(

@@ -48,7 +48,10 @@ pub struct Flow<'m> {
 #[must_use]
 pub fn flow<'m>(graph: &Graph<'m>, shapes: &Shapes, core: &Core<'m>) -> Flow<'m> {
     if core.form == Form::MergedWeights {
-        return Flow { kind: Kind::SelfAttention, source: Some(canonical(graph, core.q.value)) };
+        return Flow {
+            kind: Kind::SelfAttention,
+            source: Some(canonical(graph, core.q.value)),
+        };
     }
     let operands = [&core.q, &core.k, &core.v].map(|o| roots(graph, shapes, o.value));
     let [q, k, v] = operands.each_ref().map(|r| sources(graph, shapes, r));
@@ -61,17 +64,28 @@ pub fn flow<'m>(graph: &Graph<'m>, shapes: &Shapes, core: &Core<'m>) -> Flow<'m>
     }
     if q == k && k == v {
         return match q.first() {
-            Some(source) if q.len() == 1 => Flow { kind: Kind::SelfAttention, source: Some(source) },
+            Some(source) if q.len() == 1 => Flow {
+                kind: Kind::SelfAttention,
+                source: Some(source),
+            },
             _ => none(Kind::Other),
         };
     }
-    none(if q != k && q != v { Kind::Cross } else { Kind::Other })
+    none(if q != k && q != v {
+        Kind::Cross
+    } else {
+        Kind::Other
+    })
 }
 
 /// The distinct tensors behind an operand. A low-rank branch beside a linear
 /// layer (an unmerged LoRA) counts as what it reads.
 fn sources<'m>(graph: &Graph<'m>, shapes: &Shapes, roots: &Roots<'m>) -> BTreeSet<&'m str> {
-    let mut set: BTreeSet<&str> = roots.linears.iter().map(|l| canonical(graph, l.source)).collect();
+    let mut set: BTreeSet<&str> = roots
+        .linears
+        .iter()
+        .map(|l| canonical(graph, l.source))
+        .collect();
     if set.len() > 1 && !roots.joins_tokens {
         set = set
             .into_iter()

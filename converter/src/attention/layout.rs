@@ -46,9 +46,11 @@ impl Move {
                 }
                 Some(index)
             }
-            Move::Window(axes) => {
-                axes.iter().zip(at).map(|((start, step), &i)| start.checked_add(i.checked_mul(*step)?)).collect()
-            }
+            Move::Window(axes) => axes
+                .iter()
+                .zip(at)
+                .map(|((start, step), &i)| start.checked_add(i.checked_mul(*step)?))
+                .collect(),
             Move::Pick { axis, index } => {
                 let mut full = at.to_vec();
                 if *axis > full.len() {
@@ -70,10 +72,13 @@ impl Move {
         let to = shapes.shape(proto.output.get(slot)?)?;
         match op(proto) {
             "Identity" | "Cast" | "Dropout" | "CastLike" => (slot == 0).then_some(Move::Same),
-            "QuantizeLinear" | "DequantizeLinear" | "DynamicQuantizeLinear" => (slot == 0).then_some(Move::Same),
-            "Reshape" | "Squeeze" | "Unsqueeze" | "Flatten" => {
-                Some(Move::Refold { from: from.to_vec(), to: to.to_vec() })
+            "QuantizeLinear" | "DequantizeLinear" | "DynamicQuantizeLinear" => {
+                (slot == 0).then_some(Move::Same)
             }
+            "Reshape" | "Squeeze" | "Unsqueeze" | "Flatten" => Some(Move::Refold {
+                from: from.to_vec(),
+                to: to.to_vec(),
+            }),
             "Transpose" => eval::permutation(proto, from.len()).map(Move::Permute),
             "Split" => {
                 let a = axis(attr_int(proto, "axis").unwrap_or(0), from.len())?;
@@ -88,7 +93,9 @@ impl Move {
             "Slice" => {
                 let facts: Vec<&Fact> = proto.input.iter().map(|i| shapes.fact(i)).collect();
                 let ranges = eval::slice_ranges(proto, &facts)?;
-                Some(Move::Window(ranges.iter().map(|r| (r.start, r.step)).collect()))
+                Some(Move::Window(
+                    ranges.iter().map(|r| (r.start, r.step)).collect(),
+                ))
             }
             "Gather" => {
                 let indices = shapes.fact(proto.input.get(1)?);
@@ -97,7 +104,10 @@ impl Move {
                 }
                 let a = axis(attr_int(proto, "axis").unwrap_or(0), from.len())?;
                 let i = *indices.ints()?.first()?;
-                Some(Move::Pick { axis: a, index: if i < 0 { i + from[a] } else { i } })
+                Some(Move::Pick {
+                    axis: a,
+                    index: if i < 0 { i + from[a] } else { i },
+                })
             }
             _ => None,
         }
@@ -111,7 +121,11 @@ pub fn ravel(at: &[i64], shape: &[i64]) -> Option<i64> {
         return None;
     }
     at.iter().zip(shape).try_fold(0i64, |flat, (&i, &d)| {
-        if (0..d).contains(&i) { flat.checked_mul(d)?.checked_add(i) } else { None }
+        if (0..d).contains(&i) {
+            flat.checked_mul(d)?.checked_add(i)
+        } else {
+            None
+        }
     })
 }
 

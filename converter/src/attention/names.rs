@@ -5,8 +5,8 @@ use linfusion_models::onnx::proto::NodeProto;
 
 /// Names of the layers inside an attention module; they end its path.
 const LAYERS: [&str; 21] = [
-    "to_q", "to_k", "to_v", "to_qkv", "to_kv", "to_out", "to_out.0", "query", "key", "value", "qkv", "proj", "q", "k",
-    "v", "out_proj", "q_proj", "k_proj", "v_proj", "proj_out", "qkv_proj",
+    "to_q", "to_k", "to_v", "to_qkv", "to_kv", "to_out", "to_out.0", "query", "key", "value",
+    "qkv", "proj", "q", "k", "v", "out_proj", "q_proj", "k_proj", "v_proj", "proj_out", "qkv_proj",
 ];
 
 /// The module path in a TorchScript node name such as
@@ -48,8 +48,13 @@ pub fn scope_of_metadata(node: &NodeProto) -> Option<String> {
 /// The module that a parameter name such as `….attn1.to_out.0.bias` belongs to.
 #[must_use]
 pub fn scope_of_parameter(name: &str) -> Option<String> {
-    let name = name.trim_end_matches("_quantized").trim_end_matches("_scale").trim_end_matches("_zero_point");
-    let scope = name.strip_suffix(".bias").or_else(|| name.strip_suffix(".weight"))?;
+    let name = name
+        .trim_end_matches("_quantized")
+        .trim_end_matches("_scale")
+        .trim_end_matches("_zero_point");
+    let scope = name
+        .strip_suffix(".bias")
+        .or_else(|| name.strip_suffix(".weight"))?;
     scope.contains('.').then(|| scope.to_owned())
 }
 
@@ -60,7 +65,10 @@ pub fn attention_module(scope: &str) -> String {
     let mut scope = scope;
     // Longest first, so that `to_out.0` goes before `0` could be left over.
     loop {
-        let cut = LAYERS.iter().filter_map(|l| scope.strip_suffix(l)?.strip_suffix('.')).min_by_key(|s| s.len());
+        let cut = LAYERS
+            .iter()
+            .filter_map(|l| scope.strip_suffix(l)?.strip_suffix('.'))
+            .min_by_key(|s| s.len());
         match cut {
             Some(shorter) => scope = shorter,
             None => return scope.to_owned(),
@@ -81,7 +89,10 @@ mod tests {
     use super::*;
 
     #[rstest]
-    #[case("/down_blocks.0/attentions.0/attn1/to_q/MatMul", Some("down_blocks.0.attentions.0.attn1.to_q"))]
+    #[case(
+        "/down_blocks.0/attentions.0/attn1/to_q/MatMul",
+        Some("down_blocks.0.attentions.0.attn1.to_q")
+    )]
     #[case("/blocks.0/attn/qkv/Gemm/MatMulAddFusion", Some("blocks.0.attn.qkv"))]
     #[case("node_linear_3", None)]
     #[case("/MatMul", None)]
@@ -101,8 +112,14 @@ mod tests {
     }
 
     #[rstest]
-    #[case("down_blocks.0.attn1.to_out.0.bias", Some("down_blocks.0.attn1.to_out.0"))]
-    #[case("down_blocks.0.attn1.to_out.0.bias_quantized", Some("down_blocks.0.attn1.to_out.0"))]
+    #[case(
+        "down_blocks.0.attn1.to_out.0.bias",
+        Some("down_blocks.0.attn1.to_out.0")
+    )]
+    #[case(
+        "down_blocks.0.attn1.to_out.0.bias_quantized",
+        Some("down_blocks.0.attn1.to_out.0")
+    )]
     #[case("onnx::MatMul_5649", None)]
     #[case("bias", None)]
     fn parameters(#[case] name: &str, #[case] scope: Option<&str>) {

@@ -112,13 +112,20 @@ pub fn plain<'m>(
     source: &'m str,
 ) -> Result<Plain<'m>, String> {
     let (x, x_layout, [batch, tokens, width]) = source_matrix(graph, shapes, core, source)?;
-    let element = shapes.fact(x).element.ok_or_else(|| format!("the element type of '{x}' is unknown"))?;
+    let element = shapes
+        .fact(x)
+        .element
+        .ok_or_else(|| format!("the element type of '{x}' is unknown"))?;
     if !is_float(element) {
-        return Err(format!("'{x}' has element type {element}, not a floating-point type"));
+        return Err(format!(
+            "'{x}' has element type {element}, not a floating-point type"
+        ));
     }
     let batch_heads: i64 = core.q.batch.iter().product();
     if batch == 0 || batch_heads % batch != 0 {
-        return Err(format!("{batch_heads} batch·heads do not divide into batches of {batch}"));
+        return Err(format!(
+            "{batch_heads} batch·heads do not divide into batches of {batch}"
+        ));
     }
     let heads = batch_heads / batch;
     let dims = |o: &Operand<'_>| head_channels(core, o, heads);
@@ -129,10 +136,17 @@ pub fn plain<'m>(
     };
     for (name, operand) in [("q", &core.q), ("k", &core.k), ("v", &core.v)] {
         if let Some(n) = operand.size(Role::Token).filter(|&n| n != tokens) {
-            return Err(format!("{name} '{}' has {n} tokens, x '{x}' has {tokens}", operand.value));
+            return Err(format!(
+                "{name} '{}' has {n} tokens, x '{x}' has {tokens}",
+                operand.value
+            ));
         }
     }
-    let grid = Matrix { batch, tokens, heads };
+    let grid = Matrix {
+        batch,
+        tokens,
+        heads,
+    };
     let mut scale = core.scale;
     let taps = if core.form == Form::MergedWeights {
         merged_taps(x, &x_layout, heads, head_dim, value_dim)
@@ -146,7 +160,11 @@ pub fn plain<'m>(
             }
             Ok(tap)
         };
-        [tap(&core.q, head_dim, true)?, tap(&core.k, head_dim, true)?, tap(&core.v, value_dim, false)?]
+        [
+            tap(&core.q, head_dim, true)?,
+            tap(&core.k, head_dim, true)?,
+            tap(&core.v, value_dim, false)?,
+        ]
     };
     if scale.is_nan() {
         scale = 1.0 / (head_dim as f64).sqrt();
@@ -197,7 +215,9 @@ impl Matrix {
             (Layout::Tokens, 3) => vec![b, n, c],
             (Layout::Rows, 2) => vec![b.checked_mul(self.tokens)?.checked_add(n)?, c],
             (Layout::ChannelsFirst, 3) => vec![b, c, n],
-            (Layout::ChannelsFirst, 4) => vec![b, c, n.checked_div(shape[3])?, n.checked_rem(shape[3])?],
+            (Layout::ChannelsFirst, 4) => {
+                vec![b, c, n.checked_div(shape[3])?, n.checked_rem(shape[3])?]
+            }
             (Layout::Image, 4) => vec![b, n.checked_div(shape[2])?, n.checked_rem(shape[2])?, c],
             _ => return None,
         })
@@ -209,8 +229,12 @@ impl Matrix {
         Some(match *shape {
             [x, y, c] if x == b && y == n && !channels_first => (Layout::Tokens, c),
             [x, c, y] if x == b && y == n && channels_first => (Layout::ChannelsFirst, c),
-            [x, c, h, w] if x == b && h.checked_mul(w) == Some(n) && channels_first => (Layout::ChannelsFirst, c),
-            [x, h, w, c] if x == b && h.checked_mul(w) == Some(n) && !channels_first => (Layout::Image, c),
+            [x, c, h, w] if x == b && h.checked_mul(w) == Some(n) && channels_first => {
+                (Layout::ChannelsFirst, c)
+            }
+            [x, h, w, c] if x == b && h.checked_mul(w) == Some(n) && !channels_first => {
+                (Layout::Image, c)
+            }
             [r, c] if b.checked_mul(n) == Some(r) && !channels_first => (Layout::Rows, c),
             _ => return None,
         })
@@ -240,11 +264,16 @@ fn source_matrix<'m>(
     let first = if core.form == Form::MergedWeights {
         core.q.value
     } else {
-        super::projection::roots(graph, shapes, core.q.value).linears.first().map_or(source, |l| l.source)
+        super::projection::roots(graph, shapes, core.q.value)
+            .linears
+            .first()
+            .map_or(source, |l| l.source)
     };
     let channels_first = graph.readers(first).iter().any(|p| {
-        matches!(op(graph.node(p.node)), "Conv" | "FusedConv" | "ConvInteger" | "QLinearConv")
-            || (op(graph.node(p.node)) == "MatMul" && p.slot == 1)
+        matches!(
+            op(graph.node(p.node)),
+            "Conv" | "FusedConv" | "ConvInteger" | "QLinearConv"
+        ) || (op(graph.node(p.node)) == "MatMul" && p.slot == 1)
     });
     let tokens = match core.form {
         Form::MergedWeights => shapes.shape(first).and_then(|s| s.get(1).copied()),
@@ -254,10 +283,16 @@ fn source_matrix<'m>(
     // The nearest tensor that still has a batch axis, at or above the input of q's layer.
     let mut value = first;
     for _ in 0..16 {
-        let shape = shapes.shape(value).ok_or_else(|| format!("the shape of '{value}' is unknown"))?;
+        let shape = shapes
+            .shape(value)
+            .ok_or_else(|| format!("the shape of '{value}' is unknown"))?;
         let floating = shapes.fact(value).element.is_some_and(is_float);
         if floating && let Some(&batch) = shape.first().filter(|_| shape.len() > 2) {
-            let grid = Matrix { batch, tokens, heads: 0 };
+            let grid = Matrix {
+                batch,
+                tokens,
+                heads: 0,
+            };
             if let Some((layout, width)) = grid.layout(shape, channels_first) {
                 return Ok((value, layout, [batch, tokens, width]));
             }
@@ -283,14 +318,25 @@ fn head_channels(core: &Core<'_>, operand: &Operand<'_>, heads: i64) -> Result<i
     }
     match operand.size(Role::HeadChannel) {
         Some(c) if heads > 0 && c % heads == 0 => Ok(c / heads),
-        other => Err(format!("'{}' has width {other:?}, which {heads} heads do not divide ({:?})", operand.value, core.form)),
+        other => Err(format!(
+            "'{}' has width {other:?}, which {heads} heads do not divide ({:?})",
+            operand.value, core.form
+        )),
     }
 }
 
-fn merged_dims(graph: &Graph<'_>, shapes: &Shapes, core: &Core<'_>, heads: i64) -> Result<(i64, i64), String> {
+fn merged_dims(
+    graph: &Graph<'_>,
+    shapes: &Shapes,
+    core: &Core<'_>,
+    heads: i64,
+) -> Result<(i64, i64), String> {
     let node = graph.node(core.anchor);
     if op(node) == "QAttention" {
-        return Err(format!("'{}' keeps its weights quantized inside the node (QAttention)", label(node)));
+        return Err(format!(
+            "'{}' keeps its weights quantized inside the node (QAttention)",
+            label(node)
+        ));
     }
     let width = input(node, 1)
         .and_then(|w| shapes.shape(w))
@@ -302,12 +348,20 @@ fn merged_dims(graph: &Graph<'_>, shapes: &Shapes, core: &Core<'_>, heads: i64) 
         None => (width / 3, width / 3),
     };
     if heads <= 0 || qk % heads != 0 || v % heads != 0 {
-        return Err(format!("merged weights of width {width} do not divide into {heads} heads"));
+        return Err(format!(
+            "merged weights of width {width} do not divide into {heads} heads"
+        ));
     }
     Ok((qk / heads, v / heads))
 }
 
-fn merged_taps<'m>(x: &'m str, layout: &Layout, heads: i64, head_dim: i64, value_dim: i64) -> [Tap<'m>; 3] {
+fn merged_taps<'m>(
+    x: &'m str,
+    layout: &Layout,
+    heads: i64,
+    head_dim: i64,
+    value_dim: i64,
+) -> [Tap<'m>; 3] {
     let (qk, v) = (heads * head_dim, heads * value_dim);
     [(0, qk), (qk, qk), (2 * qk, v)].map(|(start, len)| Tap {
         value: x,
@@ -341,7 +395,10 @@ fn tap<'m>(
     let mut tap_value = None::<&str>;
     let linear = loop {
         let Some(port) = graph.producer(value) else {
-            return Err(format!("'{}' comes straight from '{value}', with no linear layer", operand.value));
+            return Err(format!(
+                "'{}' comes straight from '{value}', with no linear layer",
+                operand.value
+            ));
         };
         if let Some(linear) = linear(graph, shapes, port.node) {
             break linear;
@@ -351,7 +408,10 @@ fn tap<'m>(
                 if tap_value.is_none() {
                     moves.push(step);
                 } else if step != Move::Same {
-                    return Err(format!("'{}' moves elements between a linear layer and its bias", label(graph.node(port.node))));
+                    return Err(format!(
+                        "'{}' moves elements between a linear layer and its bias",
+                        label(graph.node(port.node))
+                    ));
                 }
                 value = above;
             }
@@ -367,34 +427,66 @@ fn tap<'m>(
             }
         }
         if moves.len() > 64 {
-            return Err(format!("more than 64 layout nodes above '{}'", operand.value));
+            return Err(format!(
+                "more than 64 layout nodes above '{}'",
+                operand.value
+            ));
         }
     };
     let tap_value = tap_value.unwrap_or(value);
-    let shape = shapes.shape(tap_value).ok_or_else(|| format!("the shape of '{tap_value}' is unknown"))?;
+    let shape = shapes
+        .shape(tap_value)
+        .ok_or_else(|| format!("the shape of '{tap_value}' is unknown"))?;
     if !shapes.fact(tap_value).element.is_some_and(is_float) {
         return Err(format!("'{tap_value}' is quantized"));
     }
     let proto = graph.node(linear.node);
-    let channels_first = op(proto).contains("Conv") && op(proto) != "NhwcConv" || (op(proto) == "MatMul" && linear.slot == 1);
+    let channels_first = op(proto).contains("Conv") && op(proto) != "NhwcConv"
+        || (op(proto) == "MatMul" && linear.slot == 1);
     if channels_first && op(proto).contains("Conv") && !is_pointwise(graph, shapes, linear) {
-        return Err(format!("'{}' is a convolution over more than one pixel", label(proto)));
+        return Err(format!(
+            "'{}' is a convolution over more than one pixel",
+            label(proto)
+        ));
     }
     let (layout, width) = grid.layout(shape, channels_first).ok_or_else(|| {
-        format!("'{tap_value}' has shape {shape:?}, not {} × {} rows", grid.batch, grid.tokens)
+        format!(
+            "'{tap_value}' has shape {shape:?}, not {} × {} rows",
+            grid.batch, grid.tokens
+        )
     })?;
-    let columns = columns(operand, &moves, grid, channels, &layout, shape, width)
-        .ok_or_else(|| format!("'{}' is not '{tap_value}' with its heads split: the layout differs", operand.value))?;
-    Ok((Tap { value: tap_value, layout, columns, linear: Some(linear) }, scale))
+    let columns =
+        columns(operand, &moves, grid, channels, &layout, shape, width).ok_or_else(|| {
+            format!(
+                "'{}' is not '{tap_value}' with its heads split: the layout differs",
+                operand.value
+            )
+        })?;
+    Ok((
+        Tap {
+            value: tap_value,
+            layout,
+            columns,
+            linear: Some(linear),
+        },
+        scale,
+    ))
 }
 
 /// What the node at `id` does between a linear layer and the attention.
-fn between<'m>(graph: &Graph<'m>, shapes: &Shapes, id: NodeId, slot: usize) -> Result<Between<'m>, String> {
+fn between<'m>(
+    graph: &Graph<'m>,
+    shapes: &Shapes,
+    id: NodeId,
+    slot: usize,
+) -> Result<Between<'m>, String> {
     let node = graph.node(id);
     let first = input(node, 0);
     if op(node) == "DequantizeLinear"
         && let Some(above) = first
-        && graph.producer(above).is_none_or(|p| op(graph.node(p.node)) != "QuantizeLinear")
+        && graph
+            .producer(above)
+            .is_none_or(|p| op(graph.node(p.node)) != "QuantizeLinear")
     {
         return Ok(Between::Computes(above));
     }
@@ -425,27 +517,39 @@ fn between<'m>(graph: &Graph<'m>, shapes: &Shapes, id: NodeId, slot: usize) -> R
             return Ok(Between::Computes(if bias(b) { a } else { b }));
         }
     }
-    Err(format!("{} '{}' lies between the linear layer and the attention", qualified_op(node), label(node)))
+    Err(format!(
+        "{} '{}' lies between the linear layer and the attention",
+        qualified_op(node),
+        label(node)
+    ))
 }
 
 fn is_vector(shapes: &Shapes, value: &str) -> bool {
-    shapes.shape(value).is_some_and(|s| s.iter().filter(|&&d| d != 1).count() <= 1)
+    shapes
+        .shape(value)
+        .is_some_and(|s| s.iter().filter(|&&d| d != 1).count() <= 1)
 }
 
 /// Whether `value` is an integer product, cast to float.
 fn from_integer(graph: &Graph<'_>, value: &str) -> bool {
     graph.producer(value).is_some_and(|p| {
         let node = graph.node(p.node);
-        op(node) == "MatMulInteger" || (op(node) == "Cast" && input(node, 0).is_some_and(|v| from_integer(graph, v)))
+        op(node) == "MatMulInteger"
+            || (op(node) == "Cast" && input(node, 0).is_some_and(|v| from_integer(graph, v)))
     })
 }
 
 fn is_pointwise(graph: &Graph<'_>, shapes: &Shapes, linear: Linear<'_>) -> bool {
     let node = graph.node(linear.node);
     let slot = if op(node) == "QLinearConv" { 3 } else { 1 };
-    let kernel = input(node, slot).and_then(|w| shapes.shape(w)).and_then(|s| s.get(2..));
-    let ones = |name: &str| crate::graph::attr_ints(node, name).is_none_or(|v| v.iter().all(|&x| x == 1));
-    kernel.is_some_and(|k| k.iter().all(|&d| d == 1)) && ones("strides") && attr_int(node, "group").unwrap_or(1) == 1
+    let kernel = input(node, slot)
+        .and_then(|w| shapes.shape(w))
+        .and_then(|s| s.get(2..));
+    let ones =
+        |name: &str| crate::graph::attr_ints(node, name).is_none_or(|v| v.iter().all(|&x| x == 1));
+    kernel.is_some_and(|k| k.iter().all(|&d| d == 1))
+        && ones("strides")
+        && attr_int(node, "group").unwrap_or(1) == 1
 }
 
 /// The columns of the tap that operand (head, channel) reads, checked to be the
@@ -478,7 +582,11 @@ fn columns(
         }
     }
     for (b, n) in grid.rows() {
-        for (i, d) in [(0, 0), (grid.heads - 1, channels - 1), (grid.heads / 2, channels / 2)] {
+        for (i, d) in [
+            (0, 0),
+            (grid.heads - 1, channels - 1),
+            (grid.heads / 2, channels / 2),
+        ] {
             let expected = list.get(usize::try_from(i * channels + d).ok()?)?;
             if locate(b, n, i, d)? != [b, n, *expected] {
                 return None;
@@ -489,7 +597,11 @@ fn columns(
     if list.iter().zip(start..).any(|(&c, i)| c != i) {
         return Some(Columns::Listed(list));
     }
-    Some(if start == 0 && total == width { Columns::All } else { Columns::Range { start, len: total } })
+    Some(if start == 0 && total == width {
+        Columns::All
+    } else {
+        Columns::Range { start, len: total }
+    })
 }
 
 /// Walks down from the attention to where its heads are merged.
@@ -504,9 +616,13 @@ fn merge<'m>(
     let width = grid.heads * channels;
     let mut found = None;
     for _ in 0..32 {
-        let shape = shapes.shape(value).ok_or_else(|| format!("the shape of '{value}' is unknown"))?;
+        let shape = shapes
+            .shape(value)
+            .ok_or_else(|| format!("the shape of '{value}' is unknown"))?;
         for channels_first in [false, true] {
-            if let Some((layout, _)) = grid.layout(shape, channels_first).filter(|(_, w)| *w == width)
+            if let Some((layout, _)) = grid
+                .layout(shape, channels_first)
+                .filter(|(_, w)| *w == width)
                 && shapes.fact(value).element.is_some_and(is_float)
                 && merges(core, &moves, grid, channels, &layout, shape) == Some(true)
             {
@@ -514,8 +630,11 @@ fn merge<'m>(
                 break;
             }
         }
-        let readers: Vec<_> =
-            graph.readers(value).iter().filter(|p| !matches!(op(graph.node(p.node)), "Shape" | "Size")).collect();
+        let readers: Vec<_> = graph
+            .readers(value)
+            .iter()
+            .filter(|p| !matches!(op(graph.node(p.node)), "Shape" | "Size"))
+            .collect();
         let &[reader] = &readers[..] else { break };
         if reader.slot != 0 || graph.is_observed(value) {
             break;
@@ -530,7 +649,12 @@ fn merge<'m>(
             _ => break,
         }
     }
-    found.ok_or_else(|| format!("the heads of '{}' are not merged into {width} channels a token", core.out.value))
+    found.ok_or_else(|| {
+        format!(
+            "the heads of '{}' are not merged into {width} channels a token",
+            core.out.value
+        )
+    })
 }
 
 /// Whether `value` is the attention's output with channel `c` = head·D + d.
@@ -553,8 +677,13 @@ fn merges(
             if !all && c % 7 != 0 && c + 1 != grid.heads * channels {
                 continue;
             }
-            let expected =
-                core.out.index(b * grid.heads + c / channels, grid.heads, n, c % channels, channels)?;
+            let expected = core.out.index(
+                b * grid.heads + c / channels,
+                grid.heads,
+                n,
+                c % channels,
+                channels,
+            )?;
             if locate(b, n, c)? != expected {
                 return Some(false);
             }
@@ -572,18 +701,27 @@ fn out_projection<'m>(
 ) -> Option<OutProjection<'m>> {
     let mut value = merged;
     let node = loop {
-        let readers: Vec<_> =
-            graph.readers(value).iter().filter(|p| !matches!(op(graph.node(p.node)), "Shape" | "Size")).collect();
+        let readers: Vec<_> = graph
+            .readers(value)
+            .iter()
+            .filter(|p| !matches!(op(graph.node(p.node)), "Shape" | "Size"))
+            .collect();
         // DynamicQuantizeLinear's scale and zero point are read elsewhere.
         let &[reader] = &readers[..] else { return None };
         if let Some(l) = linear(graph, shapes, reader.node) {
-            if l.source != value || (op(graph.node(l.node)).contains("Conv") && !is_pointwise(graph, shapes, l)) {
+            if l.source != value
+                || (op(graph.node(l.node)).contains("Conv") && !is_pointwise(graph, shapes, l))
+            {
                 return None;
             }
             break reader.node;
         }
         match op(graph.node(reader.node)) {
-            "QuantizeLinear" | "DequantizeLinear" | "DynamicQuantizeLinear" | "Cast" | "Identity" => {
+            "QuantizeLinear"
+            | "DequantizeLinear"
+            | "DynamicQuantizeLinear"
+            | "Cast"
+            | "Identity" => {
                 value = graph.node(reader.node).output.first()?;
             }
             _ => return None,
@@ -592,18 +730,31 @@ fn out_projection<'m>(
     let mut result = graph.node(node).output.first()?.as_str();
     let width = {
         let shape = shapes.shape(result)?;
-        if *layout == Layout::ChannelsFirst { *shape.get(1)? } else { *shape.last()? }
+        if *layout == Layout::ChannelsFirst {
+            *shape.get(1)?
+        } else {
+            *shape.last()?
+        }
     };
     let mut later_bias = None;
     // Down to the bias, through what undoes quantization.
     for _ in 0..8 {
-        let [reader] = graph.readers(result) else { break };
+        let [reader] = graph.readers(result) else {
+            break;
+        };
         if graph.is_observed(result) {
             break;
         }
         let below = graph.node(reader.node);
-        if matches!(op(below), "SkipLayerNormalization" | "SkipSimplifiedLayerNormalization") {
-            let bias = if op(below) == "SkipLayerNormalization" { 4 } else { 3 };
+        if matches!(
+            op(below),
+            "SkipLayerNormalization" | "SkipSimplifiedLayerNormalization"
+        ) {
+            let bias = if op(below) == "SkipLayerNormalization" {
+                4
+            } else {
+                3
+            };
             if reader.slot < 2 && input(below, bias).is_some() {
                 later_bias = Some((reader.node, bias));
             }
@@ -622,5 +773,11 @@ fn out_projection<'m>(
             break;
         }
     }
-    Some(OutProjection { node, result, layout: layout.clone(), later_bias, width })
+    Some(OutProjection {
+        node,
+        result,
+        layout: layout.clone(),
+        later_bias,
+        width,
+    })
 }

@@ -27,8 +27,16 @@ pub fn linear<'m>(graph: &Graph<'m>, shapes: &Shapes, node: NodeId) -> Option<Li
         ("", "MatMul" | "Gemm" | "Conv" | "MatMulInteger" | "ConvInteger" | "Einsum") => (0, 1),
         (
             "com.microsoft",
-            "FusedMatMul" | "TransposeMatMul" | "FusedGemm" | "FusedConv" | "MatMulNBits" | "MatMulBnb4"
-            | "NhwcConv" | "MatMulIntegerToFloat" | "DynamicQuantizeMatMul" | "GemmFastGelu",
+            "FusedMatMul"
+            | "TransposeMatMul"
+            | "FusedGemm"
+            | "FusedConv"
+            | "MatMulNBits"
+            | "MatMulBnb4"
+            | "NhwcConv"
+            | "MatMulIntegerToFloat"
+            | "DynamicQuantizeMatMul"
+            | "GemmFastGelu",
         )
         | ("com.microsoft.nchwc", "Conv") => (0, 1),
         ("", "QLinearMatMul" | "QLinearConv") | ("com.microsoft", "QGemm") => (0, 3),
@@ -40,8 +48,16 @@ pub fn linear<'m>(graph: &Graph<'m>, shapes: &Shapes, node: NodeId) -> Option<Li
         f.constant && f.shape.as_ref().is_some_and(|s| s.len() >= 2)
     };
     match (weight(va), weight(vb)) {
-        (false, true) => Some(Linear { node, source: va, slot: a }),
-        (true, false) if matches!(op(proto), "MatMul" | "Einsum") => Some(Linear { node, source: vb, slot: b }),
+        (false, true) => Some(Linear {
+            node,
+            source: va,
+            slot: a,
+        }),
+        (true, false) if matches!(op(proto), "MatMul" | "Einsum") => Some(Linear {
+            node,
+            source: vb,
+            slot: b,
+        }),
         _ => None,
     }
 }
@@ -72,7 +88,9 @@ pub fn roots<'m>(graph: &Graph<'m>, shapes: &Shapes, value: &'m str) -> Roots<'m
         if !seen.insert(value) || seen.len() > REACH || fact.constant || fact.count() == Some(1) {
             continue;
         }
-        let Some(port) = graph.producer(value) else { continue };
+        let Some(port) = graph.producer(value) else {
+            continue;
+        };
         if let Some(linear) = linear(graph, shapes, port.node) {
             if !roots.linears.iter().any(|l| l.node == port.node) {
                 roots.linears.push(linear);
@@ -84,7 +102,11 @@ pub fn roots<'m>(graph: &Graph<'m>, shapes: &Shapes, value: &'m str) -> Roots<'m
             continue;
         }
         if op(node) == "Concat" {
-            let big = node.input.iter().filter(|i| !shapes.fact(i).constant).count();
+            let big = node
+                .input
+                .iter()
+                .filter(|i| !shapes.fact(i).constant)
+                .count();
             let rank = shapes.shape(value).map_or(0, <[i64]>::len);
             roots.joins_tokens |= big >= 2 && joins_on_tokens(node, rank);
         }
@@ -103,11 +125,29 @@ fn joins_on_tokens(node: &NodeProto, rank: usize) -> bool {
 fn data_inputs(node: &NodeProto) -> Vec<&str> {
     let only_first = matches!(
         op(node),
-        "Reshape" | "Expand" | "Tile" | "Slice" | "Gather" | "Split" | "Squeeze" | "Unsqueeze" | "Resize" | "Pad"
-            | "QuantizeLinear" | "DequantizeLinear" | "DynamicQuantizeLinear" | "ReduceMean" | "ReduceSum"
-            | "GatherND" | "GatherElements"
+        "Reshape"
+            | "Expand"
+            | "Tile"
+            | "Slice"
+            | "Gather"
+            | "Split"
+            | "Squeeze"
+            | "Unsqueeze"
+            | "Resize"
+            | "Pad"
+            | "QuantizeLinear"
+            | "DequantizeLinear"
+            | "DynamicQuantizeLinear"
+            | "ReduceMean"
+            | "ReduceSum"
+            | "GatherND"
+            | "GatherElements"
     );
-    let inputs = node.input.iter().map(String::as_str).filter(|i| !i.is_empty());
+    let inputs = node
+        .input
+        .iter()
+        .map(String::as_str)
+        .filter(|i| !i.is_empty());
     match op(node) {
         _ if only_first => inputs.take(1).collect(),
         "Where" => inputs.skip(1).collect(),
@@ -121,13 +161,25 @@ fn data_inputs(node: &NodeProto) -> Vec<&str> {
 pub fn canonical<'m>(graph: &Graph<'m>, value: &'m str) -> &'m str {
     let mut value = value;
     for _ in 0..32 {
-        let Some(port) = graph.producer(value) else { break };
+        let Some(port) = graph.producer(value) else {
+            break;
+        };
         let node = graph.node(port.node);
         let through = port.slot == 0
             && matches!(
                 op(node),
-                "Identity" | "Cast" | "Reshape" | "Squeeze" | "Unsqueeze" | "Flatten" | "Transpose"
-                    | "QuantizeLinear" | "DequantizeLinear" | "DynamicQuantizeLinear" | "Dropout" | "ReorderInput"
+                "Identity"
+                    | "Cast"
+                    | "Reshape"
+                    | "Squeeze"
+                    | "Unsqueeze"
+                    | "Flatten"
+                    | "Transpose"
+                    | "QuantizeLinear"
+                    | "DequantizeLinear"
+                    | "DynamicQuantizeLinear"
+                    | "Dropout"
+                    | "ReorderInput"
                     | "ReorderOutput"
             );
         match input(node, 0) {

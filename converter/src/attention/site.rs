@@ -7,7 +7,9 @@ use linfusion_models::onnx::proto::{GraphProto, ModelProto};
 
 use super::core::{Core, Role, anchors, core, is_anchor};
 use super::kind::{Kind, flow};
-use super::names::{attention_module, is_layer, scope_of_metadata, scope_of_node_name, scope_of_parameter};
+use super::names::{
+    attention_module, is_layer, scope_of_metadata, scope_of_node_name, scope_of_parameter,
+};
 use super::plain::{Plain, plain};
 use super::projection::roots;
 use crate::graph::{Graph, NodeId, label, qualified_op, subgraphs};
@@ -54,7 +56,11 @@ impl Site<'_> {
     /// Channels of the attention module's input, if known.
     #[must_use]
     pub fn width(&self) -> Option<i64> {
-        self.plain.as_ref().ok().map(|p| p.width).or_else(|| self.heads?.checked_mul(self.head_dim?))
+        self.plain
+            .as_ref()
+            .ok()
+            .map(|p| p.width)
+            .or_else(|| self.heads?.checked_mul(self.head_dim?))
     }
 }
 
@@ -62,17 +68,26 @@ impl Site<'_> {
 /// the main graph, its subgraphs and its functions.
 #[must_use]
 pub fn find<'m>(model: &'m ModelProto, graph: &Graph<'m>, shapes: &Shapes) -> Vec<Site<'m>> {
-    let mut sites: Vec<Site<'m>> = anchors(graph).into_iter().map(|a| read(graph, shapes, a)).collect();
+    let mut sites: Vec<Site<'m>> = anchors(graph)
+        .into_iter()
+        .map(|a| read(graph, shapes, a))
+        .collect();
     for (_, node) in graph.nodes() {
         for sub in subgraphs(node) {
-            let place = format!("inside the subgraph of {} '{}'", qualified_op(node), label(node));
+            let place = format!(
+                "inside the subgraph of {} '{}'",
+                qualified_op(node),
+                label(node)
+            );
             nested(sub, &place, &mut sites, 0);
         }
     }
     for function in &model.functions {
         // The body of our own operator holds no anchor; anybody else's might.
         let name = function.name.as_deref().unwrap_or("");
-        let place = format!("inside the model-local function '{name}'; inline functions first (onnx.inliner)");
+        let place = format!(
+            "inside the model-local function '{name}'; inline functions first (onnx.inliner)"
+        );
         for node in function.node.iter().filter(|n| is_anchor(n)) {
             sites.push(unreachable_site(label(node), &place));
         }
@@ -134,11 +149,17 @@ fn read<'m>(graph: &Graph<'m>, shapes: &Shapes, anchor: NodeId) -> Site<'m> {
             Some(mask) => Err(mask.clone()),
             None => plain(graph, shapes, &core, source),
         },
-        (Kind::Cross, _) => Err("cross-attention: k and v come from another tensor than q".to_owned()),
+        (Kind::Cross, _) => {
+            Err("cross-attention: k and v come from another tensor than q".to_owned())
+        }
         (Kind::Joint, _) => Err("joint attention over several token streams".to_owned()),
         _ => Err("q, k and v are not all projected from known tensors".to_owned()),
     };
-    let out_node = strict.as_ref().ok().and_then(|p| p.out.as_ref()).map(|o| o.node);
+    let out_node = strict
+        .as_ref()
+        .ok()
+        .and_then(|p| p.out.as_ref())
+        .map(|o| o.node);
     let context_width = (flow.kind == Kind::Cross)
         .then(|| {
             let linear = *roots(graph, shapes, core.k.value).linears.first()?;
@@ -158,7 +179,12 @@ fn read<'m>(graph: &Graph<'m>, shapes: &Shapes, anchor: NodeId) -> Site<'m> {
         heads,
         head_dim,
         tokens: core.q.size(Role::Token),
-        queries: core.q.roles.iter().position(|r| *r == Role::Token).map(|axis| (core.q.value, axis)),
+        queries: core
+            .q
+            .roles
+            .iter()
+            .position(|r| *r == Role::Token)
+            .map(|axis| (core.q.value, axis)),
         context_width,
         plain: strict,
         mask: core.mask.clone(),
@@ -173,7 +199,8 @@ fn loose_heads(graph: &Graph<'_>, shapes: &Shapes, core: &Core<'_>) -> (Option<i
         let linear = *roots(graph, shapes, core.q.value).linears.first()?;
         let batch = *shapes.shape(linear.source)?.first()?;
         let all: i64 = core.q.batch.iter().product();
-        (batch > 0 && all % batch == 0 && shapes.shape(linear.source)?.len() > 2).then(|| all / batch)
+        (batch > 0 && all % batch == 0 && shapes.shape(linear.source)?.len() > 2)
+            .then(|| all / batch)
     });
     let head_dim = head_dim.or_else(|| core.q.size(Role::HeadChannel)?.checked_div(heads?));
     (heads, head_dim)
@@ -188,7 +215,12 @@ fn module_of_node(graph: &Graph<'_>, node: NodeId) -> Option<String> {
 /// The module path that the site's nodes and parameters agree on. Node names
 /// and metadata first; parameter names only where they are silent, because
 /// exporters share equal parameters between modules.
-fn module(graph: &Graph<'_>, shapes: &Shapes, core: &Core<'_>, out: Option<NodeId>) -> Option<String> {
+fn module(
+    graph: &Graph<'_>,
+    shapes: &Shapes,
+    core: &Core<'_>,
+    out: Option<NodeId>,
+) -> Option<String> {
     let mut linears: Vec<NodeId> = [&core.q, &core.k, &core.v]
         .iter()
         .flat_map(|o| roots(graph, shapes, o.value).linears)
@@ -210,7 +242,12 @@ fn module(graph: &Graph<'_>, shapes: &Shapes, core: &Core<'_>, out: Option<NodeI
     }
     if votes.is_empty() {
         for node in linears {
-            let below = graph.node(node).output.first().map(|o| graph.readers(o)).unwrap_or_default();
+            let below = graph
+                .node(node)
+                .output
+                .first()
+                .map(|o| graph.readers(o))
+                .unwrap_or_default();
             let neighbours = std::iter::once(node).chain(below.iter().map(|p| p.node));
             for name in neighbours.flat_map(|n| &graph.node(n).input) {
                 if let Some(s) = scope_of_parameter(name).filter(|s| is_layer(s)) {
@@ -219,7 +256,10 @@ fn module(graph: &Graph<'_>, shapes: &Shapes, core: &Core<'_>, out: Option<NodeI
             }
         }
     }
-    votes.into_iter().max_by(|a, b| a.1.cmp(&b.1).then_with(|| b.0.cmp(&a.0))).map(|(m, _)| m)
+    votes
+        .into_iter()
+        .max_by(|a, b| a.1.cmp(&b.1).then_with(|| b.0.cmp(&a.0)))
+        .map(|(m, _)| m)
 }
 
 /// Two sites cannot be one module: a path that several claim is worth nothing.
@@ -242,7 +282,11 @@ fn drop_shared_modules(sites: &mut [Site<'_>]) {
 /// self-attention by data flow, joint by meaning. They have as many tokens as
 /// the model's joint sites.
 fn join_flux_blocks(sites: &mut [Site<'_>]) {
-    let joint: HashSet<i64> = sites.iter().filter(|s| s.kind == Kind::Joint).filter_map(|s| s.tokens).collect();
+    let joint: HashSet<i64> = sites
+        .iter()
+        .filter(|s| s.kind == Kind::Joint)
+        .filter_map(|s| s.tokens)
+        .collect();
     for site in sites.iter_mut().filter(|s| s.kind == Kind::SelfAttention) {
         if site.tokens.is_some_and(|n| joint.contains(&n)) {
             site.kind = Kind::Joint;

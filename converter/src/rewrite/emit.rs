@@ -49,14 +49,28 @@ pub fn attention_nodes(
         let body = linfusion_attention_inline(spec(opset, element), attrs)?;
         return Ok(splice(&body, operands));
     }
-    let attributes =
-        vec![make::int(ATTR_NUM_HEADS, attrs.num_heads as i64), make::float(ATTR_EPS, attrs.eps)];
-    Ok(vec![make::node_in(DOMAIN, LINFUSION_ATTENTION, operands.name, &operands.qkv, &[operands.out], attributes)])
+    let attributes = vec![
+        make::int(ATTR_NUM_HEADS, attrs.num_heads as i64),
+        make::float(ATTR_EPS, attrs.eps),
+    ];
+    Ok(vec![make::node_in(
+        DOMAIN,
+        LINFUSION_ATTENTION,
+        operands.name,
+        &operands.qkv,
+        &[operands.out],
+        attributes,
+    )])
 }
 
 fn spec(opset: i64, element: ElementType) -> BodySpec {
-    let element = linfusion_ops::ElementType::from_onnx_code(element.onnx()).unwrap_or(linfusion_ops::ElementType::F32);
-    BodySpec { opset, layout: Layout::Packed, element }
+    let element = linfusion_ops::ElementType::from_onnx_code(element.onnx())
+        .unwrap_or(linfusion_ops::ElementType::F32);
+    BodySpec {
+        opset,
+        layout: Layout::Packed,
+        element,
+    }
 }
 
 /// The model-local function.
@@ -75,14 +89,24 @@ pub fn function(opset: i64, element: ElementType) -> Result<FunctionProto, BodyE
         ),
         input: body.inputs.clone(),
         output: body.outputs.clone(),
-        node: body.nodes.iter().map(|n| node(n, n.outputs.first().map_or("", String::as_str), &|s| s.to_owned())).collect(),
+        node: body
+            .nodes
+            .iter()
+            .map(|n| {
+                node(n, n.outputs.first().map_or("", String::as_str), &|s| {
+                    s.to_owned()
+                })
+            })
+            .collect(),
         opset_import: vec![make::opset("", opset)],
         ..FunctionProto::default()
     };
     for formal in &body.attributes {
         match &formal.default {
             None => function.attribute.push(formal.name.clone()),
-            Some(value) => function.attribute_proto.push(attribute(&formal.name, value)),
+            Some(value) => function
+                .attribute_proto
+                .push(attribute(&formal.name, value)),
         }
     }
     Ok(function)
@@ -97,7 +121,10 @@ pub fn domain_version() -> (&'static str, i64) {
 fn splice(body: &BodyFunction, operands: &Operands<'_>) -> Vec<NodeProto> {
     let rename = |value: &str| -> String {
         if let Some(i) = body.inputs.iter().position(|n| n == value) {
-            return operands.qkv.get(i).map_or(String::new(), |s| (*s).to_owned());
+            return operands
+                .qkv
+                .get(i)
+                .map_or(String::new(), |s| (*s).to_owned());
         }
         if body.outputs.first().is_some_and(|o| o == value) {
             return operands.out.to_owned();
@@ -107,7 +134,11 @@ fn splice(body: &BodyFunction, operands: &Operands<'_>) -> Vec<NodeProto> {
     body.nodes
         .iter()
         .map(|n| {
-            let name = format!("{}/{}", operands.name, n.outputs.first().map_or("", String::as_str));
+            let name = format!(
+                "{}/{}",
+                operands.name,
+                n.outputs.first().map_or("", String::as_str)
+            );
             node(n, &name, &rename)
         })
         .collect()
@@ -122,7 +153,11 @@ fn node(body: &BodyNode, name: &str, rename: &dyn Fn(&str) -> String) -> NodePro
         name: Some(name.to_owned()),
         input: refs(&inputs),
         output: refs(&outputs),
-        attribute: body.attributes.iter().map(|a| attribute(&a.name, &a.value)).collect(),
+        attribute: body
+            .attributes
+            .iter()
+            .map(|a| attribute(&a.name, &a.value))
+            .collect(),
         ..NodeProto::default()
     }
 }
@@ -133,12 +168,16 @@ fn attribute(name: &str, value: &AttributeValue) -> AttributeProto {
         AttributeValue::Ints(v) => make::ints(name, v),
         AttributeValue::Float(v) => make::float(name, *v),
         AttributeValue::String(v) => make::string(name, v),
-        AttributeValue::TensorF32 { dims, data } => make::tensor_attribute(name, make::tensor_f32("", dims, data)),
+        AttributeValue::TensorF32 { dims, data } => {
+            make::tensor_attribute(name, make::tensor_f32("", dims, data))
+        }
         AttributeValue::TensorF64 { dims, data } => {
             let bytes: bytes::Bytes = data.iter().flat_map(|v| v.to_le_bytes()).collect();
             make::tensor_attribute(name, make::tensor("", ElementType::F64, dims, bytes))
         }
-        AttributeValue::TensorI64 { dims, data } => make::tensor_attribute(name, make::tensor_i64("", dims, data)),
+        AttributeValue::TensorI64 { dims, data } => {
+            make::tensor_attribute(name, make::tensor_i64("", dims, data))
+        }
         AttributeValue::Ref { attribute, kind } => {
             let kind = match kind {
                 RefKind::Int => AttributeKind::Int,

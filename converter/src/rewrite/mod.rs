@@ -31,7 +31,11 @@ pub fn apply(model: &mut ModelProto, patches: Vec<Patch>, old: &Shapes, again: &
         graph.initializer.extend(patch.initializers);
         graph.value_info.extend(patch.value_info);
         for (node, slot, value) in patch.inputs {
-            if let Some(input) = graph.node.get_mut(node.0).and_then(|n| n.input.get_mut(slot)) {
+            if let Some(input) = graph
+                .node
+                .get_mut(node.0)
+                .and_then(|n| n.input.get_mut(slot))
+            {
                 orphans.push(std::mem::replace(input, value));
             }
         }
@@ -73,14 +77,18 @@ fn reroot_shapes(
                 if value == x || !seen.insert(value) || seen.len() > 600 {
                     continue;
                 }
-                let Some(port) = index.producer(value) else { continue };
+                let Some(port) = index.producer(value) else {
+                    continue;
+                };
                 if port.node.0 < first_use {
                     continue;
                 }
                 let same = |s: &Shapes| s.shape(value).is_some() && s.shape(value) == s.shape(x);
                 if same(old) && same(again) {
                     for reader in index.readers(value) {
-                        if op(index.node(reader.node)) == "Shape" && domain(index.node(reader.node)).is_empty() {
+                        if op(index.node(reader.node)) == "Shape"
+                            && domain(index.node(reader.node)).is_empty()
+                        {
                             moves.insert(reader.node.0, x.to_owned());
                         }
                     }
@@ -113,7 +121,11 @@ pub fn declare_operator(
         return Ok(());
     }
     let (domain, version) = emit::domain_version();
-    if !model.opset_import.iter().any(|o| o.domain.as_deref() == Some(domain)) {
+    if !model
+        .opset_import
+        .iter()
+        .any(|o| o.domain.as_deref() == Some(domain))
+    {
         model.opset_import.push(make::opset(domain, version));
     }
     if emit == Emit::Function {

@@ -1,6 +1,8 @@
 //! The nodes that replace one attention site.
 
-use linfusion_models::checkpoint::{Checkpoint, CheckpointError, CheckpointModule, MlpPart, MlpWidth, Part};
+use linfusion_models::checkpoint::{
+    Checkpoint, CheckpointError, CheckpointModule, MlpPart, MlpWidth, Part,
+};
 use linfusion_models::onnx::proto::{AttributeProto, NodeProto, TensorProto, ValueInfoProto};
 use linfusion_models::onnx::{ElementType, make};
 use linfusion_ops::LinFusionAttentionAttrs;
@@ -63,7 +65,9 @@ pub struct Patch {
 #[derive(Debug, thiserror::Error)]
 pub enum SiteError {
     /// Checkpoint and site disagree.
-    #[error("{module}: the checkpoint has width {found_dim} with {found_heads} heads, the graph has width {dim} with {heads} heads ({anchor}); is the checkpoint for this model?")]
+    #[error(
+        "{module}: the checkpoint has width {found_dim} with {found_heads} heads, the graph has width {dim} with {heads} heads ({anchor}); is the checkpoint for this model?"
+    )]
     Mismatch {
         /// The module.
         module: String,
@@ -105,7 +109,10 @@ pub fn patch(
     module: &str,
     weights: &Weights<'_>,
 ) -> Result<Patch, SiteError> {
-    let fail = |reason: String| SiteError::Graph { anchor: anchor.to_owned(), reason };
+    let fail = |reason: String| SiteError::Graph {
+        anchor: anchor.to_owned(),
+        reason,
+    };
     let element = ElementType::from_onnx(site.element)
         .ok_or_else(|| fail(format!("element type {} is not supported", site.element)))?;
     let mut b = Builder {
@@ -124,12 +131,29 @@ pub fn patch(
         (Weights::Graph, _) => (site.merged, &site.merged_layout),
         (Weights::Module { .. }, Some(out)) => (out.result, &out.layout),
         (Weights::Module { .. }, None) => {
-            return Err(fail(format!("no single linear layer reads the attention's output '{}'", site.merged)));
+            return Err(fail(format!(
+                "no single linear layer reads the attention's output '{}'",
+                site.merged
+            )));
         }
     };
-    let port = context.graph.producer(target).ok_or_else(|| fail(format!("no node makes '{target}'")))?;
-    if context.graph.node(port.node).output.iter().filter(|o| !o.is_empty()).count() > 1 {
-        return Err(fail(format!("'{}' has several outputs", label(context.graph.node(port.node)))));
+    let port = context
+        .graph
+        .producer(target)
+        .ok_or_else(|| fail(format!("no node makes '{target}'")))?;
+    if context
+        .graph
+        .node(port.node)
+        .output
+        .iter()
+        .filter(|o| !o.is_empty())
+        .count()
+        > 1
+    {
+        return Err(fail(format!(
+            "'{}' has several outputs",
+            label(context.graph.node(port.node))
+        )));
     }
     let x = b.tokens(site.x, &site.x_layout, "x")?;
     let qkv = match weights {
@@ -145,7 +169,11 @@ pub fn patch(
         out = b.out_projection(&out, checkpoint, module)?;
     }
     b.finish(&out, target, layout)?;
-    let attended = if b.nodes.iter().any(|n| n.output.first() == Some(&attended)) { attended } else { target.to_owned() };
+    let attended = if b.nodes.iter().any(|n| n.output.first() == Some(&attended)) {
+        attended
+    } else {
+        target.to_owned()
+    };
     Ok(Patch {
         operands: (qkv, attended),
         target: target.to_owned(),
@@ -159,10 +187,15 @@ pub fn patch(
     })
 }
 
-fn check_module(site: &Plain<'_>, anchor: &str, module: &CheckpointModule) -> Result<(), SiteError> {
+fn check_module(
+    site: &Plain<'_>,
+    anchor: &str,
+    module: &CheckpointModule,
+) -> Result<(), SiteError> {
     let same = |a: i64, b: usize| i64::try_from(b).is_ok_and(|b| a == b);
     let out_width = site.out.as_ref().map_or(site.width, |o| o.width);
-    if same(site.width, module.dim) && same(out_width, module.dim) && same(site.heads, module.heads) {
+    if same(site.width, module.dim) && same(out_width, module.dim) && same(site.heads, module.heads)
+    {
         return Ok(());
     }
     Err(SiteError::Mismatch {
@@ -189,21 +222,32 @@ struct Builder<'a, 'm> {
 }
 
 impl Builder<'_, '_> {
-    fn op(&mut self, op: &str, step: &str, inputs: &[&str], attributes: Vec<AttributeProto>) -> String {
+    fn op(
+        &mut self,
+        op: &str,
+        step: &str,
+        inputs: &[&str],
+        attributes: Vec<AttributeProto>,
+    ) -> String {
         let name = format!("{}/{step}/{op}", self.prefix);
         let out = format!("{name}_output_0");
-        self.nodes.push(make::node(op, &name, inputs, &[&out], attributes));
+        self.nodes
+            .push(make::node(op, &name, inputs, &[&out], attributes));
         out
     }
 
     fn ints(&mut self, step: &str, values: &[i64]) -> String {
         let name = format!("{}/{step}", self.prefix);
-        self.initializers.push(make::tensor_i64(&name, &[values.len() as i64], values));
+        self.initializers
+            .push(make::tensor_i64(&name, &[values.len() as i64], values));
         name
     }
 
     fn fail(&self, reason: String) -> SiteError {
-        SiteError::Graph { anchor: self.prefix.clone(), reason }
+        SiteError::Graph {
+            anchor: self.prefix.clone(),
+            reason,
+        }
     }
 
     /// A matrix that lies as `layout`, as `[B, N, C]`.
@@ -211,14 +255,29 @@ impl Builder<'_, '_> {
         let rank = self.context.shapes.shape(value).map_or(0, <[i64]>::len);
         Ok(match (layout, rank) {
             (Layout::Tokens, _) => value.to_owned(),
-            (Layout::ChannelsFirst, 3) => self.op("Transpose", step, &[value], vec![make::ints("perm", &[0, 2, 1])]),
+            (Layout::ChannelsFirst, 3) => self.op(
+                "Transpose",
+                step,
+                &[value],
+                vec![make::ints("perm", &[0, 2, 1])],
+            ),
             (Layout::ChannelsFirst, 4) => {
                 let shape = self.ints(&format!("{step}/shape"), &[0, 0, -1]);
                 let flat = self.op("Reshape", step, &[value, &shape], vec![]);
-                self.op("Transpose", step, &[&flat], vec![make::ints("perm", &[0, 2, 1])])
+                self.op(
+                    "Transpose",
+                    step,
+                    &[&flat],
+                    vec![make::ints("perm", &[0, 2, 1])],
+                )
             }
             (Layout::Image, 4) => {
-                let width = self.context.shapes.shape(value).and_then(|s| s.last().copied()).unwrap_or(-1);
+                let width = self
+                    .context
+                    .shapes
+                    .shape(value)
+                    .and_then(|s| s.last().copied())
+                    .unwrap_or(-1);
                 let shape = self.ints(&format!("{step}/shape"), &[0, -1, width]);
                 self.op("Reshape", step, &[value, &shape], vec![])
             }
@@ -226,10 +285,19 @@ impl Builder<'_, '_> {
                 let like = self.site.x.to_owned();
                 let leading = self.leading(&like, 2, step);
                 let rest = self.ints(&format!("{step}/rest"), &[-1]);
-                let shape = self.op("Concat", step, &[&leading, &rest], vec![make::int("axis", 0)]);
+                let shape = self.op(
+                    "Concat",
+                    step,
+                    &[&leading, &rest],
+                    vec![make::int("axis", 0)],
+                );
                 self.op("Reshape", step, &[value, &shape], vec![])
             }
-            _ => return Err(self.fail(format!("'{value}' of rank {rank} lies in a way that is not supported"))),
+            _ => {
+                return Err(self.fail(format!(
+                    "'{value}' of rank {rank} lies in a way that is not supported"
+                )));
+            }
         })
     }
 
@@ -238,7 +306,12 @@ impl Builder<'_, '_> {
         let shape = self.op("Shape", &format!("{step}/like"), &[value], vec![]);
         let start = self.ints(&format!("{step}/like/start"), &[0]);
         let end = self.ints(&format!("{step}/like/end"), &[n]);
-        self.op("Slice", &format!("{step}/like"), &[&shape, &start, &end], vec![])
+        self.op(
+            "Slice",
+            &format!("{step}/like"),
+            &[&shape, &start, &end],
+            vec![],
+        )
     }
 
     /// q, k, v of the graph's own projections.
@@ -291,7 +364,12 @@ impl Builder<'_, '_> {
             }
             Columns::Listed(list) => {
                 let indices = self.ints(&format!("{step}/columns"), list);
-                self.op("Gather", step, &[value, &indices], vec![make::int("axis", 2)])
+                self.op(
+                    "Gather",
+                    step,
+                    &[value, &indices],
+                    vec![make::int("axis", 2)],
+                )
             }
         }
     }
@@ -311,7 +389,12 @@ impl Builder<'_, '_> {
             xq = self.mlp(x, "to_q_", Part::QMlp, checkpoint, module)?;
             xk = self.mlp(x, "to_k_", Part::KMlp, checkpoint, module)?;
         }
-        let mut project = |from: &str, step: &str, weight: Part, bias: Part, factor: f64| -> Result<String, SiteError> {
+        let mut project = |from: &str,
+                           step: &str,
+                           weight: Part,
+                           bias: Part,
+                           factor: f64|
+         -> Result<String, SiteError> {
             let w = self.matrix(step, weight, checkpoint, module, factor)?;
             let product = self.op("MatMul", step, &[from, &w], vec![]);
             match checkpoint.optional_tensor(module, bias)? {
@@ -339,16 +422,53 @@ impl Builder<'_, '_> {
         module: &CheckpointModule,
     ) -> Result<String, SiteError> {
         let layer = |i: usize| format!("{step}/{i}");
-        let w0 = self.matrix(&format!("{step}.0"), part(MlpPart::InWeight), checkpoint, module, 1.0)?;
-        let b0 = self.vector(&format!("{step}.0"), part(MlpPart::InBias), checkpoint, module)?;
-        let scale = self.vector(&format!("{step}.1"), part(MlpPart::NormWeight), checkpoint, module)?;
-        let shift = self.vector(&format!("{step}.1"), part(MlpPart::NormBias), checkpoint, module)?;
-        let w3 = self.matrix(&format!("{step}.3"), part(MlpPart::OutWeight), checkpoint, module, 1.0)?;
-        let b3 = self.vector(&format!("{step}.3"), part(MlpPart::OutBias), checkpoint, module)?;
+        let w0 = self.matrix(
+            &format!("{step}.0"),
+            part(MlpPart::InWeight),
+            checkpoint,
+            module,
+            1.0,
+        )?;
+        let b0 = self.vector(
+            &format!("{step}.0"),
+            part(MlpPart::InBias),
+            checkpoint,
+            module,
+        )?;
+        let scale = self.vector(
+            &format!("{step}.1"),
+            part(MlpPart::NormWeight),
+            checkpoint,
+            module,
+        )?;
+        let shift = self.vector(
+            &format!("{step}.1"),
+            part(MlpPart::NormBias),
+            checkpoint,
+            module,
+        )?;
+        let w3 = self.matrix(
+            &format!("{step}.3"),
+            part(MlpPart::OutWeight),
+            checkpoint,
+            module,
+            1.0,
+        )?;
+        let b3 = self.vector(
+            &format!("{step}.3"),
+            part(MlpPart::OutBias),
+            checkpoint,
+            module,
+        )?;
         let h = self.op("MatMul", &layer(0), &[x, &w0], vec![]);
         let h = self.op("Add", &layer(0), &[&h, &b0], vec![]);
         let h = self.layer_norm(&h, &layer(1), &scale, &shift);
-        let h = self.op("LeakyRelu", &layer(2), &[&h], vec![make::float("alpha", 0.01)]);
+        let h = self.op(
+            "LeakyRelu",
+            &layer(2),
+            &[&h],
+            vec![make::float("alpha", 0.01)],
+        );
         let h = self.op("MatMul", &layer(3), &[&h, &w3], vec![]);
         let h = self.op("Add", &layer(3), &[&h, &b3], vec![]);
         Ok(self.op("Add", step, &[x, &h], vec![]))
@@ -361,26 +481,54 @@ impl Builder<'_, '_> {
             return self.op("LayerNormalization", step, &[h, scale, shift], attributes);
         }
         // The decomposed form squares: in fp16 that overflows from 256 up, so it runs in fp32.
-        let wide = if self.element == ElementType::F64 { ElementType::F64 } else { ElementType::F32 };
+        let wide = if self.element == ElementType::F64 {
+            ElementType::F64
+        } else {
+            ElementType::F32
+        };
         let narrow = self.element != wide;
         let cast = |to: ElementType| vec![make::int("to", i64::from(to.onnx()))];
         let axes = || vec![make::ints("axes", &[-1]), make::int("keepdims", 1)];
-        let h = if narrow { self.op("Cast", &format!("{step}/widen"), &[h], cast(wide)) } else { h.to_owned() };
+        let h = if narrow {
+            self.op("Cast", &format!("{step}/widen"), &[h], cast(wide))
+        } else {
+            h.to_owned()
+        };
         let eps_name = format!("{}/{step}/eps", self.prefix);
         let eps: bytes::Bytes = if wide == ElementType::F64 {
             f64::from(EPSILON).to_le_bytes().to_vec().into()
         } else {
             EPSILON.to_le_bytes().to_vec().into()
         };
-        self.initializers.push(make::tensor(&eps_name, wide, &[], eps));
+        self.initializers
+            .push(make::tensor(&eps_name, wide, &[], eps));
         let mean = self.op("ReduceMean", &format!("{step}/mean"), &[&h], axes());
         let centred = self.op("Sub", step, &[&h, &mean], vec![]);
-        let square = self.op("Mul", &format!("{step}/square"), &[&centred, &centred], vec![]);
-        let variance = self.op("ReduceMean", &format!("{step}/variance"), &[&square], axes());
-        let safe = self.op("Add", &format!("{step}/eps"), &[&variance, &eps_name], vec![]);
+        let square = self.op(
+            "Mul",
+            &format!("{step}/square"),
+            &[&centred, &centred],
+            vec![],
+        );
+        let variance = self.op(
+            "ReduceMean",
+            &format!("{step}/variance"),
+            &[&square],
+            axes(),
+        );
+        let safe = self.op(
+            "Add",
+            &format!("{step}/eps"),
+            &[&variance, &eps_name],
+            vec![],
+        );
         let deviation = self.op("Sqrt", step, &[&safe], vec![]);
         let unit = self.op("Div", step, &[&centred, &deviation], vec![]);
-        let unit = if narrow { self.op("Cast", step, &[&unit], cast(self.element)) } else { unit };
+        let unit = if narrow {
+            self.op("Cast", step, &[&unit], cast(self.element))
+        } else {
+            unit
+        };
         let scaled = self.op("Mul", step, &[&unit, scale], vec![]);
         self.op("Add", step, &[&scaled, shift], vec![])
     }
@@ -396,7 +544,14 @@ impl Builder<'_, '_> {
         // The name says that it is the transposed PyTorch weight: whoever merges
         // a LoRA by name must not mistake it for `[out, in]`.
         let name = format!("{}.{}.weight_T", self.module, step.replace('/', "."));
-        self.convert(name, part, checkpoint, module, Orientation::Transposed, factor)
+        self.convert(
+            name,
+            part,
+            checkpoint,
+            module,
+            Orientation::Transposed,
+            factor,
+        )
     }
 
     fn vector(
@@ -406,7 +561,10 @@ impl Builder<'_, '_> {
         checkpoint: &Checkpoint,
         module: &CheckpointModule,
     ) -> Result<String, SiteError> {
-        let kind = if matches!(part, Part::QMlp(MlpPart::NormWeight) | Part::KMlp(MlpPart::NormWeight)) {
+        let kind = if matches!(
+            part,
+            Part::QMlp(MlpPart::NormWeight) | Part::KMlp(MlpPart::NormWeight)
+        ) {
             "weight"
         } else {
             "bias"
@@ -426,10 +584,17 @@ impl Builder<'_, '_> {
     ) -> Result<String, SiteError> {
         // The graph may already have a parameter of that name (an out
         // projection's bias): the new one stands beside it until pruning.
-        let name = if self.context.graph.initializer(&name).is_some() { format!("{name}.linfusion") } else { name };
+        let name = if self.context.graph.initializer(&name).is_some() {
+            format!("{name}.linfusion")
+        } else {
+            name
+        };
         let tensor = checkpoint.tensor(module, part)?;
         let Some(converted) = initializer(&name, &tensor, orientation, factor, self.element) else {
-            return Err(self.fail(format!("weights cannot be converted to {}", self.element.name())));
+            return Err(self.fail(format!(
+                "weights cannot be converted to {}",
+                self.element.name()
+            )));
         };
         if converted.overflowed > 0 {
             self.overflows.push((tensor.name, converted.overflowed));
@@ -444,8 +609,18 @@ impl Builder<'_, '_> {
         let attrs = LinFusionAttentionAttrs::new(self.site.heads, Some(DEFAULT_EPS))
             .map_err(|e| self.fail(e.to_string()))?;
         let [q, k, v] = qkv;
-        let operands = Operands { qkv: [q, k, v], out: &out, name: &name };
-        let nodes = attention_nodes(self.context.emit, &operands, attrs, self.context.opset, self.element)?;
+        let operands = Operands {
+            qkv: [q, k, v],
+            out: &out,
+            name: &name,
+        };
+        let nodes = attention_nodes(
+            self.context.emit,
+            &operands,
+            attrs,
+            self.context.opset,
+            self.element,
+        )?;
         self.nodes.extend(nodes);
         self.declare(&out);
         Ok(out)
@@ -468,7 +643,8 @@ impl Builder<'_, '_> {
             Some([b, n, _]) => [b.clone(), n.clone(), width],
             _ => [make::Dim::Unknown, make::Dim::Unknown, width],
         };
-        self.value_info.push(make::value_info(value, self.element, &dims));
+        self.value_info
+            .push(make::value_info(value, self.element, &dims));
     }
 
     fn out_projection(
@@ -495,20 +671,44 @@ impl Builder<'_, '_> {
         match (layout, rank) {
             (Layout::Tokens, _) => {}
             (Layout::Rows, _) => {
-                let width = self.context.shapes.shape(target).and_then(|s| s.last().copied()).unwrap_or(-1);
+                let width = self
+                    .context
+                    .shapes
+                    .shape(target)
+                    .and_then(|s| s.last().copied())
+                    .unwrap_or(-1);
                 let shape = self.ints("out/shape", &[-1, width]);
                 self.op("Reshape", "out", &[value, &shape], vec![]);
             }
             (Layout::ChannelsFirst, 3) => {
-                self.op("Transpose", "out", &[value], vec![make::ints("perm", &[0, 2, 1])]);
+                self.op(
+                    "Transpose",
+                    "out",
+                    &[value],
+                    vec![make::ints("perm", &[0, 2, 1])],
+                );
             }
             (Layout::ChannelsFirst, 4) if self.rank(self.site.x) == 4 => {
-                let turned = self.op("Transpose", "out", &[value], vec![make::ints("perm", &[0, 2, 1])]);
-                let channels = self.context.shapes.shape(target).and_then(|s| s.get(1).copied()).unwrap_or(-1);
+                let turned = self.op(
+                    "Transpose",
+                    "out",
+                    &[value],
+                    vec![make::ints("perm", &[0, 2, 1])],
+                );
+                let channels = self
+                    .context
+                    .shapes
+                    .shape(target)
+                    .and_then(|s| s.get(1).copied())
+                    .unwrap_or(-1);
                 let shape = self.spatial(&[0, channels], 2, "out");
                 self.op("Reshape", "out", &[&turned, &shape], vec![]);
             }
-            _ => return Err(self.fail(format!("'{target}' of rank {rank} lies in a way that is not supported"))),
+            _ => {
+                return Err(self.fail(format!(
+                    "'{target}' of rank {rank} lies in a way that is not supported"
+                )));
+            }
         }
         // The last node makes the replaced value itself: readers, graph outputs
         // and captures in subgraphs stay as they are.
@@ -516,11 +716,18 @@ impl Builder<'_, '_> {
             Some(out) => {
                 let old = std::mem::replace(out, target.to_owned());
                 let proto = self.context.graph.proto;
-                let declared =
-                    proto.value_info.iter().chain(&proto.output).any(|v| v.name.as_deref() == Some(target));
+                let declared = proto
+                    .value_info
+                    .iter()
+                    .chain(&proto.output)
+                    .any(|v| v.name.as_deref() == Some(target));
                 if declared {
                     self.value_info.retain(|v| v.name.as_deref() != Some(&old));
-                } else if let Some(info) = self.value_info.iter_mut().find(|v| v.name.as_deref() == Some(&old)) {
+                } else if let Some(info) = self
+                    .value_info
+                    .iter_mut()
+                    .find(|v| v.name.as_deref() == Some(&old))
+                {
                     info.name = Some(target.to_owned());
                 }
                 Ok(())
@@ -539,7 +746,12 @@ impl Builder<'_, '_> {
         let shape = self.op("Shape", &format!("{step}/like"), &[&x], vec![]);
         let start = self.ints(&format!("{step}/like/start"), &[from]);
         let end = self.ints(&format!("{step}/like/end"), &[i64::from(i32::MAX)]);
-        let tail = self.op("Slice", &format!("{step}/like"), &[&shape, &start, &end], vec![]);
+        let tail = self.op(
+            "Slice",
+            &format!("{step}/like"),
+            &[&shape, &start, &end],
+            vec![],
+        );
         let head = self.ints(&format!("{step}/head"), head);
         self.op("Concat", step, &[&head, &tail], vec![make::int("axis", 0)])
     }

@@ -58,10 +58,17 @@ pub fn initializer(
         };
         (bytes, 0)
     } else {
-        let values: Vec<f64> = order.of(&source.to_f64()).into_iter().map(|v| v * factor).collect();
+        let values: Vec<f64> = order
+            .of(&source.to_f64())
+            .into_iter()
+            .map(|v| v * factor)
+            .collect();
         encode(&values, element)?
     };
-    Some(Converted { tensor: make::tensor(name, element, &dims, bytes), overflowed })
+    Some(Converted {
+        tensor: make::tensor(name, element, &dims, bytes),
+        overflowed,
+    })
 }
 
 #[derive(Clone, Copy)]
@@ -82,7 +89,9 @@ impl Order {
                     for c0 in (0..cols).step_by(BLOCK) {
                         for r in r0..(r0 + BLOCK).min(rows) {
                             for c in c0..(c0 + BLOCK).min(cols) {
-                                if let (Some(to), Some(from)) = (out.get_mut(c * rows + r), values.get(r * cols + c)) {
+                                if let (Some(to), Some(from)) =
+                                    (out.get_mut(c * rows + r), values.get(r * cols + c))
+                                {
                                     *to = *from;
                                 }
                             }
@@ -117,10 +126,22 @@ fn encode(values: &[f64], element: ElementType) -> Option<(Bytes, usize)> {
         (bytes.into(), overflowed)
     }
     Some(match element {
-        ElementType::F32 => pack(values, |v| ((v as f32).to_le_bytes(), (v as f32).is_infinite())),
+        ElementType::F32 => pack(values, |v| {
+            ((v as f32).to_le_bytes(), (v as f32).is_infinite())
+        }),
         ElementType::F64 => pack(values, |v| (v.to_le_bytes(), false)),
-        ElementType::F16 => pack(values, |v| (f16::from_f64(v).to_le_bytes(), f16::from_f64(v).is_infinite())),
-        ElementType::Bf16 => pack(values, |v| (bf16::from_f64(v).to_le_bytes(), bf16::from_f64(v).is_infinite())),
+        ElementType::F16 => pack(values, |v| {
+            (
+                f16::from_f64(v).to_le_bytes(),
+                f16::from_f64(v).is_infinite(),
+            )
+        }),
+        ElementType::Bf16 => pack(values, |v| {
+            (
+                bf16::from_f64(v).to_le_bytes(),
+                bf16::from_f64(v).is_infinite(),
+            )
+        }),
         _ => return None,
     })
 }

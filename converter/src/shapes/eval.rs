@@ -28,13 +28,21 @@ pub mod element {
 #[must_use]
 pub fn decode(element: i32, bytes: &[u8]) -> Option<Elements> {
     fn chunks<const N: usize, T>(bytes: &[u8], f: impl Fn([u8; N]) -> T) -> Vec<T> {
-        bytes.chunks_exact(N).filter_map(|c| c.try_into().ok()).map(f).collect()
+        bytes
+            .chunks_exact(N)
+            .filter_map(|c| c.try_into().ok())
+            .map(f)
+            .collect()
     }
     Some(match element {
         element::FLOAT => Elements::Float(chunks(bytes, |b| f64::from(f32::from_le_bytes(b)))),
         element::DOUBLE => Elements::Float(chunks(bytes, f64::from_le_bytes)),
-        element::FLOAT16 => Elements::Float(chunks(bytes, |b| half::f16::from_le_bytes(b).to_f64())),
-        element::BFLOAT16 => Elements::Float(chunks(bytes, |b| half::bf16::from_le_bytes(b).to_f64())),
+        element::FLOAT16 => {
+            Elements::Float(chunks(bytes, |b| half::f16::from_le_bytes(b).to_f64()))
+        }
+        element::BFLOAT16 => {
+            Elements::Float(chunks(bytes, |b| half::bf16::from_le_bytes(b).to_f64()))
+        }
         element::INT64 => Elements::Int(chunks(bytes, i64::from_le_bytes)),
         element::INT32 => Elements::Int(chunks(bytes, |b| i64::from(i32::from_le_bytes(b)))),
         element::BOOL => Elements::Int(bytes.iter().map(|&b| i64::from(b != 0)).collect()),
@@ -51,7 +59,9 @@ pub fn evaluate(node: &NodeProto, inputs: &[&Fact], outputs: &mut [Fact]) {
         split(inputs, outputs);
         return;
     }
-    let Some(first) = outputs.first_mut() else { return };
+    let Some(first) = outputs.first_mut() else {
+        return;
+    };
     if first.elements.is_none() && first.count().is_some_and(|n| n <= SMALL) {
         first.elements = single(node, inputs, first);
         if first.elements.as_ref().map(|e| e.len() as i64) != first.count() {
@@ -72,7 +82,9 @@ fn single(node: &NodeProto, inputs: &[&Fact], out: &Fact) -> Option<Elements> {
             Some(Elements::Int(shape.get(start..end).unwrap_or(&[]).to_vec()))
         }
         "Size" => Some(Elements::Int(vec![inputs.first()?.count()?])),
-        "Identity" | "Reshape" | "Squeeze" | "Unsqueeze" | "Flatten" | "Dropout" => elements(0).cloned(),
+        "Identity" | "Reshape" | "Squeeze" | "Unsqueeze" | "Flatten" | "Dropout" => {
+            elements(0).cloned()
+        }
         "Cast" => elements(0).map(|e| e.cast(out.element.is_some_and(element::is_float))),
         "CastLike" => elements(0).map(|e| e.cast(out.element.is_some_and(element::is_float))),
         "Concat" => concat(node, inputs),
@@ -86,8 +98,15 @@ fn single(node: &NodeProto, inputs: &[&Fact], out: &Fact) -> Option<Elements> {
             elements(0)?.select(&vec![0; usize::try_from(out.count()?).ok()?])
         }
         "Range" => {
-            let (s, d) = (*elements(0)?.ints()?.first()?, *elements(2)?.ints()?.first()?);
-            Some(Elements::Int((0..out.count()?).map(|i| s.wrapping_add(i.wrapping_mul(d))).collect()))
+            let (s, d) = (
+                *elements(0)?.ints()?.first()?,
+                *elements(2)?.ints()?.first()?,
+            );
+            Some(Elements::Int(
+                (0..out.count()?)
+                    .map(|i| s.wrapping_add(i.wrapping_mul(d)))
+                    .collect(),
+            ))
         }
         "ConstantOfShape" => {
             let value = crate::graph::attribute(node, "value").and_then(|a| a.t.as_option());
@@ -99,7 +118,9 @@ fn single(node: &NodeProto, inputs: &[&Fact], out: &Fact) -> Option<Elements> {
         }
         "ReduceProd" | "ReduceSum" | "ReduceMax" | "ReduceMin" if out.count() == Some(1) => {
             let v = elements(0)?;
-            let fold = |f: fn(f64, f64) -> f64, start: f64| (0..v.len()).filter_map(|i| v.float(i)).fold(start, f);
+            let fold = |f: fn(f64, f64) -> f64, start: f64| {
+                (0..v.len()).filter_map(|i| v.float(i)).fold(start, f)
+            };
             let x = match op(node) {
                 "ReduceProd" => fold(|a, b| a * b, 1.0),
                 "ReduceSum" => fold(|a, b| a + b, 0.0),
@@ -113,7 +134,13 @@ fn single(node: &NodeProto, inputs: &[&Fact], out: &Fact) -> Option<Elements> {
             let pick = |f: &Fact, i: i64| f.elements.as_ref()?.float(broadcast_index(i, out, f)?);
             let both_int = a.ints().is_some() && b.ints().is_some();
             let v = (0..out.count()?)
-                .map(|i| if pick(c, i)? != 0.0 { pick(a, i) } else { pick(b, i) })
+                .map(|i| {
+                    if pick(c, i)? != 0.0 {
+                        pick(a, i)
+                    } else {
+                        pick(b, i)
+                    }
+                })
                 .collect::<Option<Vec<f64>>>()?;
             Some(Elements::Float(v).cast(!both_int))
         }
@@ -139,7 +166,9 @@ fn unary(name: &str, a: &Fact) -> Option<Elements> {
         _ => return None,
     };
     let e = a.elements.as_ref()?;
-    let v = (0..e.len()).map(|i| e.float(i).map(f)).collect::<Option<Vec<_>>>()?;
+    let v = (0..e.len())
+        .map(|i| e.float(i).map(f))
+        .collect::<Option<Vec<_>>>()?;
     Some(Elements::Float(v).cast(matches!(e, Elements::Float(_))))
 }
 
@@ -181,7 +210,12 @@ fn binary(name: &str, a: &Fact, b: &Fact, out: &Fact) -> Option<Elements> {
         _ => return None,
     };
     (0..n)
-        .map(|i| Some(f(a.elements.as_ref()?.float(pairs(a, i)?)?, b.elements.as_ref()?.float(pairs(b, i)?)?)))
+        .map(|i| {
+            Some(f(
+                a.elements.as_ref()?.float(pairs(a, i)?)?,
+                b.elements.as_ref()?.float(pairs(b, i)?)?,
+            ))
+        })
         .collect::<Option<Vec<_>>>()
         .map(Elements::Float)
 }
@@ -205,11 +239,21 @@ fn broadcast_index(i: i64, out: &Fact, operand: &Fact) -> Option<usize> {
 
 fn concat(node: &NodeProto, inputs: &[&Fact]) -> Option<Elements> {
     // Shape arithmetic concatenates vectors only.
-    if inputs.iter().any(|f| f.shape.as_ref().is_none_or(|s| s.len() != 1)) || attr_int(node, "axis")? > 0 {
+    if inputs
+        .iter()
+        .any(|f| f.shape.as_ref().is_none_or(|s| s.len() != 1))
+        || attr_int(node, "axis")? > 0
+    {
         return None;
     }
     if inputs.iter().all(|f| f.ints().is_some()) {
-        return Some(Elements::Int(inputs.iter().flat_map(|f| f.ints().unwrap_or(&[])).copied().collect()));
+        return Some(Elements::Int(
+            inputs
+                .iter()
+                .flat_map(|f| f.ints().unwrap_or(&[]))
+                .copied()
+                .collect(),
+        ));
     }
     let mut all = Vec::new();
     for f in inputs {
@@ -261,7 +305,10 @@ fn transpose(node: &NodeProto, inputs: &[&Fact]) -> Option<Elements> {
 pub fn permutation(node: &NodeProto, rank: usize) -> Option<Vec<usize>> {
     let perm: Vec<usize> = match attr_ints(node, "perm") {
         None | Some([]) => (0..rank).rev().collect(),
-        Some(p) => p.iter().map(|&i| usize::try_from(i).ok()).collect::<Option<_>>()?,
+        Some(p) => p
+            .iter()
+            .map(|&i| usize::try_from(i).ok())
+            .collect::<Option<_>>()?,
     };
     let mut seen = vec![false; rank];
     for &p in &perm {
@@ -291,9 +338,12 @@ pub fn slice_ranges(node: &NodeProto, inputs: &[&Fact]) -> Option<Vec<SliceRange
     let by_input = |i: usize| inputs.get(i).and_then(|f| f.ints()).map(<[i64]>::to_vec);
     let given = |i: usize| inputs.get(i).is_some_and(|f| f.shape.is_some());
     let (starts, ends, axes, steps) = match attr_ints(node, "starts") {
-        Some(starts) => {
-            (starts.to_vec(), attr_ints(node, "ends")?.to_vec(), attr_ints(node, "axes").map(<[i64]>::to_vec), None)
-        }
+        Some(starts) => (
+            starts.to_vec(),
+            attr_ints(node, "ends")?.to_vec(),
+            attr_ints(node, "axes").map(<[i64]>::to_vec),
+            None,
+        ),
         None => {
             // An axes or steps input that is there but unknown leaves the slice unknown.
             if (given(3) && by_input(3).is_none()) || (given(4) && by_input(4).is_none()) {
@@ -302,8 +352,14 @@ pub fn slice_ranges(node: &NodeProto, inputs: &[&Fact]) -> Option<Vec<SliceRange
             (by_input(1)?, by_input(2)?, by_input(3), by_input(4))
         }
     };
-    let mut ranges: Vec<SliceRange> =
-        shape.iter().map(|&d| SliceRange { start: 0, step: 1, len: d }).collect();
+    let mut ranges: Vec<SliceRange> = shape
+        .iter()
+        .map(|&d| SliceRange {
+            start: 0,
+            step: 1,
+            len: d,
+        })
+        .collect();
     let axes = axes.unwrap_or_else(|| (0..starts.len() as i64).collect());
     for (i, &a) in axes.iter().enumerate() {
         let a = axis(a, shape.len())?;
@@ -313,12 +369,20 @@ pub fn slice_ranges(node: &NodeProto, inputs: &[&Fact]) -> Option<Vec<SliceRange
         let (s, e) = (wrap(*starts.get(i)?), wrap(*ends.get(i)?));
         ranges[a] = if step > 0 {
             let (s, e) = (s.clamp(0, d), e.clamp(0, d));
-            SliceRange { start: s, step, len: (e - s).max(0).checked_add(step - 1)? / step }
+            SliceRange {
+                start: s,
+                step,
+                len: (e - s).max(0).checked_add(step - 1)? / step,
+            }
         } else if step < 0 {
             let s = s.clamp(-1, d - 1);
             let e = (if *ends.get(i)? < -d { -1 } else { e }).clamp(-1, d - 1);
             let back = step.checked_neg()?;
-            SliceRange { start: s, step, len: (s - e).max(0).checked_add(back - 1)? / back }
+            SliceRange {
+                start: s,
+                step,
+                len: (s - e).max(0).checked_add(back - 1)? / back,
+            }
         } else {
             return None;
         };
@@ -337,15 +401,27 @@ fn strided_indices(shape: &[i64], ranges: &[SliceRange]) -> Option<Vec<usize>> {
             return None;
         }
     }
-    indices.into_iter().map(|i| usize::try_from(i).ok()).collect()
+    indices
+        .into_iter()
+        .map(|i| usize::try_from(i).ok())
+        .collect()
 }
 
 fn split(inputs: &[&Fact], outputs: &mut [Fact]) {
-    let Some(data) = inputs.first().filter(|f| f.shape.as_ref().is_some_and(|s| s.len() == 1)) else { return };
-    let Some(elements) = data.elements.as_ref() else { return };
+    let Some(data) = inputs
+        .first()
+        .filter(|f| f.shape.as_ref().is_some_and(|s| s.len() == 1))
+    else {
+        return;
+    };
+    let Some(elements) = data.elements.as_ref() else {
+        return;
+    };
     let mut at = 0usize;
     for out in outputs {
-        let Some(n) = out.count().and_then(|n| usize::try_from(n).ok()) else { return };
+        let Some(n) = out.count().and_then(|n| usize::try_from(n).ok()) else {
+            return;
+        };
         out.elements = elements.select(&(at..at.saturating_add(n)).collect::<Vec<_>>());
         at = at.saturating_add(n);
     }

@@ -34,7 +34,12 @@ pub struct Shapes {
     facts: HashMap<String, Fact>,
 }
 
-static UNKNOWN: Fact = Fact { shape: None, element: None, elements: None, constant: false };
+static UNKNOWN: Fact = Fact {
+    shape: None,
+    element: None,
+    elements: None,
+    constant: false,
+};
 
 impl Shapes {
     /// Propagates `probe` through the main graph of `model`.
@@ -47,7 +52,15 @@ impl Shapes {
             functions: model
                 .functions
                 .iter()
-                .map(|f| ((f.domain.as_deref().unwrap_or(""), f.name.as_deref().unwrap_or("")), f))
+                .map(|f| {
+                    (
+                        (
+                            f.domain.as_deref().unwrap_or(""),
+                            f.name.as_deref().unwrap_or(""),
+                        ),
+                        f,
+                    )
+                })
                 .collect(),
             read,
             depth: 0,
@@ -128,11 +141,18 @@ impl Env<'_> {
     }
 
     fn apply(&self, node: &NodeProto) -> Vec<Fact> {
-        let inputs: Vec<&Fact> =
-            node.input.iter().map(|n| self.facts.get(n.as_str()).unwrap_or(&UNKNOWN)).collect();
+        let inputs: Vec<&Fact> = node
+            .input
+            .iter()
+            .map(|n| self.facts.get(n.as_str()).unwrap_or(&UNKNOWN))
+            .collect();
         let mut outputs = rules::infer(node, &inputs);
         let constant = !inputs.is_empty()
-            && node.input.iter().zip(&inputs).all(|(n, f)| n.is_empty() || f.constant);
+            && node
+                .input
+                .iter()
+                .zip(&inputs)
+                .all(|(n, f)| n.is_empty() || f.constant);
         eval::evaluate(node, &inputs, &mut outputs);
         for out in &mut outputs {
             out.constant = constant;
@@ -146,11 +166,22 @@ impl Env<'_> {
         if self.depth >= MAX_DEPTH {
             return Vec::new();
         }
-        let condition = node.input.first().and_then(|n| self.facts.get(n.as_str())?.scalar());
-        let wanted = condition.map(|c| if c != 0.0 { "then_branch" } else { "else_branch" });
+        let condition = node
+            .input
+            .first()
+            .and_then(|n| self.facts.get(n.as_str())?.scalar());
+        let wanted = condition.map(|c| {
+            if c != 0.0 {
+                "then_branch"
+            } else {
+                "else_branch"
+            }
+        });
         let mut best = Vec::new();
         for attr in &node.attribute {
-            let Some(branch) = attr.g.as_option() else { continue };
+            let Some(branch) = attr.g.as_option() else {
+                continue;
+            };
             if wanted.is_some() && attr.name.as_deref() != wanted {
                 continue;
             }
@@ -160,7 +191,12 @@ impl Env<'_> {
             let facts: Vec<Fact> = branch
                 .output
                 .iter()
-                .map(|o| self.facts.get(o.name.as_deref().unwrap_or("")).cloned().unwrap_or_default())
+                .map(|o| {
+                    self.facts
+                        .get(o.name.as_deref().unwrap_or(""))
+                        .cloned()
+                        .unwrap_or_default()
+                })
                 .collect();
             if best.is_empty() || facts.iter().all(|f| f.shape.is_some()) {
                 best = facts;
@@ -183,15 +219,24 @@ impl Env<'_> {
         let outer = std::mem::replace(&mut self.facts, facts);
         self.depth += 1;
         for inner in &function.node {
-            self.node(&rules::bind_attributes(inner, function, node), &HashMap::new());
+            self.node(
+                &rules::bind_attributes(inner, function, node),
+                &HashMap::new(),
+            );
         }
         self.depth -= 1;
         let inner = std::mem::replace(&mut self.facts, outer);
-        function.output.iter().map(|o| inner.get(o).cloned().unwrap_or_default()).collect()
+        function
+            .output
+            .iter()
+            .map(|o| inner.get(o).cloned().unwrap_or_default())
+            .collect()
     }
 
     fn declared(&self, info: &ValueInfoProto) -> (Option<Vec<i64>>, Option<i32>) {
-        let Some((element, shape)) = tensor_type(info) else { return (None, None) };
+        let Some((element, shape)) = tensor_type(info) else {
+            return (None, None);
+        };
         let dims = shape.map(|dims| {
             dims.iter()
                 .map(|d| match d {
@@ -219,8 +264,12 @@ pub enum Dim<'m> {
 /// Element type and declared dimensions of a tensor-typed value.
 #[must_use]
 pub fn tensor_type(info: &ValueInfoProto) -> Option<(Option<i32>, Option<Vec<Dim<'_>>>)> {
-    use proto::__buffa::oneof::{tensor_shape_proto::dimension::Value as D, type_proto::Value as T};
-    let T::TensorType(tensor) = info.r#type.as_option()?.value.as_ref()? else { return None };
+    use proto::__buffa::oneof::{
+        tensor_shape_proto::dimension::Value as D, type_proto::Value as T,
+    };
+    let T::TensorType(tensor) = info.r#type.as_option()?.value.as_ref()? else {
+        return None;
+    };
     let dims = tensor.shape.as_option().map(|s| {
         s.dim
             .iter()

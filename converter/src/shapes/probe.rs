@@ -21,12 +21,20 @@ pub struct Probe {
 impl Probe {
     /// Small sizes for tracing layouts. All differ from each other and from the
     /// widths that models have, and stay whole through four halvings.
-    pub const TRACE: Probe = Probe { batch: 2, latent: (16, 48), text: 13 };
+    pub const TRACE: Probe = Probe {
+        batch: 2,
+        latent: (16, 48),
+        text: 13,
+    };
 
     /// A square latent image at batch 1 with 77 text tokens.
     #[must_use]
     pub fn square(side: i64) -> Self {
-        Probe { batch: 1, latent: (side, side), text: 77 }
+        Probe {
+            batch: 1,
+            latent: (side, side),
+            text: 77,
+        }
     }
 
     /// Gives every graph input a fact and every input symbol a size. The first
@@ -38,8 +46,11 @@ impl Probe {
         symbols: &mut HashMap<String, i64>,
         facts: &mut HashMap<String, Fact>,
     ) {
-        let initialized: std::collections::HashSet<&str> =
-            graph.initializer.iter().filter_map(|t| t.name.as_deref()).collect();
+        let initialized: std::collections::HashSet<&str> = graph
+            .initializer
+            .iter()
+            .filter_map(|t| t.name.as_deref())
+            .collect();
         let inputs: Vec<Input<'_>> = graph
             .input
             .iter()
@@ -47,10 +58,16 @@ impl Probe {
             .filter_map(Input::of)
             .collect();
         let image = inputs.iter().position(|i| i.dims.len() == 4);
-        let packed = if image.is_some() { None } else { inputs.iter().position(|i| i.dims.len() == 3) };
+        let packed = if image.is_some() {
+            None
+        } else {
+            inputs.iter().position(|i| i.dims.len() == 3)
+        };
         for (index, input) in inputs.iter().enumerate() {
             let role = match input.dims.len() {
-                4 if Some(index) != image && input.dims.get(1) == Some(&Dim::Value(3)) => Role::Pixels,
+                4 if Some(index) != image && input.dims.get(1) == Some(&Dim::Value(3)) => {
+                    Role::Pixels
+                }
                 4 => Role::Latent,
                 3 if Some(index) == packed => Role::PackedTokens,
                 _ => Role::Other,
@@ -106,6 +123,10 @@ struct Input<'m> {
 impl<'m> Input<'m> {
     fn of(info: &'m ValueInfoProto) -> Option<Self> {
         let (element, dims) = tensor_type(info)?;
-        Some(Input { name: info.name.as_deref()?, element, dims: dims? })
+        Some(Input {
+            name: info.name.as_deref()?,
+            element,
+            dims: dims?,
+        })
     }
 }

@@ -33,14 +33,25 @@ pub fn constant_node(node: &NodeProto, read: TensorReader<'_>) -> Fact {
                 }
             }
             Some("value_int") => {
-                fact = known(vec![], element::INT64, Elements::Int(vec![attr.i.unwrap_or(0)]));
+                fact = known(
+                    vec![],
+                    element::INT64,
+                    Elements::Int(vec![attr.i.unwrap_or(0)]),
+                );
             }
             Some("value_ints") => {
-                fact = known(vec![attr.ints.len() as i64], element::INT64, Elements::Int(attr.ints.clone()));
+                fact = known(
+                    vec![attr.ints.len() as i64],
+                    element::INT64,
+                    Elements::Int(attr.ints.clone()),
+                );
             }
             Some("value_float") => {
-                fact =
-                    known(vec![], element::FLOAT, Elements::Float(vec![f64::from(attr.f.unwrap_or(0.0))]));
+                fact = known(
+                    vec![],
+                    element::FLOAT,
+                    Elements::Float(vec![f64::from(attr.f.unwrap_or(0.0))]),
+                );
             }
             Some("value_floats") => {
                 let v: Vec<f64> = attr.floats.iter().map(|&x| f64::from(x)).collect();
@@ -59,8 +70,13 @@ pub fn constant_node(node: &NodeProto, read: TensorReader<'_>) -> Fact {
 pub fn bind_attributes(inner: &NodeProto, function: &FunctionProto, call: &NodeProto) -> NodeProto {
     let mut bound = inner.clone();
     for attr in &mut bound.attribute {
-        let Some(reference) = attr.ref_attr_name.clone().filter(|r| !r.is_empty()) else { continue };
-        let default = function.attribute_proto.iter().find(|a| a.name.as_deref() == Some(&reference));
+        let Some(reference) = attr.ref_attr_name.clone().filter(|r| !r.is_empty()) else {
+            continue;
+        };
+        let default = function
+            .attribute_proto
+            .iter()
+            .find(|a| a.name.as_deref() == Some(&reference));
         if let Some(actual) = attribute(call, &reference).or(default) {
             let name = attr.name.take();
             *attr = actual.clone();
@@ -97,12 +113,12 @@ fn output_elements(node: &NodeProto, inputs: &[&Fact]) -> Option<i32> {
     match op(node) {
         "Cast" => attr_int(node, "to").and_then(|v| i32::try_from(v).ok()),
         "Shape" | "Size" | "NonZero" | "ArgMax" | "ArgMin" => Some(element::INT64),
-        "Equal" | "Less" | "LessOrEqual" | "Greater" | "GreaterOrEqual" | "Not" | "And" | "Or" | "IsNaN"
-        | "IsInf" => Some(element::BOOL),
+        "Equal" | "Less" | "LessOrEqual" | "Greater" | "GreaterOrEqual" | "Not" | "And" | "Or"
+        | "IsNaN" | "IsInf" => Some(element::BOOL),
         "Where" | "CastLike" => of(1),
-        "ConstantOfShape" => {
-            attribute(node, "value").and_then(|a| a.t.as_option()).map_or(Some(element::FLOAT), |t| t.data_type)
-        }
+        "ConstantOfShape" => attribute(node, "value")
+            .and_then(|a| a.t.as_option())
+            .map_or(Some(element::FLOAT), |t| t.data_type),
         "DequantizeLinear" => of(1),
         "QuantizeLinear" => of(2),
         "MatMulInteger" | "ConvInteger" => Some(element::INT32),
@@ -132,18 +148,36 @@ fn standard(node: &NodeProto, inputs: &[&Fact]) -> Option<Vec<Shape>> {
         }
         "GlobalAveragePool" | "GlobalMaxPool" => {
             let x = shape(0)?;
-            one(Some(x.iter().enumerate().map(|(i, &d)| if i < 2 { d } else { 1 }).collect()))
+            one(Some(
+                x.iter()
+                    .enumerate()
+                    .map(|(i, &d)| if i < 2 { d } else { 1 })
+                    .collect(),
+            ))
         }
-        "Reshape" => one(reshape(&shape(0)?, ints(1)?, attr_int(node, "allowzero") == Some(1))),
+        "Reshape" => one(reshape(
+            &shape(0)?,
+            ints(1)?,
+            attr_int(node, "allowzero") == Some(1),
+        )),
         "Flatten" => {
             let x = shape(0)?;
             let a = attr_int(node, "axis").unwrap_or(1);
-            let a = if a == x.len() as i64 { x.len() } else { axis(a, x.len())? };
+            let a = if a == x.len() as i64 {
+                x.len()
+            } else {
+                axis(a, x.len())?
+            };
             one(Some(vec![count(&x[..a])?, count(&x[a..])?]))
         }
         "Transpose" => {
             let x = shape(0)?;
-            one(Some(eval::permutation(node, x.len())?.into_iter().map(|p| x[p]).collect()))
+            one(Some(
+                eval::permutation(node, x.len())?
+                    .into_iter()
+                    .map(|p| x[p])
+                    .collect(),
+            ))
         }
         "Squeeze" => one(squeeze(node, &shape(0)?, ints(1), inputs.get(1).is_some())),
         "Unsqueeze" => one(unsqueeze(&shape(0)?, attr_ints(node, "axes").or(ints(1))?)),
@@ -156,7 +190,12 @@ fn standard(node: &NodeProto, inputs: &[&Fact]) -> Option<Vec<Shape>> {
             one(Some(out))
         }
         "Split" => split(node, &shape(0)?, ints(1)),
-        "Slice" => one(Some(eval::slice_ranges(node, inputs)?.iter().map(|r| r.len).collect())),
+        "Slice" => one(Some(
+            eval::slice_ranges(node, inputs)?
+                .iter()
+                .map(|r| r.len)
+                .collect(),
+        )),
         "Gather" => {
             let (x, i) = (shape(0)?, shape(1)?);
             let a = axis(attr_int(node, "axis").unwrap_or(0), x.len())?;
@@ -171,14 +210,20 @@ fn standard(node: &NodeProto, inputs: &[&Fact]) -> Option<Vec<Shape>> {
         "Shape" => {
             let rank = shape(0)?.len() as i64;
             let clamp = |v: i64| (if v < 0 { v + rank } else { v }).clamp(0, rank);
-            let (s, e) =
-                (clamp(attr_int(node, "start").unwrap_or(0)), clamp(attr_int(node, "end").unwrap_or(rank)));
+            let (s, e) = (
+                clamp(attr_int(node, "start").unwrap_or(0)),
+                clamp(attr_int(node, "end").unwrap_or(rank)),
+            );
             one(Some(vec![(e - s).max(0)]))
         }
         "Size" => one(Some(vec![])),
         "ConstantOfShape" => one(ints(0).map(<[i64]>::to_vec)),
         "Expand" => one(broadcast(&shape(0)?, ints(1)?)),
-        "Tile" => one(shape(0)?.iter().zip(ints(1)?).map(|(&d, &r)| d.checked_mul(r)).collect()),
+        "Tile" => one(shape(0)?
+            .iter()
+            .zip(ints(1)?)
+            .map(|(&d, &r)| d.checked_mul(r))
+            .collect()),
         "Range" => one(range(inputs)),
         "OneHot" => {
             let mut out = shape(0)?;
@@ -189,7 +234,11 @@ fn standard(node: &NodeProto, inputs: &[&Fact]) -> Option<Vec<Shape>> {
             let x = shape(0)?;
             let pads = attr_ints(node, "pads").or(ints(1))?;
             let pad = |i: usize| Some(pads.get(i)?.checked_add(*pads.get(i + x.len())?)?);
-            one(x.iter().enumerate().map(|(i, &d)| d.checked_add(pad(i)?)).collect())
+            one(x
+                .iter()
+                .enumerate()
+                .map(|(i, &d)| d.checked_add(pad(i)?))
+                .collect())
         }
         "Resize" | "Upsample" => one(resize(node, inputs)),
         "Einsum" => one(einsum(attr_str(node, "equation")?, inputs)),
@@ -199,7 +248,12 @@ fn standard(node: &NodeProto, inputs: &[&Fact]) -> Option<Vec<Shape>> {
         "DepthToSpace" => {
             let x = shape(0)?;
             let b = attr_int(node, "blocksize")?;
-            one(Some(vec![x[0], x.get(1)?.checked_div(b.checked_mul(b)?)?, x.get(2)? * b, x.get(3)? * b]))
+            one(Some(vec![
+                x[0],
+                x.get(1)?.checked_div(b.checked_mul(b)?)?,
+                x.get(2)? * b,
+                x.get(3)? * b,
+            ]))
         }
         "ReorderInput" => one(shape(0)),
         "ReorderOutput" => {
@@ -210,8 +264,9 @@ fn standard(node: &NodeProto, inputs: &[&Fact]) -> Option<Vec<Shape>> {
         name if name.starts_with("Reduce") || matches!(name, "ArgMax" | "ArgMin") => {
             one(reduce(node, &shape(0)?, ints(1), inputs.len() > 1))
         }
-        "Add" | "Sub" | "Mul" | "Div" | "Pow" | "Max" | "Min" | "Mod" | "Equal" | "Less" | "LessOrEqual"
-        | "Greater" | "GreaterOrEqual" | "And" | "Or" | "PRelu" | "Mean" | "Sum" => elementwise(inputs),
+        "Add" | "Sub" | "Mul" | "Div" | "Pow" | "Max" | "Min" | "Mod" | "Equal" | "Less"
+        | "LessOrEqual" | "Greater" | "GreaterOrEqual" | "And" | "Or" | "PRelu" | "Mean"
+        | "Sum" => elementwise(inputs),
         name if keeps_shape(name) => one(shape(0)),
         _ => None,
     }
@@ -220,14 +275,58 @@ fn standard(node: &NodeProto, inputs: &[&Fact]) -> Option<Vec<Shape>> {
 fn keeps_shape(name: &str) -> bool {
     matches!(
         name,
-        "Identity" | "Cast" | "CastLike" | "Dropout" | "Softmax" | "LogSoftmax" | "Relu" | "LeakyRelu" | "Elu"
-            | "Selu" | "Gelu" | "Sigmoid" | "HardSigmoid" | "HardSwish" | "Swish" | "Mish" | "Tanh" | "Erf"
-            | "Exp" | "Log" | "Sqrt" | "Reciprocal" | "Neg" | "Abs" | "Floor" | "Ceil" | "Round" | "Sign"
-            | "Sin" | "Cos" | "Clip" | "Not" | "IsNaN" | "IsInf" | "Softplus" | "LayerNormalization"
-            | "InstanceNormalization" | "GroupNormalization" | "BatchNormalization" | "RMSNormalization"
-            | "LpNormalization" | "MeanVarianceNormalization" | "QuantizeLinear" | "DequantizeLinear"
-            | "ScatterND" | "ScatterElements" | "Scatter" | "Trilu" | "CumSum" | "RandomNormalLike"
-            | "RotaryEmbedding" | "SimplifiedLayerNormalization"
+        "Identity"
+            | "Cast"
+            | "CastLike"
+            | "Dropout"
+            | "Softmax"
+            | "LogSoftmax"
+            | "Relu"
+            | "LeakyRelu"
+            | "Elu"
+            | "Selu"
+            | "Gelu"
+            | "Sigmoid"
+            | "HardSigmoid"
+            | "HardSwish"
+            | "Swish"
+            | "Mish"
+            | "Tanh"
+            | "Erf"
+            | "Exp"
+            | "Log"
+            | "Sqrt"
+            | "Reciprocal"
+            | "Neg"
+            | "Abs"
+            | "Floor"
+            | "Ceil"
+            | "Round"
+            | "Sign"
+            | "Sin"
+            | "Cos"
+            | "Clip"
+            | "Not"
+            | "IsNaN"
+            | "IsInf"
+            | "Softplus"
+            | "LayerNormalization"
+            | "InstanceNormalization"
+            | "GroupNormalization"
+            | "BatchNormalization"
+            | "RMSNormalization"
+            | "LpNormalization"
+            | "MeanVarianceNormalization"
+            | "QuantizeLinear"
+            | "DequantizeLinear"
+            | "ScatterND"
+            | "ScatterElements"
+            | "Scatter"
+            | "Trilu"
+            | "CumSum"
+            | "RandomNormalLike"
+            | "RotaryEmbedding"
+            | "SimplifiedLayerNormalization"
     )
 }
 
@@ -274,7 +373,9 @@ fn conv(node: &NodeProto, x: &[i64], w: &[i64]) -> Option<Shape> {
 
 fn window(node: &NodeProto, x: &[i64], channels: i64, kernel: &[i64]) -> Option<Shape> {
     let at = |name: &str, i: usize, default: i64| {
-        attr_ints(node, name).and_then(|v| v.get(i).copied()).unwrap_or(default)
+        attr_ints(node, name)
+            .and_then(|v| v.get(i).copied())
+            .unwrap_or(default)
     };
     let n = kernel.len();
     let mut out = vec![*x.first()?, channels];
@@ -285,7 +386,11 @@ fn window(node: &NodeProto, x: &[i64], channels: i64, kernel: &[i64]) -> Option<
         let reach = (k - 1).checked_mul(dilation)?.checked_add(1)?;
         out.push(match attr_str(node, "auto_pad") {
             Some("SAME_UPPER" | "SAME_LOWER") => d.checked_add(stride - 1)?.checked_div(stride)?,
-            _ => d.checked_add(padding)?.checked_sub(reach)?.checked_div(stride)?.checked_add(1)?,
+            _ => d
+                .checked_add(padding)?
+                .checked_sub(reach)?
+                .checked_div(stride)?
+                .checked_add(1)?,
         });
     }
     Some(out)
@@ -293,10 +398,16 @@ fn window(node: &NodeProto, x: &[i64], channels: i64, kernel: &[i64]) -> Option<
 
 fn conv_transpose(node: &NodeProto, x: &[i64], w: &[i64]) -> Option<Shape> {
     let at = |name: &str, i: usize, default: i64| {
-        attr_ints(node, name).and_then(|v| v.get(i).copied()).unwrap_or(default)
+        attr_ints(node, name)
+            .and_then(|v| v.get(i).copied())
+            .unwrap_or(default)
     };
     let n = w.len().checked_sub(2)?;
-    let mut out = vec![*x.first()?, w.get(1)?.checked_mul(attr_int(node, "group").unwrap_or(1))?];
+    let mut out = vec![
+        *x.first()?,
+        w.get(1)?
+            .checked_mul(attr_int(node, "group").unwrap_or(1))?,
+    ];
     for i in 0..n {
         let pads = at("pads", i, 0) + at("pads", i + n, 0);
         let reach = (w[i + 2] - 1).checked_mul(at("dilations", i, 1))?;
@@ -321,7 +432,12 @@ fn reshape(x: &[i64], target: &[i64], allow_zero: bool) -> Option<Shape> {
     (count(&out)? == total).then_some(out)
 }
 
-fn squeeze(node: &NodeProto, x: &[i64], by_input: Option<&[i64]>, has_input: bool) -> Option<Shape> {
+fn squeeze(
+    node: &NodeProto,
+    x: &[i64],
+    by_input: Option<&[i64]>,
+    has_input: bool,
+) -> Option<Shape> {
     let axes = attr_ints(node, "axes").or(by_input);
     if axes.is_none() && has_input {
         return None;
@@ -330,14 +446,28 @@ fn squeeze(node: &NodeProto, x: &[i64], by_input: Option<&[i64]>, has_input: boo
         Some(a) => a.iter().map(|&a| axis(a, x.len())).collect::<Option<_>>()?,
         None => (0..x.len()).filter(|&i| x[i] == 1).collect(),
     };
-    Some(x.iter().enumerate().filter(|(i, _)| !drop.contains(i)).map(|(_, &d)| d).collect())
+    Some(
+        x.iter()
+            .enumerate()
+            .filter(|(i, _)| !drop.contains(i))
+            .map(|(_, &d)| d)
+            .collect(),
+    )
 }
 
 fn unsqueeze(x: &[i64], axes: &[i64]) -> Option<Shape> {
     let rank = x.len() + axes.len();
     let add: Vec<usize> = axes.iter().map(|&a| axis(a, rank)).collect::<Option<_>>()?;
     let mut rest = x.iter();
-    (0..rank).map(|i| if add.contains(&i) { Some(1) } else { rest.next().copied() }).collect()
+    (0..rank)
+        .map(|i| {
+            if add.contains(&i) {
+                Some(1)
+            } else {
+                rest.next().copied()
+            }
+        })
+        .collect()
 }
 
 fn split(node: &NodeProto, x: &[i64], by_input: Option<&[i64]>) -> Option<Vec<Shape>> {
@@ -347,7 +477,9 @@ fn split(node: &NodeProto, x: &[i64], by_input: Option<&[i64]>) -> Option<Vec<Sh
         Some(s) => s.to_vec(),
         None => {
             let chunk = (x[a] + parts - 1).checked_div(parts)?;
-            (0..parts).map(|i| chunk.min(x[a] - chunk * i).max(0)).collect()
+            (0..parts)
+                .map(|i| chunk.min(x[a] - chunk * i).max(0))
+                .collect()
         }
     };
     Some(
@@ -363,7 +495,11 @@ fn split(node: &NodeProto, x: &[i64], by_input: Option<&[i64]>) -> Option<Vec<Sh
 }
 
 fn range(inputs: &[&Fact]) -> Option<Shape> {
-    let (s, l, d) = (inputs.first()?.scalar()?, inputs.get(1)?.scalar()?, inputs.get(2)?.scalar()?);
+    let (s, l, d) = (
+        inputs.first()?.scalar()?,
+        inputs.get(1)?.scalar()?,
+        inputs.get(2)?.scalar()?,
+    );
     let n = ((l - s) / d).ceil().max(0.0);
     (n < 1e12).then(|| vec![n as i64])
 }
@@ -371,7 +507,11 @@ fn range(inputs: &[&Fact]) -> Option<Shape> {
 fn resize(node: &NodeProto, inputs: &[&Fact]) -> Option<Shape> {
     let x = inputs.first()?.shape.as_ref()?;
     // Upsample and Resize-10 have scales as input 1; Resize-11 roi, scales, sizes.
-    if let Some(sizes) = inputs.get(3).and_then(|f| f.ints()).filter(|s| s.len() == x.len()) {
+    if let Some(sizes) = inputs
+        .get(3)
+        .and_then(|f| f.ints())
+        .filter(|s| s.len() == x.len())
+    {
         return Some(sizes.to_vec());
     }
     let scales = inputs.iter().skip(1).rev().find_map(|f| {
@@ -379,7 +519,10 @@ fn resize(node: &NodeProto, inputs: &[&Fact]) -> Option<Shape> {
         (e.len() == x.len() && e.ints().is_none()).then_some(e)
     })?;
     let _ = node;
-    x.iter().enumerate().map(|(i, &d)| Some((d as f64 * scales.float(i)?).floor() as i64)).collect()
+    x.iter()
+        .enumerate()
+        .map(|(i, &d)| Some((d as f64 * scales.float(i)?).floor() as i64))
+        .collect()
 }
 
 fn reduce(node: &NodeProto, x: &[i64], by_input: Option<&[i64]>, has_input: bool) -> Option<Shape> {
@@ -424,7 +567,10 @@ pub fn einsum_terms(equation: &str) -> Option<(Vec<Vec<char>>, Vec<char>)> {
         return None;
     }
     let (lhs, rhs) = equation.split_once("->")?;
-    Some((lhs.split(',').map(|t| t.chars().collect()).collect(), rhs.chars().collect()))
+    Some((
+        lhs.split(',').map(|t| t.chars().collect()).collect(),
+        rhs.chars().collect(),
+    ))
 }
 
 /// ONNX `Attention` (opset 23+) and 4-D attention in general.
@@ -432,7 +578,10 @@ fn attention_4d(node: &NodeProto, q: &[i64], v: &[i64]) -> Option<Shape> {
     match (q, v) {
         ([b, h, n, _], [.., dv]) if q.len() == 4 => Some(vec![*b, *h, *n, *dv]),
         ([b, n, _], [_, _, c]) => {
-            let (hq, hk) = (attr_int(node, "q_num_heads")?, attr_int(node, "kv_num_heads")?);
+            let (hq, hk) = (
+                attr_int(node, "q_num_heads")?,
+                attr_int(node, "kv_num_heads")?,
+            );
             Some(vec![*b, *n, c.checked_div(hk)?.checked_mul(hq)?])
         }
         _ => None,
@@ -457,7 +606,10 @@ fn microsoft(node: &NodeProto, inputs: &[&Fact]) -> Option<Vec<Shape>> {
                 }
                 s
             };
-            one(matmul(&swap(shape(0)?, "transA"), &swap(shape(1)?, "transB")))
+            one(matmul(
+                &swap(shape(0)?, "transA"),
+                &swap(shape(1)?, "transB"),
+            ))
         }
         "DynamicQuantizeMatMul" | "MatMulIntegerToFloat" => one(matmul(&shape(0)?, &shape(1)?)),
         "QGemm" => one(gemm(node, &shape(0)?, &shape(3)?)),
@@ -474,9 +626,17 @@ fn microsoft(node: &NodeProto, inputs: &[&Fact]) -> Option<Vec<Shape>> {
             let v = shape(2).or_else(|| {
                 // Packed key and value: [B, M, H, 2, D].
                 let k = shape(1)?;
-                if let [b, m, h, 2, d] = k[..] { Some(vec![b, m, h * d]) } else { Some(q.clone()) }
+                if let [b, m, h, 2, d] = k[..] {
+                    Some(vec![b, m, h * d])
+                } else {
+                    Some(q.clone())
+                }
             })?;
-            let width = if let [_, h, _, d] = v[..] { h.checked_mul(d)? } else { *v.last()? };
+            let width = if let [_, h, _, d] = v[..] {
+                h.checked_mul(d)?
+            } else {
+                *v.last()?
+            };
             one(Some(vec![*q.first()?, *q.get(1)?, width]))
         }
         "Attention" | "QAttention" => {
@@ -499,7 +659,9 @@ fn microsoft(node: &NodeProto, inputs: &[&Fact]) -> Option<Vec<Shape>> {
         "SkipGroupNorm" => Some(vec![shape(0)?, shape(0)?]),
         "NhwcConv" => {
             let (x, w) = (shape(0)?, shape(1)?);
-            let (&[b, h, wd, c], &[o, kh, kw, _]) = (&x[..], &w[..]) else { return None };
+            let (&[b, h, wd, c], &[o, kh, kw, _]) = (&x[..], &w[..]) else {
+                return None;
+            };
             let (x, w) = ([b, c, h, wd], [o, c, kh, kw]);
             let out = conv(node, &x, &w)?;
             one(Some(vec![out[0], out[2], out[3], out[1]]))
@@ -518,9 +680,10 @@ fn microsoft(node: &NodeProto, inputs: &[&Fact]) -> Option<Vec<Shape>> {
             }
             one(Some(out))
         }
-        "BiasAdd" | "BiasGelu" | "FastGelu" | "QuickGelu" | "Gelu" | "GroupNorm" | "QLinearSigmoid"
-        | "QLinearLeakyRelu" | "QLinearSoftmax" | "QuantizeLinear" | "DequantizeLinear" | "RotaryEmbedding"
-        | "BiasSoftmax" | "BiasDropout" | "FusedSoftmax" => one(shape(0)),
+        "BiasAdd" | "BiasGelu" | "FastGelu" | "QuickGelu" | "Gelu" | "GroupNorm"
+        | "QLinearSigmoid" | "QLinearLeakyRelu" | "QLinearSoftmax" | "QuantizeLinear"
+        | "DequantizeLinear" | "RotaryEmbedding" | "BiasSoftmax" | "BiasDropout"
+        | "FusedSoftmax" => one(shape(0)),
         _ => None,
     }
 }

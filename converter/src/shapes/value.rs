@@ -48,8 +48,18 @@ impl Elements {
     #[must_use]
     pub fn select(&self, indices: &[usize]) -> Option<Self> {
         Some(match self {
-            Self::Int(v) => Self::Int(indices.iter().map(|&i| v.get(i).copied()).collect::<Option<_>>()?),
-            Self::Float(v) => Self::Float(indices.iter().map(|&i| v.get(i).copied()).collect::<Option<_>>()?),
+            Self::Int(v) => Self::Int(
+                indices
+                    .iter()
+                    .map(|&i| v.get(i).copied())
+                    .collect::<Option<_>>()?,
+            ),
+            Self::Float(v) => Self::Float(
+                indices
+                    .iter()
+                    .map(|&i| v.get(i).copied())
+                    .collect::<Option<_>>()?,
+            ),
         })
     }
 
@@ -81,7 +91,11 @@ impl Fact {
     /// A fact with a shape only.
     #[must_use]
     pub fn shaped(shape: Vec<i64>, element: Option<i32>) -> Self {
-        Fact { shape: Some(shape), element, ..Fact::default() }
+        Fact {
+            shape: Some(shape),
+            element,
+            ..Fact::default()
+        }
     }
 
     /// Number of elements, `None` if the shape is unknown or overflows.
@@ -107,14 +121,22 @@ impl Fact {
 /// The product of `shape`; `None` on a negative dimension or overflow.
 #[must_use]
 pub fn count(shape: &[i64]) -> Option<i64> {
-    shape.iter().try_fold(1i64, |a, &d| if d < 0 { None } else { a.checked_mul(d) })
+    shape
+        .iter()
+        .try_fold(1i64, |a, &d| if d < 0 { None } else { a.checked_mul(d) })
 }
 
 /// NumPy broadcasting of two shapes.
 #[must_use]
 pub fn broadcast(a: &[i64], b: &[i64]) -> Option<Vec<i64>> {
     let rank = a.len().max(b.len());
-    let dim = |s: &[i64], i: usize| if i + s.len() < rank { 1 } else { s[i + s.len() - rank] };
+    let dim = |s: &[i64], i: usize| {
+        if i + s.len() < rank {
+            1
+        } else {
+            s[i + s.len() - rank]
+        }
+    };
     (0..rank)
         .map(|i| match (dim(a, i), dim(b, i)) {
             (x, y) if x == y => Some(x),
@@ -129,6 +151,14 @@ pub fn broadcast(a: &[i64], b: &[i64]) -> Option<Vec<i64>> {
 #[must_use]
 pub fn axis(axis: i64, rank: usize) -> Option<usize> {
     let rank = i64::try_from(rank).ok()?;
-    let a = if axis < 0 { axis.checked_add(rank)? } else { axis };
-    if (0..rank).contains(&a) { usize::try_from(a).ok() } else { None }
+    let a = if axis < 0 {
+        axis.checked_add(rank)?
+    } else {
+        axis
+    };
+    if (0..rank).contains(&a) {
+        usize::try_from(a).ok()
+    } else {
+        None
+    }
 }

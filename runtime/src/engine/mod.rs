@@ -109,11 +109,9 @@ pub enum EngineError {
     /// There is no ONNX Runtime library, or it does not load.
     #[error(transparent)]
     Library(#[from] library::LibraryError),
-    /// The operators are not part of this program.
-    #[error(
-        "this program was built without the operators for ONNX Runtime; give an operator library"
-    )]
-    NoOperators,
+    /// The operators of this program cannot be registered.
+    #[error("cannot register this program's LinFusion operators: {0}")]
+    Operators(#[from] linfusion_ops::ort::OrtError),
     /// The model file cannot be read.
     #[error("cannot read {}: {source}", path.display())]
     Io {
@@ -324,3 +322,6 @@ impl fmt::Display for Port {
         write!(f, "[{}]", dims.join(", "))
     }
 }
+
+#[cfg(test)]
+mod tests;

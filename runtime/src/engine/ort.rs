@@ -192,11 +192,18 @@ fn builder(
     }
     match &options.operators {
         Operators::None => Ok(builder),
-        Operators::InProcess => Err(EngineError::NoOperators),
+        Operators::InProcess => register_in_process(builder),
         Operators::Library(path) => builder
             .with_operator_library(absolute(path))
             .map_err(|e| refused(e.into())),
     }
+}
+
+fn register_in_process(mut builder: SessionBuilder) -> Result<SessionBuilder, EngineError> {
+    // SAFETY: the options belong to the builder, the API to the library that made them, and that library
+    // stays loaded for as long as the process runs.
+    unsafe { linfusion_ops::ort::register_in_process(builder.ptr_mut(), ort::api()) }?;
+    Ok(builder)
 }
 
 fn absolute(path: &Path) -> PathBuf {

@@ -7,6 +7,7 @@ use std::path::Path;
 
 use tract_onnx::pb;
 use tract_onnx::prelude::*;
+use tract_onnx::tract_hir::internal::{TractErrorContext, bail};
 
 use super::{Backend, Dim, Engine, EngineError, Loaded, Port};
 use crate::tensor::{DType, Tensor as OurTensor};
@@ -39,9 +40,10 @@ fn load(model: &mut dyn Read, folder: Option<&str>, name: &str) -> Result<Loaded
     };
     // Exporters' shape annotations use symbols that tract cannot relate to each other; without them it
     // infers everything from the inputs' sizes.
-    let onnx = tract_onnx::onnx()
+    let mut onnx = tract_onnx::onnx()
         .with_ignore_value_info(true)
         .with_ignore_output_shapes(true);
+    linfusion_ops::tract::register(&mut onnx);
     let (proto, graph) = guarded(|| {
         let proto = onnx.proto_model_for_read(model)?;
         let parsed = onnx.parse(&proto, folder)?;
