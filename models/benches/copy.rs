@@ -143,8 +143,7 @@ const PYTHON: &str = "
 import sys, onnx
 model = onnx.load(sys.argv[1])
 model.graph.initializer[-1].raw_data = bytes(12)
-external = model.ByteSize() < 0 or sys.argv[3] == '1'
-onnx.save(model, sys.argv[2], save_as_external_data=external, location='out.onnx_data')
+onnx.save(model, sys.argv[2], save_as_external_data=sys.argv[3] == '1', location='out.onnx_data')
 ";
 
 fn python(input: &Path, dir: &Path) -> Option<impl Fn() -> Result<Command>> {
