@@ -22,17 +22,21 @@ mod walk;
 #[cfg(test)]
 mod malformed_tests;
 #[cfg(test)]
+mod property_tests;
+#[cfg(test)]
 mod read_tests;
 
 pub use attrs::{
     AttributeKind, attr, attr_f, attr_floats, attr_g, attr_i, attr_ints, attr_s, attr_t,
 };
+pub use check::check_model;
 pub use element::{ElementType, ShapeError, element_count};
 pub use external::{ExternalRef, ExternalRefError, is_external};
 pub use folder::DataFileError;
 pub use limits::Limits;
 pub use open::{MAX_MODEL_BYTES, OnnxFile, ReadError};
 pub use tensor::{TensorData, TensorError, TensorFault};
+pub use text::{PrintOptions, print_graph, print_model, print_node};
 pub use walk::{TensorRole, for_each_tensor, for_each_tensor_mut};
 
 /// The ONNX messages, generated from `proto/onnx.proto`.

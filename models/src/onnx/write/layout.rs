@@ -224,6 +224,8 @@ impl Planner<'_> {
         Ok(match mode {
             Mode::Reuse => Place::AsIs,
             Mode::Inline => Place::Inline(tensor.bytes.clone()),
+            // Nothing to refer to: a data file without a byte is not written.
+            Mode::Copy if tensor.bytes.is_empty() => Place::Inline(Bytes::new()),
             Mode::Copy => Place::Data(data.add(
                 &tensor.bytes,
                 alignment_of(tensor.offset),
@@ -234,6 +236,9 @@ impl Planner<'_> {
 
     fn place_new(&self, tensor: &TensorProto, data: &mut DataLayout) -> Result<Place, WriteError> {
         let bytes = TensorData::inline(tensor)?.bytes;
+        if bytes.is_empty() {
+            return Ok(Place::AsIs);
+        }
         let alignment = if bytes.len() >= 1 << 20 { PAGE } else { 64 };
         Ok(Place::Data(data.add(&bytes, alignment, self.data_name()?)))
     }

@@ -1,7 +1,7 @@
 //! Writing models: first everything to scratch files, then all names at once.
 //!
-//! [`stage`] writes and syncs the files without giving them their names;
-//! [`Staged::publish`] names them, the data file first and the model last. In
+//! [`stage`] writes the files without giving them their names; [`Staged::publish`]
+//! waits for the disk and names them, the data file first and the model last. In
 //! between the caller can look at the result with [`Staged::open`]. A `Staged` that
 //! is dropped leaves nothing behind.
 
@@ -17,6 +17,7 @@ use std::fmt;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::thread::JoinHandle;
 
 use super::map::FileIdentity;
 use super::open::{MAX_MODEL_BYTES, OnnxFile};
@@ -210,9 +211,29 @@ pub struct Staged {
 struct Target {
     name: OsString,
     scratch: Scratch,
+    sync: Option<JoinHandle<io::Result<()>>>,
 }
 
-/// Writes `model` to scratch files in the folder of `out`, and syncs them.
+impl Target {
+    /// Sets the disk to work on the complete file; [`Target::synced`] waits for it.
+    /// In between the caller can verify the result, which costs about as long.
+    fn start_sync(&mut self) -> io::Result<()> {
+        let file = self.scratch.file().try_clone()?;
+        let thread = std::thread::Builder::new().name("sync".into());
+        self.sync = Some(thread.spawn(move || file.sync_all())?);
+        Ok(())
+    }
+
+    /// Waits until the file's contents are durable.
+    fn synced(&mut self) -> io::Result<()> {
+        match self.sync.take().map(JoinHandle::join) {
+            Some(Ok(result)) => result,
+            None | Some(Err(_)) => self.scratch.file().sync_all(),
+        }
+    }
+}
+
+/// Writes `model` to scratch files in the folder of `out`, and starts syncing them.
 ///
 /// `source` is the file that the model came from: its external data is looked up
 /// there, and weights that lie in its files are copied by the kernel. The bytes
@@ -261,18 +282,19 @@ pub fn stage(
         Ok(Target {
             name: name.to_owned(),
             scratch,
+            sync: None,
         })
     };
-    let data = if has_data {
+    let mut data = if has_data {
         Some(write(&data_name, &layout.data)?)
     } else {
         None
     };
-    let model = write(name, &layout.model)?;
+    let mut model = write(name, &layout.model)?;
     sources.confirm()?;
-    for target in data.iter().chain([&model]) {
-        let synced = target.scratch.file().sync_all();
-        synced.map_err(|e| WriteError::io("write", &folder.path().join(&target.name), e))?;
+    for target in data.iter_mut().chain([&mut model]) {
+        // Without a thread to spare, publishing syncs by itself.
+        let _ = target.start_sync();
     }
     Ok(Staged {
         model,

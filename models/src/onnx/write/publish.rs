@@ -55,7 +55,7 @@ impl Staged {
         &self.notes
     }
 
-    /// Names the files: the data file first, the model last, so that a model is
+    /// Waits until the files are durable and names them: the data file first, the model last, so that a model is
     /// never there without its data.
     ///
     /// Of a model and data file that are both replaced, the old ones are set aside
@@ -65,6 +65,13 @@ impl Staged {
     /// # Errors
     /// [`WriteError`]; the folder is then as it was before.
     pub fn publish(mut self) -> Result<Published, WriteError> {
+        for target in self.data.iter_mut().chain([&mut self.model]) {
+            let path = self.folder.path().join(&target.name);
+            target
+                .synced()
+                .map_err(|e| WriteError::io("write", &path, e))?;
+        }
+        // From here on a signal waits: it takes milliseconds.
         let mut registry = unfinished();
         let targets = self.data.iter().chain([&self.model]);
         for name in targets.map(|t| t.name.as_os_str()) {

@@ -229,6 +229,20 @@ fn a_copy_takes_only_what_the_model_still_uses() {
 }
 
 #[test]
+fn an_empty_tensor_needs_no_data_file() {
+    let dir = TempDir::new().unwrap();
+    let source = external_input(dir.path());
+    let mut model = source.model.clone();
+    let initializers = &mut model.graph.get_or_insert_default().initializer;
+    initializers.retain(|t| !is_external(t));
+    initializers.push(external("empty", 0, 4096));
+    let published = write(&model, &source, &dir.path().join("out.onnx"), &COPY).unwrap();
+    assert_eq!(published.companions().count(), 0);
+    let back = OnnxFile::open(&published.model).unwrap();
+    assert!(values(&back)["empty"].is_empty());
+}
+
+#[test]
 fn inline_takes_all_weights_in() {
     let dir = TempDir::new().unwrap();
     let source = external_input(dir.path());
