@@ -12,6 +12,11 @@
 //! several heads in turn: read head by head, every page would be walked once per head, and
 //! address translation would cost more than the arithmetic.
 
+#![allow(
+    clippy::needless_range_loop,
+    reason = "constant bounds over register arrays; iterators hide the unrolling that is meant"
+)]
+
 use std::marker::PhantomData;
 
 use super::panels::Panel;
@@ -471,7 +476,7 @@ unsafe fn product<S: Simd, const R: usize, const C: usize, const H: usize>(
     a_step: usize,
     mut b: *const S::Number,
     width: usize,
-) -> ([[S::Full; C]; R], [[S::Half; H]; R]) {
+) -> TileSums<S, R, C, H> {
     let lanes = S::Full::LANES;
     // SAFETY: the caller gives `depth` steps of R readable numbers and of `width` readable ones.
     unsafe {
@@ -503,6 +508,10 @@ unsafe fn product<S: Simd, const R: usize, const C: usize, const H: usize>(
         (full, half)
     }
 }
+
+/// R rows of C whole vectors, and R rows of at most one half vector.
+type TileSums<S, const R: usize, const C: usize, const H: usize> =
+    ([[<S as Simd>::Full; C]; R], [[<S as Simd>::Half; H]; R]);
 
 /// Adds φ(k)ᵀv of one block to R rows of one panel of the sums.
 #[derive(Clone, Copy)]
@@ -602,7 +611,7 @@ macro_rules! call_tile {
     (@columns $kind:tt, $task:expr, $panel:expr, $rows:expr, $(($c:literal, $h:literal))*) => {
         match ($panel.full, usize::from($panel.half)) {
             $(($c, $h) => {
-                if const { $c + $h <= S::TILE.max_columns && ($h == 0 || S::TILE.half_columns) } {
+                if const { S::TILE.has_tile($c, $h) } {
                     call_tile!(@rows $kind, $task, $rows, $c, $h, 8 6 5 4 2 1)
                 }
             })*

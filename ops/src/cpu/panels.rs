@@ -18,6 +18,13 @@ pub(super) struct TileShape {
     pub(super) rows: [usize; 6],
 }
 
+impl TileShape {
+    /// Whether panels of so many whole and half vectors come up.
+    pub(super) const fn has_tile(&self, full: usize, half: usize) -> bool {
+        full + half <= self.max_columns && (half == 0 || self.half_columns)
+    }
+}
+
 /// Consecutive register columns that one register tile covers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Panel {
