@@ -18,6 +18,9 @@ fn main() {
         .files(&["onnx.proto"])
         .descriptor_set(&set_path)
         .use_bytes_type()
+        // Inline, an attribute would take 1.7 KB for the tensors and graphs that it
+        // almost never holds, and a UNet has tens of thousands of attributes.
+        .box_type(buffa_build::PointerRepr::Box)
         .generate_views(false)
         .include_file("onnx_include.rs")
         .compile()

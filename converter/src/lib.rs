@@ -1,1 +1,19 @@
-//! converter
+//! Rewrites the self-attention of diffusion models in ONNX to LinFusion's
+//! generalized linear attention.
+//!
+//! The way through the crate: bytes → model (`linfusion_models::onnx`) →
+//! [`graph`] and [`shapes`] → [`attention`] sites → plan → rewritten model →
+//! bytes. No stage reaches back.
+
+pub mod analysis;
+pub mod attention;
+pub mod convert;
+pub mod cost;
+pub mod diff;
+pub mod graph;
+pub mod mapping;
+pub mod plan;
+pub mod report;
+pub mod rewrite;
+pub mod shapes;
+pub mod verify;

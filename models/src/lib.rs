@@ -1,2 +1,6 @@
 //! ONNX files, the catalogue of diffusion architectures, and LinFusion checkpoints.
+pub mod catalogue;
+pub mod checkpoint;
+#[cfg(feature = "fixtures")]
+pub mod fixtures;
 pub mod onnx;

@@ -1,1 +1,9 @@
-//! runtime
+//! Runs original and converted diffusion graphs on ONNX Runtime or tract, compares and measures them.
+pub mod bench;
+pub mod compare;
+pub mod doctor;
+pub mod engine;
+pub mod inputs;
+pub mod npz;
+pub mod provenance;
+pub mod tensor;

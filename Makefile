@@ -1,0 +1,75 @@
+# demo   converts a real exported UNet, checks it against the official code's output, measures, plots
+# test   everything, on four versions of ONNX Runtime (fetched once into .cache)
+# lint   formatting, clippy, documentation; warnings are errors
+# bench  measurements, into benches/results
+# lib    liblinfusion_ops.so, the operators for any ONNX Runtime
+# clean  what cargo and the targets above made; `distclean` also the fetched libraries
+#
+# LINFUSION_ORT_DIR  a folder of VERSION/libonnxruntime.so.VERSION to use instead of fetching
+# ORT_DYLIB_PATH     the libonnxruntime that demo and bench run on
+# PYTHON             the Python that fetches (default python3)
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.ONESHELL:
+.DELETE_ON_ERROR:
+.PHONY: demo test lint bench lib ort clean distclean help
+
+CARGO ?= cargo
+CACHE := $(CURDIR)/.cache
+TARGET := $(abspath $(or $(CARGO_TARGET_DIR),target))
+# In a target folder of its own: built with the workspace, Cargo would unify its features with those of
+# crates that ask for a newer ONNX Runtime.
+LIBRARY_TARGET := $(TARGET)/library
+LIBRARY := $(LIBRARY_TARGET)/release/liblinfusion_ops.so
+
+ORT_DIR := $(abspath $(or $(LINFUSION_ORT_DIR),$(CACHE)/ort))
+# The newest library of ORT_DIR, looked up when a recipe runs.
+NEWEST_ORT = $$(find -L '$(ORT_DIR)' -name 'libonnxruntime.so.*' 2>/dev/null | sort -V | tail -n 1)
+
+help:
+	@sed -n '/^# /s/^# //p;/^$$/q' Makefile
+
+demo:
+	@[ -n "$${ORT_DYLIB_PATH:-}" ] || export ORT_DYLIB_PATH="$(NEWEST_ORT)"
+	@$(CARGO) build --release --locked -p linfusion-convert -p linfusion-runtime -p linfusion-tests
+	@$(CARGO) run --release --locked --quiet -p linfusion-tests --bin demo
+
+test: ort lib
+	@command -v $(CARGO) >/dev/null || { echo "cargo is not there: install Rust from https://rustup.rs" >&2; exit 1; }
+	@export LINFUSION_TEST_ORT_DIR='$(ORT_DIR)' LINFUSION_TEST_PYTHON_DIR='$(CACHE)/py'
+	@export LINFUSION_OPS_LIBRARY='$(LIBRARY)' ORT_DYLIB_PATH="$(NEWEST_ORT)"
+	@log=$$(mktemp); trap 'rm -f "$$log"' EXIT
+	@status=0; $(CARGO) test --workspace --locked --no-fail-fast 2>&1 | tee "$$log" || status=$$?
+	@awk '/^test result:/ { suites++; passed += $$4; failed += $$6; ignored += $$8 }
+	  END { printf "\n%d suites: %d passed, %d failed, %d ignored\n", suites, passed, failed, ignored }' "$$log"
+	@exit $$status
+
+lint:
+	@$(CARGO) fmt --all --check
+	@$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+	@RUSTDOCFLAGS='-D warnings' $(CARGO) doc --workspace --no-deps --document-private-items --locked
+
+bench: lib
+	@[ -n "$${ORT_DYLIB_PATH:-}" ] || export ORT_DYLIB_PATH="$(NEWEST_ORT)"
+	@export LINFUSION_OPS_LIBRARY='$(LIBRARY)'
+	@mkdir -p benches/results
+	@$(CARGO) bench --workspace --locked
+
+lib:
+	@$(CARGO) build --release --locked -p linfusion-ops --target-dir '$(LIBRARY_TARGET)'
+
+# The libraries that the tests run on; nothing to do where LINFUSION_ORT_DIR gives them.
+ort:
+	@if [ -n '$(LINFUSION_ORT_DIR)' ]; then
+	  [ -n "$(NEWEST_ORT)" ] || { echo "LINFUSION_ORT_DIR=$(LINFUSION_ORT_DIR) has no VERSION/libonnxruntime.so.VERSION" >&2; exit 1; }
+	else
+	  PYTHON='$(or $(PYTHON),python3)' runtime/scripts/fetch_ort.sh '$(CACHE)'
+	fi
+
+clean:
+	@$(CARGO) clean
+	@rm -rf demo-out
+
+distclean: clean
+	@rm -rf '$(CACHE)'

@@ -1,0 +1,885 @@
+//! Anchors (Softmax and the attention operators) and the canonical form of the
+//! attention around each.
+
+use crate::graph::{Graph, NodeId, attr_float, attr_int, attr_str, domain, input, op};
+use crate::shapes::{Shapes, einsum_terms};
+
+/// What an axis of an operand means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Digit `k` of the batch index `b·H + h`, written in the operand's batch
+    /// dimensions.
+    Batch(usize),
+    /// A token (a query for q and the output, a key for k and v).
+    Token,
+    /// A channel within the head.
+    Channel,
+    /// `head·D + channel`.
+    HeadChannel,
+    /// A fixed index: which of the tensors packed into one this operand is.
+    Part(i64),
+}
+
+/// q, k, v or the output of an attention, as a value of the graph and the
+/// meaning of its axes.
+#[derive(Clone, Debug)]
+pub struct Operand<'m> {
+    /// The value.
+    pub value: &'m str,
+    /// Its shape under the probe.
+    pub shape: Vec<i64>,
+    /// The meaning of each axis.
+    pub roles: Vec<Role>,
+    /// The dimensions whose product is batch × heads.
+    pub batch: Vec<i64>,
+}
+
+impl Operand<'_> {
+    /// The size of the axis with `role`.
+    #[must_use]
+    pub fn size(&self, role: Role) -> Option<i64> {
+        let i = self.roles.iter().position(|&r| r == role)?;
+        self.shape.get(i).copied()
+    }
+
+    /// Index of element (`batch_head`, token, channel), for `channels` a head.
+    #[must_use]
+    pub fn index(
+        &self,
+        batch_head: i64,
+        heads: i64,
+        token: i64,
+        channel: i64,
+        channels: i64,
+    ) -> Option<Vec<i64>> {
+        let digits = super::layout::unravel(batch_head, &self.batch)?;
+        self.roles
+            .iter()
+            .map(|role| match role {
+                Role::Batch(k) => digits.get(*k).copied(),
+                Role::Token => Some(token),
+                Role::Channel => Some(channel),
+                Role::HeadChannel => (batch_head % heads)
+                    .checked_mul(channels)?
+                    .checked_add(channel),
+                Role::Part(j) => Some(*j),
+            })
+            .collect()
+    }
+}
+
+/// How the attention is written down.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// Product, Softmax, product.
+    Products,
+    /// `com.microsoft::MultiHeadAttention`.
+    MultiHead,
+    /// `com.microsoft::Attention`: the q, k, v projections are inside the node.
+    MergedWeights,
+    /// ONNX `Attention`, opset 23 and up.
+    Standard,
+}
+
+/// The canonical form of one attention.
+#[derive(Clone, Debug)]
+pub struct Core<'m> {
+    /// The Softmax or attention node.
+    pub anchor: NodeId,
+    /// How it is written down.
+    pub form: Form,
+    /// Queries. For [`Form::MergedWeights`] q, k and v are the node's input x.
+    pub q: Operand<'m>,
+    /// Keys.
+    pub k: Operand<'m>,
+    /// Values.
+    pub v: Operand<'m>,
+    /// Output, before heads are merged.
+    pub out: Operand<'m>,
+    /// Number of heads where the node says so.
+    pub heads: Option<i64>,
+    /// A mask or causality that changes the result, in words.
+    pub mask: Option<String>,
+    /// Factor on the scores, apart from factors on q and k further up.
+    pub scale: f64,
+}
+
+/// Why an anchor is no attention that can be followed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NotAttention(pub String);
+
+fn not<T>(reason: impl Into<String>) -> Result<T, NotAttention> {
+    Err(NotAttention(reason.into()))
+}
+
+/// Every node that is, or may be, the heart of an attention, in file order.
+#[must_use]
+pub fn anchors(graph: &Graph<'_>) -> Vec<NodeId> {
+    graph
+        .nodes()
+        .filter(|(_, n)| is_anchor(n))
+        .map(|(id, _)| id)
+        .collect()
+}
+
+/// Whether a node is a Softmax or an attention operator.
+#[must_use]
+pub fn is_anchor(node: &linfusion_models::onnx::proto::NodeProto) -> bool {
+    match domain(node) {
+        "" => matches!(op(node), "Softmax" | "Attention"),
+        "com.microsoft" => matches!(
+            op(node),
+            "Attention"
+                | "QAttention"
+                | "MultiHeadAttention"
+                | "PackedMultiHeadAttention"
+                | "PackedAttention"
+                | "GroupQueryAttention"
+                | "DecoderMaskedMultiHeadAttention"
+                | "BiasSoftmax"
+                | "QLinearSoftmax"
+                | "SparseAttention"
+                | "LongformerAttention"
+                | "QOrderedAttention"
+                | "PagedAttention"
+                | "LinearAttention"
+        ),
+        _ => false,
+    }
+}
+
+/// Brings the attention around `anchor` to its canonical form.
+///
+/// # Errors
+/// [`NotAttention`] with one sentence if the anchor is no attention or cannot be
+/// followed.
+pub fn core<'m>(
+    graph: &Graph<'m>,
+    shapes: &Shapes,
+    anchor: NodeId,
+) -> Result<Core<'m>, NotAttention> {
+    let node = graph.node(anchor);
+    match (domain(node), op(node)) {
+        ("", "Softmax") | ("com.microsoft", "QLinearSoftmax") => products(graph, shapes, anchor),
+        ("", "Attention") => standard(graph, shapes, anchor),
+        ("com.microsoft", "MultiHeadAttention") => multi_head(graph, shapes, anchor),
+        ("com.microsoft", "Attention" | "QAttention") => merged(graph, shapes, anchor),
+        (d, name) => not(format!(
+            "{d}::{name} is not an attention this tool rewrites"
+        )),
+    }
+}
+
+fn shape_of(shapes: &Shapes, value: &str) -> Result<Vec<i64>, NotAttention> {
+    shapes
+        .shape(value)
+        .map(<[i64]>::to_vec)
+        .ok_or_else(|| NotAttention(format!("the shape of '{value}' is unknown")))
+}
+
+/// Product → Softmax → product.
+fn products<'m>(
+    graph: &Graph<'m>,
+    shapes: &Shapes,
+    anchor: NodeId,
+) -> Result<Core<'m>, NotAttention> {
+    let node = graph.node(anchor);
+    let Some(input) = input(node, 0) else {
+        return not("Softmax without an input");
+    };
+    let scores_shape = shape_of(shapes, input)?;
+    let axis = attr_int(node, "axis").unwrap_or(-1);
+    if axis != -1 && axis != scores_shape.len() as i64 - 1 {
+        return not(format!(
+            "Softmax over axis {axis} of {scores_shape:?}, not over the last one"
+        ));
+    }
+    let scores = scores(graph, shapes, input)?;
+    let (v, out) = weighted_sum(graph, shapes, anchor)?;
+    Ok(Core {
+        anchor,
+        form: Form::Products,
+        q: scores.q,
+        k: scores.k,
+        v,
+        out,
+        heads: None,
+        mask: scores.mask,
+        scale: scores.scale,
+    })
+}
+
+struct Scores<'m> {
+    q: Operand<'m>,
+    k: Operand<'m>,
+    mask: Option<String>,
+    scale: f64,
+}
+
+/// Walks up from the Softmax to the product of queries and keys.
+fn scores<'m>(
+    graph: &Graph<'m>,
+    shapes: &Shapes,
+    from: &'m str,
+) -> Result<Scores<'m>, NotAttention> {
+    let (mut value, mut mask, mut scale) = (from, None::<String>, 1.0);
+    for _ in 0..32 {
+        let Some(port) = graph.producer(value) else {
+            return not(format!(
+                "Softmax of '{value}', which no product of queries and keys makes"
+            ));
+        };
+        let node = graph.node(port.node);
+        if let Some((q, k, factor)) = product_operands(graph, shapes, port.node)? {
+            return Ok(Scores {
+                q,
+                k,
+                mask,
+                scale: scale * factor,
+            });
+        }
+        value = match (domain(node), op(node)) {
+            (_, "Cast" | "Identity" | "Reshape" | "Squeeze" | "Unsqueeze" | "Clip" | "Dropout")
+            | (_, "QuantizeLinear" | "DequantizeLinear") => match input(node, 0) {
+                Some(v) => v,
+                None => {
+                    return not(format!(
+                        "{} '{}' without an input",
+                        op(node),
+                        crate::graph::label(node)
+                    ));
+                }
+            },
+            (_, "Mul" | "Div") => {
+                let (data, other) = split_small(shapes, node)?;
+                let factor = shapes.fact(other).scalar().unwrap_or(1.0);
+                scale *= if op(node) == "Mul" {
+                    factor
+                } else {
+                    1.0 / factor
+                };
+                data
+            }
+            (_, "Sub") if is_row_max(graph, node) => {
+                input(node, 0).ok_or_else(|| NotAttention("Sub without an input".into()))?
+            }
+            (_, "Add" | "Sub") => {
+                let (data, other) = addends(graph, shapes, node)?;
+                if !is_zero(graph, shapes, other) {
+                    mask = Some(format!("a mask or bias '{other}' is added to the scores"));
+                }
+                data
+            }
+            (_, "Where") => {
+                let (a, b) = (input(node, 1), input(node, 2));
+                mask = Some(format!(
+                    "the scores are masked by '{}'",
+                    input(node, 0).unwrap_or("")
+                ));
+                match (a, b) {
+                    (Some(a), Some(b)) if shapes.fact(a).constant => b,
+                    (Some(a), Some(_)) => a,
+                    _ => return not("Where with missing inputs"),
+                }
+            }
+            (d, name) => {
+                return not(format!(
+                    "Softmax of the output of {}{name} '{}', not of a product of queries and keys",
+                    if d.is_empty() {
+                        String::new()
+                    } else {
+                        format!("{d}::")
+                    },
+                    crate::graph::label(node)
+                ));
+            }
+        };
+    }
+    not("no product of queries and keys within 32 nodes above the Softmax")
+}
+
+/// The operands of a matrix product of two activations: (a, b, factor), with a
+/// `[…, N, D]` and b `[…, D, M]` in meaning. `None` if the node is no product.
+fn product_operands<'m>(
+    graph: &Graph<'m>,
+    shapes: &Shapes,
+    id: NodeId,
+) -> Result<Option<(Operand<'m>, Operand<'m>, f64)>, NotAttention> {
+    let node = graph.node(id);
+    let (slot_a, slot_b) = match (domain(node), op(node)) {
+        ("", "MatMul" | "MatMulInteger") | ("com.microsoft", "FusedMatMul" | "TransposeMatMul") => {
+            (0, 1)
+        }
+        ("com.microsoft", "MatMulIntegerToFloat" | "DynamicQuantizeMatMul") => (0, 1),
+        ("", "QLinearMatMul") => (0, 3),
+        ("", "Einsum") => return einsum_product(graph, shapes, id),
+        _ => return Ok(None),
+    };
+    let (Some(a), Some(b)) = (input(node, slot_a), input(node, slot_b)) else {
+        return Ok(None);
+    };
+    let flag = |name: &str| attr_int(node, name).unwrap_or(0) == 1;
+    if flag("transBatchA") || flag("transBatchB") {
+        return not(format!(
+            "'{}' moves its batch axes (transBatch)",
+            crate::graph::label(node)
+        ));
+    }
+    let operand =
+        |value: &'m str, swapped: bool, last: [Role; 2]| -> Result<Operand<'m>, NotAttention> {
+            let shape = shape_of(shapes, value)?;
+            if shape.len() < 3 {
+                return not(format!(
+                    "'{value}' has shape {shape:?}; attention needs a batch axis"
+                ));
+            }
+            let mut roles: Vec<Role> = (0..shape.len() - 2).map(Role::Batch).collect();
+            roles.extend(if swapped { [last[1], last[0]] } else { last });
+            let batch = shape[..shape.len() - 2].to_vec();
+            Ok(Operand {
+                value,
+                shape,
+                roles,
+                batch,
+            })
+        };
+    Ok(Some((
+        operand(a, flag("transA"), [Role::Token, Role::Channel])?,
+        operand(b, flag("transB"), [Role::Channel, Role::Token])?,
+        f64::from(attr_float(node, "alpha").unwrap_or(1.0)),
+    )))
+}
+
+/// A two-operand Einsum as a product; the last letter of the result is the key.
+fn einsum_product<'m>(
+    graph: &Graph<'m>,
+    shapes: &Shapes,
+    id: NodeId,
+) -> Result<Option<(Operand<'m>, Operand<'m>, f64)>, NotAttention> {
+    let node = graph.node(id);
+    let Some((terms, out)) = attr_str(node, "equation").and_then(einsum_terms) else {
+        return Ok(None);
+    };
+    let ([ta, tb], [va, vb]) = (&terms[..], &node.input[..]) else {
+        return Ok(None);
+    };
+    let [batch_letters @ .., row, col] = &out[..] else {
+        return Ok(None);
+    };
+    let (q, k) = match (ta.contains(row), tb.contains(row)) {
+        (true, false) => ((ta, va), (tb, vb)),
+        (false, true) => ((tb, vb), (ta, va)),
+        _ => return Ok(None),
+    };
+    if q.0.contains(col) || !k.0.contains(col) {
+        return Ok(None);
+    }
+    let operand = |(term, value): (&Vec<char>, &'m String), token: char| {
+        letters(shapes, value, term, batch_letters, token)
+    };
+    Ok(match (operand(q, *row)?, operand(k, *col)?) {
+        (Some(q), Some(k)) => Some((q, k, 1.0)),
+        _ => None,
+    })
+}
+
+/// The roles of an Einsum operand's letters; a letter that is neither batch nor
+/// token is the channel.
+fn letters<'m>(
+    shapes: &Shapes,
+    value: &'m str,
+    term: &[char],
+    batch_letters: &[char],
+    token: char,
+) -> Result<Option<Operand<'m>>, NotAttention> {
+    let shape = shape_of(shapes, value)?;
+    let roles: Vec<Role> = term
+        .iter()
+        .map(|l| match batch_letters.iter().position(|b| b == l) {
+            Some(k) => Role::Batch(k),
+            None if *l == token => Role::Token,
+            None => Role::Channel,
+        })
+        .collect();
+    let batch: Option<Vec<i64>> = (0..batch_letters.len())
+        .map(|k| {
+            roles
+                .iter()
+                .position(|r| *r == Role::Batch(k))
+                .and_then(|i| shape.get(i).copied())
+        })
+        .collect();
+    let channels = roles.iter().filter(|r| **r == Role::Channel).count();
+    Ok(match batch {
+        Some(batch) if channels == 1 && roles.len() == shape.len() => Some(Operand {
+            value,
+            shape,
+            roles,
+            batch,
+        }),
+        _ => None,
+    })
+}
+
+/// Walks down from the Softmax to the product with the values: (v, output).
+fn weighted_sum<'m>(
+    graph: &Graph<'m>,
+    shapes: &Shapes,
+    anchor: NodeId,
+) -> Result<(Operand<'m>, Operand<'m>), NotAttention> {
+    let Some(mut value) = graph.node(anchor).output.first().map(String::as_str) else {
+        return not("Softmax without an output");
+    };
+    for _ in 0..32 {
+        if graph.is_observed(value) {
+            return not(format!(
+                "the attention weights '{value}' are an output of the graph or used in a subgraph"
+            ));
+        }
+        let readers: Vec<NodeId> = graph
+            .readers(value)
+            .iter()
+            .map(|p| p.node)
+            .filter(|&n| !matches!(op(graph.node(n)), "Shape" | "IsNaN" | "Size"))
+            .collect();
+        let &[reader] = &readers[..] else {
+            return not(format!(
+                "the attention weights '{value}' are read by {} nodes",
+                readers.len()
+            ));
+        };
+        let node = graph.node(reader);
+        match op(node) {
+            "Cast"
+            | "Identity"
+            | "Reshape"
+            | "Dropout"
+            | "QuantizeLinear"
+            | "DequantizeLinear"
+            | "Where"
+            | "Squeeze"
+            | "Unsqueeze"
+            | "DynamicQuantizeLinear" => {
+                value = node.output.first().map_or("", String::as_str);
+            }
+            "Einsum" => return einsum_sum(graph, shapes, reader, value),
+            _ => {
+                let Some((p, v, _)) = product_operands(graph, shapes, reader)? else {
+                    return not(format!(
+                        "Softmax is followed by {} '{}', not by a product with values",
+                        op(node),
+                        crate::graph::label(node)
+                    ));
+                };
+                if p.value != value {
+                    return not(format!(
+                        "the Softmax is the right operand of '{}'",
+                        crate::graph::label(node)
+                    ));
+                }
+                let mut v = v;
+                for role in &mut v.roles {
+                    *role = match *role {
+                        Role::Token => Role::Channel,
+                        Role::Channel => Role::Token,
+                        r => r,
+                    };
+                }
+                let out = node.output.first().map_or("", String::as_str);
+                let shape = shape_of(shapes, out)?;
+                let n = shape.len().saturating_sub(2);
+                let roles = (0..n)
+                    .map(Role::Batch)
+                    .chain([Role::Token, Role::Channel])
+                    .collect();
+                let batch = shape[..n].to_vec();
+                return Ok((
+                    v,
+                    Operand {
+                        value: out,
+                        shape,
+                        roles,
+                        batch,
+                    },
+                ));
+            }
+        }
+    }
+    not("no product with values within 32 nodes below the Softmax")
+}
+
+fn einsum_sum<'m>(
+    graph: &Graph<'m>,
+    shapes: &Shapes,
+    id: NodeId,
+    weights: &str,
+) -> Result<(Operand<'m>, Operand<'m>), NotAttention> {
+    let node = graph.node(id);
+    let unclear = || {
+        NotAttention(format!(
+            "the Einsum '{}' is no product with values",
+            crate::graph::label(node)
+        ))
+    };
+    let (terms, out) = attr_str(node, "equation")
+        .and_then(einsum_terms)
+        .ok_or_else(unclear)?;
+    let ([ta, tb], [va, vb]) = (&terms[..], &node.input[..]) else {
+        return Err(unclear());
+    };
+    let (p, v, v_value) = if va == weights {
+        (ta, tb, vb)
+    } else {
+        (tb, ta, va)
+    };
+    let [batch_letters @ .., row, key] = &p[..] else {
+        return Err(unclear());
+    };
+    if out.contains(key) || v.contains(row) {
+        return Err(unclear());
+    }
+    let v = letters(shapes, v_value, v, batch_letters, *key)?.ok_or_else(unclear)?;
+    let out_value = node.output.first().map_or("", String::as_str);
+    let out = letters(shapes, out_value, &out, batch_letters, *row)?.ok_or_else(unclear)?;
+    Ok((v, out))
+}
+
+/// Splits a two-input node into (data, one-element operand).
+fn split_small<'m>(
+    shapes: &Shapes,
+    node: &'m linfusion_models::onnx::proto::NodeProto,
+) -> Result<(&'m str, &'m str), NotAttention> {
+    if let (Some(a), Some(b)) = (input(node, 0), input(node, 1)) {
+        if shapes.fact(b).count() == Some(1) {
+            return Ok((a, b));
+        }
+        if shapes.fact(a).count() == Some(1) && op(node) == "Mul" {
+            return Ok((b, a));
+        }
+    }
+    not(format!(
+        "the scores are multiplied by a tensor in '{}'",
+        crate::graph::label(node)
+    ))
+}
+
+/// Splits an Add on the scores into (scores, what is added): the scores are the
+/// operand that a product makes.
+fn addends<'m>(
+    graph: &Graph<'m>,
+    shapes: &Shapes,
+    node: &'m linfusion_models::onnx::proto::NodeProto,
+) -> Result<(&'m str, &'m str), NotAttention> {
+    let (Some(a), Some(b)) = (input(node, 0), input(node, 1)) else {
+        return not(format!("'{}' lacks an input", crate::graph::label(node)));
+    };
+    let is_score = |v: &str| !shapes.fact(v).constant && scores_above(graph, v, 12);
+    Ok(if is_score(a) { (a, b) } else { (b, a) })
+}
+
+/// Whether a product of two activations lies directly above `value`.
+fn scores_above(graph: &Graph<'_>, value: &str, budget: usize) -> bool {
+    let Some(port) = graph.producer(value) else {
+        return false;
+    };
+    let node = graph.node(port.node);
+    match op(node) {
+        "MatMul" | "FusedMatMul" | "TransposeMatMul" | "Einsum" | "MatMulInteger"
+        | "QLinearMatMul" => true,
+        "Mul" | "Add" | "Sub" | "Where" if budget > 0 => node
+            .input
+            .iter()
+            .any(|i| scores_above(graph, i, budget - 1)),
+        "Div" | "Cast" | "Reshape" | "Identity" | "Clip" | "QuantizeLinear"
+        | "DequantizeLinear" | "Squeeze" | "Unsqueeze"
+            if budget > 0 =>
+        {
+            node.input
+                .first()
+                .is_some_and(|i| scores_above(graph, i, budget - 1))
+        }
+        _ => false,
+    }
+}
+
+/// `scores − max(scores)`: softmax does not see it.
+fn is_row_max(graph: &Graph<'_>, node: &linfusion_models::onnx::proto::NodeProto) -> bool {
+    let (Some(data), Some(other)) = (input(node, 0), input(node, 1)) else {
+        return false;
+    };
+    graph.producer(other).is_some_and(|p| {
+        let n = graph.node(p.node);
+        op(n) == "ReduceMax" && input(n, 0) == Some(data)
+    })
+}
+
+/// Whether a value is zero everywhere: a stored tensor of zeros, or anything
+/// times zero (what is left of `baddbmm` with beta 0).
+fn is_zero(graph: &Graph<'_>, shapes: &Shapes, value: &str) -> bool {
+    let fact = shapes.fact(value);
+    if let Some(e) = &fact.elements {
+        return (0..e.len()).all(|i| e.float(i) == Some(0.0));
+    }
+    if let Some(t) = graph.constant(value) {
+        let typed = t.float_data.iter().all(|&x| x == 0.0)
+            && t.double_data.iter().all(|&x| x == 0.0)
+            && t.int32_data.iter().all(|&x| x == 0)
+            && t.int64_data.iter().all(|&x| x == 0);
+        let stored_inline = t.external_data.is_empty();
+        return stored_inline
+            && typed
+            && t.raw_data
+                .as_deref()
+                .is_none_or(|b| b.iter().all(|&x| x == 0));
+    }
+    let Some(port) = graph.producer(value) else {
+        return false;
+    };
+    let node = graph.node(port.node);
+    match op(node) {
+        "Mul" => node.input.iter().any(|i| is_zero(graph, shapes, i)),
+        "ConstantOfShape" => crate::graph::attribute(node, "value")
+            .and_then(|a| a.t.as_option())
+            .is_none_or(|t| {
+                t.raw_data
+                    .as_deref()
+                    .is_some_and(|b| b.iter().all(|&x| x == 0))
+            }),
+        "Cast" | "Identity" | "Expand" | "Reshape" | "Unsqueeze" | "Tile" => {
+            input(node, 0).is_some_and(|i| is_zero(graph, shapes, i))
+        }
+        _ => false,
+    }
+}
+
+fn named_mask(
+    node: &linfusion_models::onnx::proto::NodeProto,
+    slots: &[(usize, &str)],
+) -> Option<String> {
+    slots
+        .iter()
+        .find_map(|&(slot, what)| input(node, slot).map(|v| format!("{what} '{v}'")))
+}
+
+/// ONNX `Attention`-23 and later.
+fn standard<'m>(
+    graph: &Graph<'m>,
+    shapes: &Shapes,
+    anchor: NodeId,
+) -> Result<Core<'m>, NotAttention> {
+    let node = graph.node(anchor);
+    let operand = |slot: usize, heads: Option<i64>| operand_4d(graph, shapes, anchor, slot, heads);
+    let (hq, hk) = (
+        attr_int(node, "q_num_heads"),
+        attr_int(node, "kv_num_heads"),
+    );
+    let (q, k, v) = (operand(0, hq)?, operand(1, hk)?, operand(2, hk)?);
+    if q.batch.get(1) != k.batch.get(1) {
+        return not(format!(
+            "grouped queries: {:?} query heads, {:?} key heads",
+            q.batch.get(1),
+            k.batch.get(1)
+        ));
+    }
+    let mut mask = named_mask(
+        node,
+        &[
+            (3, "an attention mask"),
+            (4, "a key cache"),
+            (5, "a value cache"),
+        ],
+    );
+    if input(node, 3).is_some_and(|m| is_zero(graph, shapes, m)) && input(node, 4).is_none() {
+        mask = None;
+    }
+    if attr_int(node, "is_causal") == Some(1) {
+        mask = Some("causal attention".into());
+    }
+    if attr_float(node, "softcap").is_some_and(|c| c != 0.0) {
+        mask = Some("softcap on the scores".into());
+    }
+    let heads = q.batch.get(1).copied();
+    let out = output_like(graph, shapes, anchor, heads)?;
+    let scale = attr_float(node, "scale").map_or(f64::NAN, f64::from);
+    Ok(Core {
+        anchor,
+        form: Form::Standard,
+        q,
+        k,
+        v,
+        out,
+        heads,
+        mask,
+        scale,
+    })
+}
+
+/// `com.microsoft::MultiHeadAttention`: separate, or packed q/k/v or k/v.
+fn multi_head<'m>(
+    graph: &Graph<'m>,
+    shapes: &Shapes,
+    anchor: NodeId,
+) -> Result<Core<'m>, NotAttention> {
+    let node = graph.node(anchor);
+    let heads = attr_int(node, "num_heads");
+    if input(node, 3).is_some_and(|b| !is_zero(graph, shapes, b)) {
+        return not("MultiHeadAttention with a bias input on q, k, v");
+    }
+    let q = operand_4d(graph, shapes, anchor, 0, heads)?;
+    let (k, v) = match (input(node, 1), input(node, 2)) {
+        (None, None) => (part(&q, 1), part(&q, 2)),
+        (Some(_), None) => {
+            let kv = operand_4d(graph, shapes, anchor, 1, heads)?;
+            (kv.clone(), part(&kv, 1))
+        }
+        _ => (
+            operand_4d(graph, shapes, anchor, 1, heads)?,
+            operand_4d(graph, shapes, anchor, 2, heads)?,
+        ),
+    };
+    let mut mask = named_mask(
+        node,
+        &[
+            (4, "a key padding mask"),
+            (5, "an attention bias"),
+            (6, "a key cache"),
+            (7, "a value cache"),
+        ],
+    );
+    if attr_int(node, "unidirectional") == Some(1) {
+        mask = Some("causal attention".into());
+    }
+    let out = output_like(graph, shapes, anchor, heads)?;
+    let scale = attr_float(node, "scale")
+        .filter(|s| *s != 0.0)
+        .map_or(f64::NAN, f64::from);
+    Ok(Core {
+        anchor,
+        form: Form::MultiHead,
+        q,
+        k,
+        v,
+        out,
+        heads,
+        mask,
+        scale,
+    })
+}
+
+/// `com.microsoft::Attention`: x and the merged weights.
+fn merged<'m>(
+    graph: &Graph<'m>,
+    shapes: &Shapes,
+    anchor: NodeId,
+) -> Result<Core<'m>, NotAttention> {
+    let node = graph.node(anchor);
+    let heads = attr_int(node, "num_heads");
+    let x = operand_4d(graph, shapes, anchor, 0, heads)?;
+    let quantized = op(node) == "QAttention";
+    let mut mask = if quantized {
+        named_mask(node, &[(5, "a mask"), (8, "a cache")])
+    } else {
+        named_mask(
+            node,
+            &[(3, "a mask"), (4, "a cache"), (5, "an attention bias")],
+        )
+    };
+    if attr_int(node, "unidirectional") == Some(1) {
+        mask = Some("causal attention".into());
+    }
+    let out = output_like(graph, shapes, anchor, heads)?;
+    let scale = attr_float(node, "scale")
+        .filter(|s| *s != 0.0)
+        .map_or(f64::NAN, f64::from);
+    Ok(Core {
+        anchor,
+        form: Form::MergedWeights,
+        q: x.clone(),
+        k: x.clone(),
+        v: x,
+        out,
+        heads,
+        mask,
+        scale,
+    })
+}
+
+fn part<'m>(packed: &Operand<'m>, index: i64) -> Operand<'m> {
+    let mut operand = packed.clone();
+    for role in &mut operand.roles {
+        if matches!(role, Role::Part(_)) {
+            *role = Role::Part(index);
+        }
+    }
+    operand
+}
+
+/// An operand of an attention operator: `[B,N,H·D]`, `[B,H,N,D]` or packed
+/// `[B,N,H,parts,D]`.
+fn operand_4d<'m>(
+    graph: &Graph<'m>,
+    shapes: &Shapes,
+    node: NodeId,
+    slot: usize,
+    heads: Option<i64>,
+) -> Result<Operand<'m>, NotAttention> {
+    let Some(value) = graph.input(node, slot) else {
+        return not(format!(
+            "input {slot} of '{}' is missing",
+            crate::graph::label(graph.node(node))
+        ));
+    };
+    let shape = shape_of(shapes, value)?;
+    operand_by_rank(value, shape, heads)
+}
+
+fn operand_by_rank(
+    value: &str,
+    shape: Vec<i64>,
+    heads: Option<i64>,
+) -> Result<Operand<'_>, NotAttention> {
+    let (roles, batch) = match (&shape[..], heads) {
+        ([b, h, _, _], _) => (
+            vec![Role::Batch(0), Role::Batch(1), Role::Token, Role::Channel],
+            vec![*b, *h],
+        ),
+        ([b, _, _], Some(h)) => (
+            vec![Role::Batch(0), Role::Token, Role::HeadChannel],
+            vec![*b, h],
+        ),
+        ([b, _, h, _, _], _) => (
+            vec![
+                Role::Batch(0),
+                Role::Token,
+                Role::Batch(1),
+                Role::Part(0),
+                Role::Channel,
+            ],
+            vec![*b, *h],
+        ),
+        _ => {
+            return not(format!(
+                "'{value}' has shape {shape:?}, which is no attention operand"
+            ));
+        }
+    };
+    Ok(Operand {
+        value,
+        shape,
+        roles,
+        batch,
+    })
+}
+
+fn output_like<'m>(
+    graph: &Graph<'m>,
+    shapes: &Shapes,
+    node: NodeId,
+    heads: Option<i64>,
+) -> Result<Operand<'m>, NotAttention> {
+    let Some(value) = graph.node(node).output.first().map(String::as_str) else {
+        return not("an attention node without an output");
+    };
+    let shape = shape_of(shapes, value)?;
+    operand_by_rank(value, shape, heads)
+}

@@ -1,0 +1,296 @@
+//! Attention sites: every anchor of a model, with its kind, its module path and
+//! whether it can be rewritten.
+
+use std::collections::{HashMap, HashSet};
+
+use linfusion_models::onnx::proto::{GraphProto, ModelProto};
+
+use super::core::{Core, Role, anchors, core, is_anchor};
+use super::kind::{Kind, flow};
+use super::names::{
+    attention_module, is_layer, scope_of_metadata, scope_of_node_name, scope_of_parameter,
+};
+use super::plain::{Plain, plain};
+use super::projection::roots;
+use crate::graph::{Graph, NodeId, label, qualified_op, subgraphs};
+use crate::shapes::Shapes;
+
+/// One Softmax or attention operator of the model.
+#[derive(Clone, Debug)]
+pub struct Site<'m> {
+    /// Position among all sites, in file order.
+    pub index: usize,
+    /// Name of the anchor node.
+    pub anchor: String,
+    /// The anchor; `None` inside a subgraph or function.
+    pub node: Option<NodeId>,
+    /// What attends to what.
+    pub kind: Kind,
+    /// PyTorch path of the attention module, where names survive.
+    pub module: Option<String>,
+    /// Heads, if known.
+    pub heads: Option<i64>,
+    /// Channels a head, if known.
+    pub head_dim: Option<i64>,
+    /// Queries under the probe, if known.
+    pub tokens: Option<i64>,
+    /// A value with the queries on one of its axes, and that axis: tells the
+    /// number of tokens under another probe.
+    pub queries: Option<(&'m str, usize)>,
+    /// Width of the tensor that k and v are projected from, for cross-attention.
+    pub context_width: Option<i64>,
+    /// The strict reading, or why there is none.
+    pub plain: Result<Plain<'m>, String>,
+    /// Whether something (a mask) makes it more than plain attention.
+    pub mask: Option<String>,
+}
+
+impl Site<'_> {
+    /// Queries under another probe of the same graph.
+    #[must_use]
+    pub fn tokens_at(&self, shapes: &Shapes) -> Option<i64> {
+        let (value, axis) = self.queries?;
+        shapes.shape(value)?.get(axis).copied()
+    }
+
+    /// Channels of the attention module's input, if known.
+    #[must_use]
+    pub fn width(&self) -> Option<i64> {
+        self.plain
+            .as_ref()
+            .ok()
+            .map(|p| p.width)
+            .or_else(|| self.heads?.checked_mul(self.head_dim?))
+    }
+}
+
+/// Finds every site of `model`: one for each Softmax and attention operator, in
+/// the main graph, its subgraphs and its functions.
+#[must_use]
+pub fn find<'m>(model: &'m ModelProto, graph: &Graph<'m>, shapes: &Shapes) -> Vec<Site<'m>> {
+    let mut sites: Vec<Site<'m>> = anchors(graph)
+        .into_iter()
+        .map(|a| read(graph, shapes, a))
+        .collect();
+    for (_, node) in graph.nodes() {
+        for sub in subgraphs(node) {
+            let place = format!(
+                "inside the subgraph of {} '{}'",
+                qualified_op(node),
+                label(node)
+            );
+            nested(sub, &place, &mut sites, 0);
+        }
+    }
+    for function in &model.functions {
+        // The body of our own operator holds no anchor; anybody else's might.
+        let name = function.name.as_deref().unwrap_or("");
+        let place = format!(
+            "inside the model-local function '{name}'; inline functions first (onnx.inliner)"
+        );
+        for node in function.node.iter().filter(|n| is_anchor(n)) {
+            sites.push(unreachable_site(label(node), &place));
+        }
+    }
+    join_flux_blocks(&mut sites);
+    for (i, site) in sites.iter_mut().enumerate() {
+        site.index = i;
+    }
+    drop_shared_modules(&mut sites);
+    sites
+}
+
+fn nested(graph: &GraphProto, place: &str, sites: &mut Vec<Site<'_>>, depth: usize) {
+    for node in &graph.node {
+        if is_anchor(node) {
+            sites.push(unreachable_site(label(node), place));
+        }
+        if depth < 16 {
+            for sub in subgraphs(node) {
+                nested(sub, place, sites, depth + 1);
+            }
+        }
+    }
+}
+
+fn unreachable_site<'m>(anchor: &str, place: &str) -> Site<'m> {
+    Site {
+        index: 0,
+        anchor: anchor.to_owned(),
+        node: None,
+        kind: Kind::Other,
+        module: None,
+        heads: None,
+        head_dim: None,
+        tokens: None,
+        queries: None,
+        context_width: None,
+        plain: Err(format!("it lies {place}")),
+        mask: None,
+    }
+}
+
+fn read<'m>(graph: &Graph<'m>, shapes: &Shapes, anchor: NodeId) -> Site<'m> {
+    let name = label(graph.node(anchor)).to_owned();
+    let core = match core(graph, shapes, anchor) {
+        Ok(core) => core,
+        Err(reason) => {
+            return Site {
+                node: Some(anchor),
+                module: module_of_node(graph, anchor),
+                plain: Err(reason.0),
+                ..unreachable_site(&name, "")
+            };
+        }
+    };
+    let flow = flow(graph, shapes, &core);
+    let strict = match (flow.kind, flow.source) {
+        (Kind::SelfAttention, Some(source)) => match &core.mask {
+            Some(mask) => Err(mask.clone()),
+            None => plain(graph, shapes, &core, source),
+        },
+        (Kind::Cross, _) => {
+            Err("cross-attention: k and v come from another tensor than q".to_owned())
+        }
+        (Kind::Joint, _) => Err("joint attention over several token streams".to_owned()),
+        _ => Err("q, k and v are not all projected from known tensors".to_owned()),
+    };
+    let out_node = strict
+        .as_ref()
+        .ok()
+        .and_then(|p| p.out.as_ref())
+        .map(|o| o.node);
+    let context_width = (flow.kind == Kind::Cross)
+        .then(|| {
+            let linear = *roots(graph, shapes, core.k.value).linears.first()?;
+            shapes.shape(linear.source)?.last().copied()
+        })
+        .flatten();
+    let (heads, head_dim) = match &strict {
+        Ok(p) => (Some(p.heads), Some(p.head_dim)),
+        Err(_) => loose_heads(graph, shapes, &core),
+    };
+    Site {
+        index: 0,
+        anchor: name,
+        node: Some(anchor),
+        kind: flow.kind,
+        module: module(graph, shapes, &core, out_node),
+        heads,
+        head_dim,
+        tokens: core.q.size(Role::Token),
+        queries: core
+            .q
+            .roles
+            .iter()
+            .position(|r| *r == Role::Token)
+            .map(|axis| (core.q.value, axis)),
+        context_width,
+        plain: strict,
+        mask: core.mask.clone(),
+    }
+}
+
+/// Heads and channels a head where no strict reading gives them: from the
+/// width of q's linear layer.
+fn loose_heads(graph: &Graph<'_>, shapes: &Shapes, core: &Core<'_>) -> (Option<i64>, Option<i64>) {
+    let head_dim = core.q.size(Role::Channel);
+    let heads = core.heads.or_else(|| {
+        let linear = *roots(graph, shapes, core.q.value).linears.first()?;
+        let batch = *shapes.shape(linear.source)?.first()?;
+        let all: i64 = core.q.batch.iter().product();
+        (batch > 0 && all % batch == 0 && shapes.shape(linear.source)?.len() > 2)
+            .then(|| all / batch)
+    });
+    let head_dim = head_dim.or_else(|| core.q.size(Role::HeadChannel)?.checked_div(heads?));
+    (heads, head_dim)
+}
+
+fn module_of_node(graph: &Graph<'_>, node: NodeId) -> Option<String> {
+    let proto = graph.node(node);
+    let scope = scope_of_metadata(proto).or_else(|| scope_of_node_name(proto.name.as_deref()?))?;
+    (!scope.is_empty()).then(|| attention_module(&scope))
+}
+
+/// The module path that the site's nodes and parameters agree on. Node names
+/// and metadata first; parameter names only where they are silent, because
+/// exporters share equal parameters between modules.
+fn module(
+    graph: &Graph<'_>,
+    shapes: &Shapes,
+    core: &Core<'_>,
+    out: Option<NodeId>,
+) -> Option<String> {
+    let mut linears: Vec<NodeId> = [&core.q, &core.k, &core.v]
+        .iter()
+        .flat_map(|o| roots(graph, shapes, o.value).linears)
+        .map(|l| l.node)
+        .collect();
+    linears.extend(out);
+    let scope = |node: NodeId| {
+        let proto = graph.node(node);
+        scope_of_metadata(proto).or_else(|| scope_of_node_name(proto.name.as_deref()?))
+    };
+    let mut votes: HashMap<String, usize> = HashMap::new();
+    for node in &linears {
+        if let Some(s) = scope(*node).filter(|s| is_layer(s)) {
+            *votes.entry(attention_module(&s)).or_default() += 2;
+        }
+    }
+    if let Some(s) = scope(core.anchor).filter(|s| !s.is_empty()) {
+        *votes.entry(attention_module(&s)).or_default() += 1;
+    }
+    if votes.is_empty() {
+        for node in linears {
+            let below = graph
+                .node(node)
+                .output
+                .first()
+                .map(|o| graph.readers(o))
+                .unwrap_or_default();
+            let neighbours = std::iter::once(node).chain(below.iter().map(|p| p.node));
+            for name in neighbours.flat_map(|n| &graph.node(n).input) {
+                if let Some(s) = scope_of_parameter(name).filter(|s| is_layer(s)) {
+                    *votes.entry(attention_module(&s)).or_default() += 1;
+                }
+            }
+        }
+    }
+    votes
+        .into_iter()
+        .max_by(|a, b| a.1.cmp(&b.1).then_with(|| b.0.cmp(&a.0)))
+        .map(|(m, _)| m)
+}
+
+/// Two sites cannot be one module: a path that several claim is worth nothing.
+fn drop_shared_modules(sites: &mut [Site<'_>]) {
+    let mut seen = HashSet::new();
+    let mut twice = HashSet::new();
+    for module in sites.iter().filter_map(|s| s.module.clone()) {
+        if !seen.insert(module.clone()) {
+            twice.insert(module);
+        }
+    }
+    for site in sites {
+        if site.module.as_ref().is_some_and(|m| twice.contains(m)) {
+            site.module = None;
+        }
+    }
+}
+
+/// FLUX's single blocks project the joined text and image tokens with one layer:
+/// self-attention by data flow, joint by meaning. They have as many tokens as
+/// the model's joint sites.
+fn join_flux_blocks(sites: &mut [Site<'_>]) {
+    let joint: HashSet<i64> = sites
+        .iter()
+        .filter(|s| s.kind == Kind::Joint)
+        .filter_map(|s| s.tokens)
+        .collect();
+    for site in sites.iter_mut().filter(|s| s.kind == Kind::SelfAttention) {
+        if site.tokens.is_some_and(|n| joint.contains(&n)) {
+            site.kind = Kind::Joint;
+            site.plain = Err("joint attention: the tokens are text and image".to_owned());
+        }
+    }
+}

@@ -1,0 +1,567 @@
+//! The whole way: open, look, plan, rewrite, write to scratch, verify, publish.
+
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+
+use linfusion_models::checkpoint::{
+    Checkpoint, CheckpointError, CheckpointModule, MlpWidth, SearchPlaces, discover,
+    download_command,
+};
+use linfusion_models::onnx::proto::ModelProto;
+use linfusion_models::onnx::write::{ExternalData, Overwrite, WriteError, WriteOptions, stage};
+use linfusion_models::onnx::{ElementType, OnnxFile, ReadError, make};
+use linfusion_ops::body::BodyError;
+
+use crate::analysis::{Analysis, METADATA_KEY};
+use crate::attention::kind::Kind;
+use crate::mapping::{Ambiguous, assign};
+use crate::plan::{Action, Selection, plan};
+use crate::report::{ConvertReport, ModelReport};
+use crate::rewrite::site::{Context, Weights, patch};
+use crate::rewrite::{Emit, Patch, SiteError, apply, declare_operator};
+use crate::shapes::{Probe, Shapes};
+use crate::verify::{Converted, Verified, Verify, VerifyError, known_problems, verify};
+
+/// Where the LinFusion weights come from.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum WeightsFrom {
+    /// Beside the model, else in the local Hugging Face cache.
+    #[default]
+    Search,
+    /// A folder or a safetensors file.
+    Path(PathBuf),
+    /// None: the graph's own projections with F = 0, for measuring speed.
+    Untrained,
+}
+
+/// Whether a conversion that leaves expected sites out is an error.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Partial {
+    /// It is.
+    #[default]
+    Refuse,
+    /// The user wants it so.
+    Allow,
+}
+
+/// Whether files are written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Run {
+    /// The output is written.
+    #[default]
+    Write,
+    /// Everything but writing.
+    Dry,
+}
+
+/// What to convert, and how.
+#[derive(Clone, Debug, Default)]
+pub struct Request {
+    /// The model.
+    pub model: PathBuf,
+    /// The output; `None`: `<stem>.linfusion.onnx` beside the model.
+    pub out: Option<PathBuf>,
+    /// The weights.
+    pub weights: WeightsFrom,
+    /// How the operator is written.
+    pub emit: Emit,
+    /// Which sites.
+    pub selection: Selection,
+    /// What becomes of external data.
+    pub external: ExternalData,
+    /// Whether an existing output is replaced.
+    pub overwrite: Overwrite,
+    /// Whether fewer sites than expected are an error.
+    pub partial: Partial,
+    /// How much is verified.
+    pub verify: Verify,
+    /// Whether anything is written.
+    pub run: Run,
+}
+
+/// Why a conversion failed. Nothing was written then.
+#[derive(Debug, thiserror::Error)]
+pub enum ConvertError {
+    /// The model cannot be read.
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    /// The checkpoint cannot be used.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// No weights were found.
+    #[error(
+        "no LinFusion weights for '{model}' (architecture: {architecture})\n\
+         Linear attention with the original weights alone makes garbage images: its feature maps and projections are learned.\n\
+         searched: {searched}\n\
+         Three ways on:\n\
+         \x20 1. linfusion-convert {model} --weights FOLDER-OR-FILE    (a LinFusion checkpoint that you have)\n\
+         \x20 2. {download}, in the folder of the model, then again\n\
+         \x20 3. linfusion-convert {model} --weights none              (untrained: for measuring speed only)"
+    )]
+    NoWeights {
+        /// The model.
+        model: String,
+        /// What it is.
+        architecture: String,
+        /// Where was looked.
+        searched: String,
+        /// The command that fetches the published checkpoint.
+        download: String,
+    },
+    /// More than one checkpoint was found.
+    #[error("several LinFusion checkpoints fit '{model}': {found}; choose one with --weights")]
+    ManyWeights {
+        /// The model.
+        model: String,
+        /// The checkpoints.
+        found: String,
+    },
+    /// The model was converted before.
+    #[error("'{model}' was converted already ({how}); convert the original model instead")]
+    AlreadyConverted {
+        /// The model.
+        model: String,
+        /// What its metadata says.
+        how: String,
+    },
+    /// Nothing, or less than expected, can be converted.
+    #[error(
+        "{converted} of {expected} self-attentions of '{model}' can be converted; --allow-partial accepts that\n{reasons}"
+    )]
+    Fewer {
+        /// The model.
+        model: String,
+        /// Sites that can be converted.
+        converted: usize,
+        /// Sites that should be.
+        expected: usize,
+        /// Reasons, a line each.
+        reasons: String,
+        /// The report so far.
+        report: Box<ModelReport>,
+    },
+    /// Opset or element type are outside what the operator can be written in.
+    #[error(
+        "'{model}' imports opset {opset}: {source}\nhint: --emit standard works from opset 11 up"
+    )]
+    Opset {
+        /// The model.
+        model: String,
+        /// Its opset.
+        opset: i64,
+        /// Details.
+        #[source]
+        source: BodyError,
+    },
+    /// Sites and checkpoint cannot be brought together.
+    #[error(transparent)]
+    Ambiguous(#[from] Ambiguous),
+    /// A site cannot be rewritten.
+    #[error(transparent)]
+    Site(#[from] SiteError),
+    /// The output cannot be written.
+    #[error(transparent)]
+    Write(#[from] WriteError),
+    /// The written model is wrong; it was not published.
+    #[error(transparent)]
+    Verify(#[from] VerifyError),
+}
+
+/// Converts a model.
+///
+/// `progress` hears of each step in a few words.
+///
+/// # Errors
+/// [`ConvertError`]; no output exists then, and an older one is as it was.
+pub fn convert(
+    request: &Request,
+    progress: &mut dyn FnMut(&str),
+) -> Result<ConvertReport, ConvertError> {
+    progress("reading the model");
+    let file = OnnxFile::open(&request.model)?;
+    let name = request.model.display().to_string();
+    refuse_converted(&file.model, &name)?;
+    progress("looking for attention");
+    let analysis = Analysis::of(&file);
+    let mut actions = plan(&analysis.sites, &analysis.tokens, &request.selection);
+    refuse_fewer(&name, &analysis, &actions, request.partial)?;
+    let checkpoint = open_checkpoint(request, &name, &analysis)?;
+    let modules = modules(&analysis, checkpoint.as_ref())?;
+    let mut warnings = Vec::new();
+    let (patches, converted) = patches(
+        request,
+        &analysis,
+        &mut actions,
+        checkpoint.as_ref(),
+        &modules,
+        &mut warnings,
+    )?;
+    refuse_fewer(&name, &analysis, &actions, request.partial)?;
+
+    let mid = checkpoint.as_ref().map_or(0, mlp_width);
+    let mut report = ConvertReport {
+        model: ModelReport::new(&name, &analysis, &actions, mid),
+        output: None,
+        companions: Vec::new(),
+        weights: if checkpoint.is_some() {
+            "checkpoint"
+        } else {
+            "none"
+        },
+        checkpoint: checkpoint.as_ref().map(|c| c.path.display().to_string()),
+        checkpoint_sha256: checkpoint.as_ref().map(|c| c.sha256().to_owned()),
+        emit: request.emit,
+        converted: patches.len(),
+        nodes_removed: 0,
+        initializers_removed: 0,
+        verified: None,
+        warnings,
+    };
+    if checkpoint.is_none() {
+        report.warnings.push(
+            "untrained: --weights none keeps the graph's own projections with F = 0; the file is for measuring speed, its images are garbage".to_owned(),
+        );
+    }
+    if request.run == Run::Dry {
+        return Ok(report);
+    }
+    progress("rewriting");
+    let element = converted.first().map_or(ElementType::F32, |c| c.element);
+    let again = Shapes::propagate(&file.model, &|t| file.tensor_bytes(t).ok(), &AGAIN);
+    let mut model = file.model.clone();
+    let pruned = apply(&mut model, patches, &analysis.shapes, &again);
+    report.nodes_removed = pruned.nodes;
+    report.initializers_removed = pruned.initializers;
+    if !converted.is_empty() {
+        let opset = analysis.opset;
+        declare_operator(&mut model, request.emit, opset, element).map_err(|source| {
+            ConvertError::Opset {
+                model: name.clone(),
+                opset,
+                source,
+            }
+        })?;
+    }
+    record(&mut model, &report);
+
+    progress("writing");
+    let out = request
+        .out
+        .clone()
+        .unwrap_or_else(|| default_output(&request.model));
+    let options = WriteOptions {
+        external: request.external,
+        overwrite: request.overwrite,
+        ..WriteOptions::default()
+    };
+    let staged = stage(&model, Some(&file), &out, &options)?;
+    if request.verify != Verify::Off {
+        let before = known_problems(&file);
+        let written = staged.open()?;
+        let mut tell = |site: &str| progress(&format!("verifying {site}"));
+        let verified: Verified = verify(&written, &before, &converted, request.verify, &mut tell)?;
+        report.verified = Some(verified);
+    }
+    let published = staged.publish()?;
+    report.output = Some(published.model.display().to_string());
+    report.companions = published
+        .companions()
+        .map(|p| p.display().to_string())
+        .collect();
+    if !published.reused.is_empty() && published.data.is_some() {
+        report.warnings.push(format!(
+            "'{}' needs all of these beside it: {}",
+            published.model.display(),
+            report.companions.join(", ")
+        ));
+    }
+    report
+        .warnings
+        .extend(published.notes.iter().map(ToString::to_string));
+    Ok(report)
+}
+
+/// A second probe: values of equal shape under both have equal shape.
+const AGAIN: Probe = Probe {
+    batch: 3,
+    latent: (48, 32),
+    text: 11,
+};
+
+/// `<stem>.linfusion.onnx` beside the model.
+#[must_use]
+pub fn default_output(model: &Path) -> PathBuf {
+    model.with_extension("linfusion.onnx")
+}
+
+fn refuse_converted(model: &ModelProto, name: &str) -> Result<(), ConvertError> {
+    let recorded = model
+        .metadata_props
+        .iter()
+        .find(|p| p.key.as_deref() == Some(METADATA_KEY));
+    let has_node = model
+        .graph
+        .node
+        .iter()
+        .any(|n| n.domain.as_deref() == Some(linfusion_ops::schema::DOMAIN));
+    if recorded.is_none() && !has_node {
+        return Ok(());
+    }
+    let how = recorded
+        .and_then(|p| p.value.clone())
+        .unwrap_or_else(|| "it holds ai.linfusion nodes".to_owned());
+    Err(ConvertError::AlreadyConverted {
+        model: name.to_owned(),
+        how,
+    })
+}
+
+/// Sites the user chose to keep are no shortfall; sites that cannot be converted are.
+fn refuse_fewer(
+    name: &str,
+    analysis: &Analysis<'_>,
+    actions: &[Action],
+    partial: Partial,
+) -> Result<(), ConvertError> {
+    let converted = actions.iter().filter(|a| **a == Action::Convert).count();
+    let expected = analysis
+        .recognised
+        .as_ref()
+        .map_or(0, |r| r.expected_self())
+        .max(analysis.self_sites().count());
+    let stuck: Vec<usize> = (0..analysis.sites.len())
+        .filter(|&i| {
+            analysis.sites[i].kind == Kind::SelfAttention && analysis.sites[i].plain.is_err()
+        })
+        .collect();
+    let missing = analysis.self_sites().count() < expected;
+    if converted > 0 && (partial == Partial::Allow || (stuck.is_empty() && !missing)) {
+        return Ok(());
+    }
+    let line = |i: usize| {
+        let s = &analysis.sites[i];
+        let reason = match &actions[i] {
+            Action::Keep(reason) => reason.as_str(),
+            Action::Convert => "",
+        };
+        format!(
+            "  {} [{}]: {reason}",
+            s.module.as_deref().unwrap_or(&s.anchor),
+            s.kind
+        )
+    };
+    let mut shown: Vec<usize> = if stuck.is_empty() {
+        (0..analysis.sites.len())
+            .filter(|&i| actions[i] != Action::Convert)
+            .collect()
+    } else {
+        stuck
+    };
+    let more = shown.len().saturating_sub(12);
+    shown.truncate(12);
+    let mut reasons = shown.into_iter().map(line).collect::<Vec<_>>().join("\n");
+    if analysis.sites.is_empty() {
+        reasons = "  the file has no Softmax and no attention operator".to_owned();
+    }
+    if more > 0 {
+        reasons += &format!("\n  and {more} more (inspect shows all)");
+    }
+    Err(ConvertError::Fewer {
+        model: name.to_owned(),
+        converted,
+        expected,
+        reasons,
+        report: Box::new(ModelReport::new(name, analysis, actions, 0)),
+    })
+}
+
+fn open_checkpoint(
+    request: &Request,
+    name: &str,
+    analysis: &Analysis<'_>,
+) -> Result<Option<Checkpoint>, ConvertError> {
+    let architecture = analysis.recognised.as_ref().map(|r| r.architecture);
+    match &request.weights {
+        WeightsFrom::Untrained => Ok(None),
+        WeightsFrom::Path(path) => Ok(Some(Checkpoint::open(path)?)),
+        WeightsFrom::Search => {
+            let found = discover(
+                &request.model,
+                architecture,
+                &SearchPlaces::from_environment(),
+            );
+            let list = |paths: &[PathBuf]| {
+                paths
+                    .iter()
+                    .map(|p| p.display().to_string())
+                    .collect::<Vec<_>>()
+                    .join(", ")
+            };
+            match &found.found[..] {
+                [one] => Ok(Some(Checkpoint::open(one)?)),
+                [] => Err(ConvertError::NoWeights {
+                    model: name.to_owned(),
+                    architecture: analysis.architecture().to_owned(),
+                    searched: list(&found.searched),
+                    download: architecture.map_or_else(
+                        || "no checkpoint is published for this architecture".to_owned(),
+                        download_command,
+                    ),
+                }),
+                many => Err(ConvertError::ManyWeights {
+                    model: name.to_owned(),
+                    found: list(many),
+                }),
+            }
+        }
+    }
+}
+
+/// The checkpoint's module of each site, by site index.
+fn modules<'c>(
+    analysis: &Analysis<'_>,
+    checkpoint: Option<&'c Checkpoint>,
+) -> Result<Vec<Option<&'c CheckpointModule>>, ConvertError> {
+    let mut modules = vec![None; analysis.sites.len()];
+    if let Some(checkpoint) = checkpoint {
+        let own: Vec<_> = analysis.self_sites().collect();
+        let assigned = assign(&own, checkpoint, analysis.recognised.as_ref())?;
+        for (site, module) in own.iter().zip(assigned) {
+            modules[site.index] = module;
+        }
+    }
+    Ok(modules)
+}
+
+fn patches(
+    request: &Request,
+    analysis: &Analysis<'_>,
+    actions: &mut [Action],
+    checkpoint: Option<&Checkpoint>,
+    modules: &[Option<&CheckpointModule>],
+    warnings: &mut Vec<String>,
+) -> Result<(Vec<Patch>, Vec<Converted>), ConvertError> {
+    let context = Context {
+        graph: &analysis.graph,
+        shapes: &analysis.shapes,
+        opset: analysis.opset,
+        emit: request.emit,
+    };
+    let (mut patches, mut converted) = (Vec::new(), Vec::new());
+    let mut names = HashSet::new();
+    for (site, action) in analysis.sites.iter().zip(actions.iter_mut()) {
+        let (Action::Convert, Ok(plain)) = (&*action, &site.plain) else {
+            continue;
+        };
+        let weights = match (checkpoint, modules[site.index]) {
+            (None, _) => Weights::Graph,
+            (Some(checkpoint), Some(module)) => Weights::Module { checkpoint, module },
+            (Some(_), None) => {
+                *action = Action::Keep("the checkpoint has no weights for this module".to_owned());
+                continue;
+            }
+        };
+        let module = match &weights {
+            Weights::Module { module, .. } => module.module_name.clone(),
+            Weights::Graph => site
+                .module
+                .clone()
+                .unwrap_or_else(|| format!("attention_{}", site.index)),
+        };
+        let module = if names.insert(module.clone()) {
+            module
+        } else {
+            format!("{module}_{}", site.index)
+        };
+        match patch(&context, plain, &site.anchor, &module, &weights) {
+            Ok(p) => {
+                for (tensor, n) in &p.overflows {
+                    warnings.push(format!("{module}: {n} values of '{tensor}' are infinite in the graph's element type"));
+                }
+                converted.push(Converted {
+                    module,
+                    x: plain.x.to_owned(),
+                    x_shape: analysis.shapes.shape(plain.x).unwrap_or(&[]).to_vec(),
+                    qkv: p.operands.0.clone(),
+                    attended: p.operands.1.clone(),
+                    target: p.target.clone(),
+                    heads: plain.heads,
+                    element: ElementType::from_onnx(plain.element).unwrap_or(ElementType::F32),
+                });
+                patches.push(p);
+            }
+            Err(SiteError::Graph { reason, .. }) => *action = Action::Keep(reason),
+            Err(SiteError::Body(source)) => {
+                let model = request.model.display().to_string();
+                return Err(ConvertError::Opset {
+                    model,
+                    opset: analysis.opset,
+                    source,
+                });
+            }
+            Err(e) => return Err(e.into()),
+        }
+    }
+    Ok((patches, converted))
+}
+
+fn mlp_width(checkpoint: &Checkpoint) -> u64 {
+    let width = checkpoint.modules.first().map_or(0, |m| match m.mid {
+        MlpWidth::Identity => 0,
+        MlpWidth::Width(w) => w,
+    });
+    width as u64
+}
+
+/// Writes what was done into the model's metadata.
+fn record(model: &mut ModelProto, report: &ConvertReport) {
+    let list = |action: &str| {
+        let sites: Vec<&str> = report
+            .model
+            .sites
+            .iter()
+            .filter(|s| s.kind == Kind::SelfAttention && s.action == action)
+            .map(|s| s.module.as_deref().unwrap_or(&s.anchor))
+            .collect();
+        sites.join(" ")
+    };
+    let entries = [
+        (
+            METADATA_KEY,
+            format!("linfusion-convert {}", env!("CARGO_PKG_VERSION")),
+        ),
+        (
+            "linfusion.weights",
+            if report.weights == "none" {
+                "none (untrained)".to_owned()
+            } else {
+                "checkpoint".to_owned()
+            },
+        ),
+        (
+            "linfusion.checkpoint_sha256",
+            report.checkpoint_sha256.clone().unwrap_or_default(),
+        ),
+        ("linfusion.converted", list("convert")),
+        ("linfusion.kept", list("keep")),
+    ];
+    for (key, value) in entries.iter().filter(|(_, v)| !v.is_empty()) {
+        model.metadata_props.push(make::metadata(key, value));
+    }
+}
+
+/// Reads a model and says what would be done with it.
+///
+/// # Errors
+/// The model cannot be read.
+pub fn inspect(model: &Path, selection: &Selection) -> Result<ModelReport, ConvertError> {
+    let file = OnnxFile::open(model)?;
+    let analysis = Analysis::of(&file);
+    let actions = plan(&analysis.sites, &analysis.tokens, selection);
+    Ok(ModelReport::new(
+        &model.display().to_string(),
+        &analysis,
+        &actions,
+        0,
+    ))
+}

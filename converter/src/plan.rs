@@ -1,0 +1,108 @@
+//! What is done with each site: converted, or kept and why.
+
+use globset::{Glob, GlobSet, GlobSetBuilder};
+
+use crate::attention::kind::Kind;
+use crate::attention::site::Site;
+
+/// Which sites the user wants converted.
+#[derive(Clone, Debug, Default)]
+pub struct Selection {
+    /// Sites to keep, by module path or anchor name.
+    pub keep: GlobSet,
+    /// If given, the only sites to convert.
+    pub only: Option<GlobSet>,
+    /// Keep the last of every so many self-attentions.
+    pub keep_every: Option<usize>,
+    /// Keep sites with fewer tokens than this at the native size.
+    pub min_tokens: i64,
+}
+
+/// A pattern that is no glob.
+#[derive(Debug, thiserror::Error)]
+#[error("'{pattern}' is not a pattern: {source}; use * and ?, e.g. 'down_blocks.0.*'")]
+pub struct BadPattern {
+    /// The pattern.
+    pub pattern: String,
+    /// What is wrong with it.
+    #[source]
+    pub source: globset::Error,
+}
+
+/// Compiles patterns over module paths.
+///
+/// # Errors
+/// [`BadPattern`] names the first that does not parse.
+pub fn globs(patterns: &[String]) -> Result<GlobSet, BadPattern> {
+    let mut set = GlobSetBuilder::new();
+    for pattern in patterns {
+        let bad = |source| BadPattern {
+            pattern: pattern.clone(),
+            source,
+        };
+        set.add(Glob::new(pattern).map_err(bad)?);
+    }
+    set.build().map_err(|source| BadPattern {
+        pattern: patterns.join(" "),
+        source,
+    })
+}
+
+/// What is done with a site.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Converted to linear attention.
+    Convert,
+    /// Left as it is, for this reason.
+    Keep(String),
+}
+
+/// Decides for every site; `tokens` are those at the native size, by position.
+#[must_use]
+pub fn plan(sites: &[Site<'_>], tokens: &[Option<i64>], selection: &Selection) -> Vec<Action> {
+    let mut ordinal = 0;
+    sites
+        .iter()
+        .zip(tokens)
+        .map(|(site, tokens)| {
+            if let Err(reason) = &site.plain {
+                return Action::Keep(reason.clone());
+            }
+            if site.kind != Kind::SelfAttention {
+                return Action::Keep(format!("{}-attention", site.kind));
+            }
+            ordinal += 1;
+            match refusal(site, *tokens, selection, ordinal) {
+                Some(reason) => Action::Keep(reason),
+                None => Action::Convert,
+            }
+        })
+        .collect()
+}
+
+fn refusal(
+    site: &Site<'_>,
+    tokens: Option<i64>,
+    selection: &Selection,
+    ordinal: usize,
+) -> Option<String> {
+    let matches = |set: &GlobSet| {
+        site.module.as_deref().is_some_and(|m| set.is_match(m)) || set.is_match(&site.anchor)
+    };
+    if matches(&selection.keep) {
+        return Some("kept by --keep".to_owned());
+    }
+    if selection.only.as_ref().is_some_and(|set| !matches(set)) {
+        return Some("not selected by --only".to_owned());
+    }
+    if let Some(n) = selection.keep_every.filter(|&n| n > 0 && ordinal % n == 0) {
+        return Some(format!("kept by --keep-every {n}"));
+    }
+    match tokens {
+        Some(t) if t < selection.min_tokens => Some(format!(
+            "{t} tokens at the native size, fewer than --min-tokens {}",
+            selection.min_tokens
+        )),
+        _ => None,
+    }
+}

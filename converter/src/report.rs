@@ -1,0 +1,291 @@
+//! What was found and done, as data: the JSON of `--report json`, documented in
+//! `docs/report.md`, and the tables of the terminal.
+
+use comfy_table::{ContentArrangement, Table, presets};
+use serde::Serialize;
+
+use crate::analysis::Analysis;
+use crate::attention::kind::Kind;
+use crate::cost::{self, Cost};
+use crate::plan::Action;
+use crate::verify::Verified;
+
+/// Version of the JSON's schema; it grows when a field changes its meaning.
+pub const SCHEMA: u32 = 1;
+
+/// One Softmax or attention operator.
+#[derive(Clone, Debug, Serialize, PartialEq)]
+pub struct SiteReport {
+    /// Position among all sites, in file order.
+    pub index: usize,
+    /// PyTorch path of the attention module; null where names are lost.
+    pub module: Option<String>,
+    /// What attends to what.
+    pub kind: Kind,
+    /// Heads; null where unknown.
+    pub heads: Option<i64>,
+    /// Channels a head; null where unknown.
+    pub head_dim: Option<i64>,
+    /// Tokens at the native size; null where unknown.
+    pub tokens: Option<i64>,
+    /// "convert" or "keep".
+    pub action: &'static str,
+    /// Why.
+    pub reason: String,
+    /// Name of the Softmax or attention node.
+    pub anchor: String,
+}
+
+/// Attention cost of the whole model at one image size, batch 1.
+#[derive(Clone, Debug, Serialize, PartialEq)]
+pub struct SizeReport {
+    /// Side of the square image in pixels.
+    pub pixels: u64,
+    /// All self-attention as softmax.
+    pub before: Cost,
+    /// With the planned sites linear.
+    pub after: Cost,
+}
+
+/// What `inspect` prints and `convert` carries on.
+#[derive(Clone, Debug, Serialize, PartialEq)]
+pub struct ModelReport {
+    /// [`SCHEMA`].
+    pub schema: u32,
+    /// The model file.
+    pub model: String,
+    /// Architecture of the catalogue, or "unknown".
+    pub architecture: String,
+    /// Whether it is the published model or one with other numbers; null if unknown.
+    pub variant: Option<String>,
+    /// Self-attentions that the architecture has; null if unknown.
+    pub expected_self: Option<usize>,
+    /// Opset of the default domain.
+    pub opset: i64,
+    /// Every site.
+    pub sites: Vec<SiteReport>,
+    /// Attention cost at 512² … 16384²; empty where token counts are unknown.
+    pub costs: Vec<SizeReport>,
+}
+
+/// What a conversion did.
+#[derive(Clone, Debug, Serialize, PartialEq)]
+pub struct ConvertReport {
+    /// The model and its sites.
+    #[serde(flatten)]
+    pub model: ModelReport,
+    /// The written file; null for a dry run.
+    pub output: Option<String>,
+    /// Other files that must be kept with it.
+    pub companions: Vec<String>,
+    /// "checkpoint" or "none" (untrained: for measuring speed only).
+    pub weights: &'static str,
+    /// The checkpoint's file; null without one.
+    pub checkpoint: Option<String>,
+    /// SHA-256 of the checkpoint's tensors; null without one.
+    pub checkpoint_sha256: Option<String>,
+    /// How the operator is written.
+    pub emit: crate::rewrite::Emit,
+    /// Sites converted.
+    pub converted: usize,
+    /// Nodes removed.
+    pub nodes_removed: usize,
+    /// Initializers removed.
+    pub initializers_removed: usize,
+    /// What verification found; null if it was off.
+    pub verified: Option<Verified>,
+    /// What the user should know.
+    pub warnings: Vec<String>,
+}
+
+impl ModelReport {
+    /// Reports `analysis` under `actions`; `mid` is the width of the MLPs of the
+    /// checkpoint at hand, 0 without one.
+    #[must_use]
+    pub fn new(model: &str, analysis: &Analysis<'_>, actions: &[Action], mid: u64) -> Self {
+        let sites = analysis
+            .sites
+            .iter()
+            .zip(actions)
+            .zip(&analysis.tokens)
+            .map(|((site, action), tokens)| {
+                let (action, reason) = match action {
+                    Action::Convert => ("convert", "self-attention, plain".to_owned()),
+                    Action::Keep(reason) => ("keep", reason.clone()),
+                };
+                SiteReport {
+                    index: site.index,
+                    module: site.module.clone(),
+                    kind: site.kind,
+                    heads: site.heads,
+                    head_dim: site.head_dim,
+                    tokens: *tokens,
+                    action,
+                    reason,
+                    anchor: site.anchor.clone(),
+                }
+            })
+            .collect();
+        ModelReport {
+            schema: SCHEMA,
+            model: model.to_owned(),
+            architecture: analysis.architecture().to_owned(),
+            variant: analysis
+                .recognised
+                .as_ref()
+                .map(|r| format!("{:?}", r.variant).to_lowercase()),
+            expected_self: analysis
+                .recognised
+                .as_ref()
+                .map(linfusion_models::catalogue::Recognition::expected_self),
+            opset: analysis.opset,
+            sites,
+            costs: costs(analysis, actions, mid),
+        }
+    }
+
+    /// How many sites have `kind`.
+    #[must_use]
+    pub fn count(&self, kind: Kind) -> usize {
+        self.sites.iter().filter(|s| s.kind == kind).count()
+    }
+
+    /// The sites and the cost as tables for a terminal.
+    #[must_use]
+    pub fn table(&self) -> String {
+        let mut sites = table([
+            "#",
+            "module",
+            "kind",
+            "tokens",
+            "heads × dim",
+            "action",
+            "reason",
+        ]);
+        for s in &self.sites {
+            let known = |v: Option<i64>| v.map_or("?".to_owned(), |v| v.to_string());
+            sites.add_row([
+                s.index.to_string(),
+                s.module.clone().unwrap_or_else(|| s.anchor.clone()),
+                s.kind.to_string(),
+                known(s.tokens),
+                format!("{} × {}", known(s.heads), known(s.head_dim)),
+                s.action.to_owned(),
+                s.reason.clone(),
+            ]);
+        }
+        let mut text = format!(
+            "{}\narchitecture {}{}, opset {}: {} self-attentions{}, {} cross, {} joint, {} other\n{sites}\n",
+            self.model,
+            self.architecture,
+            self.variant
+                .as_ref()
+                .map_or(String::new(), |v| format!(" ({v})")),
+            self.opset,
+            self.count(Kind::SelfAttention),
+            self.expected_self
+                .map_or(String::new(), |n| format!(" of {n}")),
+            self.count(Kind::Cross),
+            self.count(Kind::Joint),
+            self.count(Kind::Other),
+        );
+        if !self.costs.is_empty() {
+            let mut costs = table([
+                "image",
+                "softmax GFLOP",
+                "linear GFLOP",
+                "softmax GB",
+                "linear GB",
+                "ratio",
+            ]);
+            for c in &self.costs {
+                let giga = |v: f64| format!("{:.2}", v / 1e9);
+                costs.add_row([
+                    format!("{}²", c.pixels),
+                    giga(c.before.flops),
+                    giga(c.after.flops),
+                    giga(c.before.bytes),
+                    giga(c.after.bytes),
+                    format!("{:.1}×", c.before.flops / c.after.flops.max(1.0)),
+                ]);
+            }
+            text +=
+                &format!("self-attention, one step at batch 1, counted (not measured):\n{costs}\n");
+        }
+        text
+    }
+}
+
+fn table<const N: usize>(header: [&str; N]) -> Table {
+    let mut table = Table::new();
+    table
+        .load_preset(presets::UTF8_HORIZONTAL_ONLY)
+        .set_content_arrangement(ContentArrangement::Dynamic);
+    table.set_header(header);
+    table
+}
+
+/// A latent pixel is 8 image pixels in every catalogued architecture.
+const LATENT: u64 = 8;
+
+fn costs(analysis: &Analysis<'_>, actions: &[Action], mid: u64) -> Vec<SizeReport> {
+    let Some(native) = analysis
+        .recognised
+        .as_ref()
+        .map(|r| r.structure.native_latent as u64 * LATENT)
+    else {
+        return Vec::new();
+    };
+    let known: Option<Vec<(cost::Shape, bool)>> = analysis
+        .sites
+        .iter()
+        .zip(actions)
+        .zip(&analysis.tokens)
+        .filter(|((s, _), _)| s.kind == Kind::SelfAttention)
+        .map(|((s, action), tokens)| {
+            let size = |v: i64| u64::try_from(v).ok();
+            let element = s.plain.as_ref().map_or(4, |p| element_bytes(p.element));
+            let shape = cost::Shape {
+                tokens: size((*tokens)?)?,
+                heads: size(s.heads?)?,
+                head_dim: size(s.head_dim?)?,
+                mid,
+                element,
+            };
+            Some((shape, *action == Action::Convert))
+        })
+        .collect();
+    let Some(known) = known else {
+        return Vec::new();
+    };
+    [512u64, 1024, 2048, 4096, 8192, 16384]
+        .into_iter()
+        .map(|pixels| {
+            let (mut before, mut after) = (Cost::default(), Cost::default());
+            for (shape, convert) in &known {
+                let mut s = *shape;
+                s.tokens =
+                    (s.tokens as f64 * (pixels as f64 / native as f64).powi(2)).round() as u64;
+                before += cost::softmax(s);
+                after += if *convert {
+                    cost::linear(s)
+                } else {
+                    cost::softmax(s)
+                };
+            }
+            SizeReport {
+                pixels,
+                before,
+                after,
+            }
+        })
+        .collect()
+}
+
+fn element_bytes(element: i32) -> u64 {
+    match element {
+        10 | 16 => 2,
+        11 => 8,
+        _ => 4,
+    }
+}

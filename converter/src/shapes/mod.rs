@@ -1,0 +1,301 @@
+//! Concrete shape propagation: the graph is walked once with one size for every
+//! dynamic dimension, and the shape arithmetic that exporters leave behind is
+//! evaluated on the way. What comes out is the exact shape of every value at
+//! that size, the number behind every run-time scale, and which values are
+//! constants. No weight is read beyond tensors of [`SMALL`] elements.
+
+pub mod eval;
+mod probe;
+mod rules;
+pub use rules::einsum_terms;
+pub mod value;
+
+use std::collections::HashMap;
+
+use bytes::Bytes;
+use linfusion_models::onnx::proto::{
+    self, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto,
+};
+
+pub use probe::Probe;
+pub use value::{Elements, Fact};
+
+use crate::graph::{domain, op, subgraphs, tensor_name};
+
+/// Tensors up to this many elements are evaluated, not only shaped.
+pub const SMALL: i64 = 1024;
+
+/// Reads the little-endian bytes of a tensor, wherever they are stored.
+/// `None` where they cannot be had (the data file is not there).
+pub type TensorReader<'a> = &'a dyn Fn(&TensorProto) -> Option<Bytes>;
+
+/// The facts of every value of a graph, by name.
+pub struct Shapes {
+    facts: HashMap<String, Fact>,
+}
+
+static UNKNOWN: Fact = Fact {
+    shape: None,
+    element: None,
+    elements: None,
+    constant: false,
+};
+
+impl Shapes {
+    /// Propagates `probe` through the main graph of `model`.
+    #[must_use]
+    pub fn propagate(model: &ModelProto, read: TensorReader<'_>, probe: &Probe) -> Self {
+        let graph = &*model.graph;
+        let mut env = Env {
+            facts: HashMap::with_capacity(graph.node.len() * 2),
+            symbols: HashMap::new(),
+            functions: model
+                .functions
+                .iter()
+                .map(|f| {
+                    (
+                        (
+                            f.domain.as_deref().unwrap_or(""),
+                            f.name.as_deref().unwrap_or(""),
+                        ),
+                        f,
+                    )
+                })
+                .collect(),
+            read,
+            depth: 0,
+        };
+        probe.bind(graph, &mut env.symbols, &mut env.facts);
+        env.graph(graph);
+        Shapes { facts: env.facts }
+    }
+
+    /// What is known of `value`; an empty fact if nothing is.
+    #[must_use]
+    pub fn fact(&self, value: &str) -> &Fact {
+        self.facts.get(value).unwrap_or(&UNKNOWN)
+    }
+
+    /// The shape of `value`, if known.
+    #[must_use]
+    pub fn shape(&self, value: &str) -> Option<&[i64]> {
+        self.fact(value).shape.as_deref()
+    }
+
+    /// The shape a value has under `Shapes` that does not list it in
+    /// `value_info`: every name with a fact, for tests and listings.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.facts.keys().map(String::as_str)
+    }
+}
+
+/// Nesting limit for subgraphs and functions: deeper models are malformed.
+const MAX_DEPTH: usize = 16;
+
+struct Env<'m> {
+    facts: HashMap<String, Fact>,
+    symbols: HashMap<String, i64>,
+    functions: HashMap<(&'m str, &'m str), &'m FunctionProto>,
+    read: TensorReader<'m>,
+    depth: usize,
+}
+
+impl Env<'_> {
+    fn graph(&mut self, graph: &GraphProto) {
+        let declared: HashMap<&str, &ValueInfoProto> = graph
+            .value_info
+            .iter()
+            .chain(&graph.output)
+            .filter_map(|v| Some((v.name.as_deref()?, v)))
+            .collect();
+        for tensor in &graph.initializer {
+            let fact = tensor_fact(tensor, self.read);
+            self.facts.insert(tensor_name(tensor).to_owned(), fact);
+        }
+        for node in &graph.node {
+            self.node(node, &declared);
+        }
+    }
+
+    fn node(&mut self, node: &NodeProto, declared: &HashMap<&str, &ValueInfoProto>) {
+        let mut outputs = match (domain(node), op(node)) {
+            ("", "If") => self.if_branch(node),
+            ("", "Constant") => vec![rules::constant_node(node, self.read)],
+            key => match self.functions.get(&key).copied() {
+                Some(f) if rules::is_foreign(key.0) => self.call(f, node),
+                _ => self.apply(node),
+            },
+        };
+        outputs.resize(node.output.len(), Fact::default());
+        for (name, mut fact) in node.output.iter().zip(outputs) {
+            if name.is_empty() {
+                continue;
+            }
+            if let Some(info) = declared.get(name.as_str()) {
+                let (shape, element) = self.declared(info);
+                fact.shape = fact.shape.or(shape);
+                fact.element = fact.element.or(element);
+            }
+            self.facts.insert(name.clone(), fact);
+        }
+    }
+
+    fn apply(&self, node: &NodeProto) -> Vec<Fact> {
+        let inputs: Vec<&Fact> = node
+            .input
+            .iter()
+            .map(|n| self.facts.get(n.as_str()).unwrap_or(&UNKNOWN))
+            .collect();
+        let mut outputs = rules::infer(node, &inputs);
+        let constant = !inputs.is_empty()
+            && node
+                .input
+                .iter()
+                .zip(&inputs)
+                .all(|(n, f)| n.is_empty() || f.constant);
+        eval::evaluate(node, &inputs, &mut outputs);
+        for out in &mut outputs {
+            out.constant = constant;
+        }
+        outputs
+    }
+
+    /// The branch that is taken if the condition is known, else the first whose
+    /// outputs have shapes.
+    fn if_branch(&mut self, node: &NodeProto) -> Vec<Fact> {
+        if self.depth >= MAX_DEPTH {
+            return Vec::new();
+        }
+        let condition = node
+            .input
+            .first()
+            .and_then(|n| self.facts.get(n.as_str())?.scalar());
+        let wanted = condition.map(|c| {
+            if c != 0.0 {
+                "then_branch"
+            } else {
+                "else_branch"
+            }
+        });
+        let mut best = Vec::new();
+        for attr in &node.attribute {
+            let Some(branch) = attr.g.as_option() else {
+                continue;
+            };
+            if wanted.is_some() && attr.name.as_deref() != wanted {
+                continue;
+            }
+            self.depth += 1;
+            self.graph(branch);
+            self.depth -= 1;
+            let facts: Vec<Fact> = branch
+                .output
+                .iter()
+                .map(|o| {
+                    self.facts
+                        .get(o.name.as_deref().unwrap_or(""))
+                        .cloned()
+                        .unwrap_or_default()
+                })
+                .collect();
+            if best.is_empty() || facts.iter().all(|f| f.shape.is_some()) {
+                best = facts;
+            }
+        }
+        best
+    }
+
+    /// A model-local function, evaluated with its own names.
+    fn call(&mut self, function: &FunctionProto, node: &NodeProto) -> Vec<Fact> {
+        if self.depth >= MAX_DEPTH {
+            return Vec::new();
+        }
+        let mut facts = HashMap::new();
+        for (formal, actual) in function.input.iter().zip(&node.input) {
+            if let Some(f) = self.facts.get(actual.as_str()) {
+                facts.insert(formal.clone(), f.clone());
+            }
+        }
+        let outer = std::mem::replace(&mut self.facts, facts);
+        self.depth += 1;
+        for inner in &function.node {
+            self.node(
+                &rules::bind_attributes(inner, function, node),
+                &HashMap::new(),
+            );
+        }
+        self.depth -= 1;
+        let inner = std::mem::replace(&mut self.facts, outer);
+        function
+            .output
+            .iter()
+            .map(|o| inner.get(o).cloned().unwrap_or_default())
+            .collect()
+    }
+
+    fn declared(&self, info: &ValueInfoProto) -> (Option<Vec<i64>>, Option<i32>) {
+        let Some((element, shape)) = tensor_type(info) else {
+            return (None, None);
+        };
+        let dims = shape.map(|dims| {
+            dims.iter()
+                .map(|d| match d {
+                    Dim::Value(v) => Some(*v),
+                    Dim::Symbol(s) => self.symbols.get(*s).copied(),
+                    Dim::Unknown => None,
+                })
+                .collect::<Option<Vec<_>>>()
+        });
+        (dims.flatten(), element)
+    }
+}
+
+/// A declared dimension.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dim<'m> {
+    /// A fixed size.
+    Value(i64),
+    /// A named size.
+    Symbol(&'m str),
+    /// Nothing said.
+    Unknown,
+}
+
+/// Element type and declared dimensions of a tensor-typed value.
+#[must_use]
+pub fn tensor_type(info: &ValueInfoProto) -> Option<(Option<i32>, Option<Vec<Dim<'_>>>)> {
+    use proto::__buffa::oneof::{
+        tensor_shape_proto::dimension::Value as D, type_proto::Value as T,
+    };
+    let T::TensorType(tensor) = info.r#type.as_option()?.value.as_ref()? else {
+        return None;
+    };
+    let dims = tensor.shape.as_option().map(|s| {
+        s.dim
+            .iter()
+            .map(|d| match &d.value {
+                Some(D::DimValue(v)) => Dim::Value(*v),
+                Some(D::DimParam(p)) if !p.is_empty() => Dim::Symbol(p),
+                _ => Dim::Unknown,
+            })
+            .collect()
+    });
+    Some((tensor.elem_type, dims))
+}
+
+/// The fact of a stored tensor; its elements are read if it is small.
+fn tensor_fact(tensor: &TensorProto, read: TensorReader<'_>) -> Fact {
+    let mut fact = Fact::shaped(tensor.dims.clone(), tensor.data_type);
+    fact.constant = true;
+    if fact.count().is_some_and(|n| n <= SMALL) {
+        fact.elements = read(tensor).and_then(|b| eval::decode(tensor.data_type?, &b));
+    }
+    fact
+}
+
+/// Whether the node or anything nested in it could hide attention: it has
+/// subgraphs.
+#[must_use]
+pub fn has_subgraphs(node: &NodeProto) -> bool {
+    subgraphs(node).next().is_some()
+}

@@ -1,0 +1,132 @@
+//! Sizes for the dynamic dimensions of a graph's inputs.
+
+use std::collections::HashMap;
+
+use linfusion_models::onnx::proto::{GraphProto, ValueInfoProto};
+
+use super::value::Fact;
+use super::{Dim, tensor_type};
+
+/// The sizes at which a graph is looked at.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Probe {
+    /// Batch size of every dynamic batch dimension.
+    pub batch: i64,
+    /// Rows and columns of the latent image.
+    pub latent: (i64, i64),
+    /// Length of the text.
+    pub text: i64,
+}
+
+impl Probe {
+    /// Small sizes for tracing layouts. All differ from each other and from the
+    /// widths that models have, and stay whole through four halvings.
+    pub const TRACE: Probe = Probe {
+        batch: 2,
+        latent: (16, 48),
+        text: 13,
+    };
+
+    /// A square latent image at batch 1 with 77 text tokens.
+    #[must_use]
+    pub fn square(side: i64) -> Self {
+        Probe {
+            batch: 1,
+            latent: (side, side),
+            text: 77,
+        }
+    }
+
+    /// Gives every graph input a fact and every input symbol a size. The first
+    /// rank-4 input is the latent image; a later one with 3 channels is a
+    /// conditioning image at 8 pixels a latent.
+    pub(super) fn bind(
+        &self,
+        graph: &GraphProto,
+        symbols: &mut HashMap<String, i64>,
+        facts: &mut HashMap<String, Fact>,
+    ) {
+        let initialized: std::collections::HashSet<&str> = graph
+            .initializer
+            .iter()
+            .filter_map(|t| t.name.as_deref())
+            .collect();
+        let inputs: Vec<Input<'_>> = graph
+            .input
+            .iter()
+            .filter(|v| !initialized.contains(v.name.as_deref().unwrap_or("")))
+            .filter_map(Input::of)
+            .collect();
+        let image = inputs.iter().position(|i| i.dims.len() == 4);
+        let packed = if image.is_some() {
+            None
+        } else {
+            inputs.iter().position(|i| i.dims.len() == 3)
+        };
+        for (index, input) in inputs.iter().enumerate() {
+            let role = match input.dims.len() {
+                4 if Some(index) != image && input.dims.get(1) == Some(&Dim::Value(3)) => {
+                    Role::Pixels
+                }
+                4 => Role::Latent,
+                3 if Some(index) == packed => Role::PackedTokens,
+                _ => Role::Other,
+            };
+            let shape: Vec<i64> = input
+                .dims
+                .iter()
+                .enumerate()
+                .map(|(axis, dim)| match dim {
+                    Dim::Value(v) => *v,
+                    Dim::Symbol(s) => *symbols
+                        .entry((*s).to_owned())
+                        .or_insert_with(|| self.size(input.name, Some(s), role, axis)),
+                    Dim::Unknown => self.size(input.name, None, role, axis),
+                })
+                .collect();
+            facts.insert(input.name.to_owned(), Fact::shaped(shape, input.element));
+        }
+    }
+
+    fn size(&self, name: &str, symbol: Option<&str>, role: Role, axis: usize) -> i64 {
+        let (rows, cols) = self.latent;
+        match (role, axis) {
+            // Position ids ([tokens, 3], no batch) carry no batch dimension.
+            (Role::Other, 0) if name.contains("img_ids") => (rows / 2) * (cols / 2),
+            (Role::Other, 0) if name.contains("txt_ids") => self.text,
+            (_, 0) if !symbol.is_some_and(|s| s.contains("seq") || s.contains("len")) => self.batch,
+            (Role::Latent, 2) => rows,
+            (Role::Latent, 3) => cols,
+            (Role::Latent, _) => 4,
+            (Role::Pixels, 2) => rows * 8,
+            (Role::Pixels, _) => cols * 8,
+            (Role::PackedTokens, 1) => (rows / 2) * (cols / 2),
+            _ => self.text,
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Role {
+    Latent,
+    Pixels,
+    PackedTokens,
+    Other,
+}
+
+struct Input<'m> {
+    name: &'m str,
+    element: Option<i32>,
+    dims: Vec<Dim<'m>>,
+}
+
+impl<'m> Input<'m> {
+    fn of(info: &'m ValueInfoProto) -> Option<Self> {
+        let (element, dims) = tensor_type(info)?;
+        Some(Input {
+            name: info.name.as_deref()?,
+            element,
+            dims: dims?,
+        })
+    }
+}

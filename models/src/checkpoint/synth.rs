@@ -1,0 +1,170 @@
+//! Random checkpoints in the official format, for tests and for measuring speed without trained weights.
+//!
+//! Values are drawn as PyTorch initialises its layers: uniform in ±1/√fan_in for linear layers, near one
+//! for the LayerNorm's weight. The same modules and seed give the same bytes.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use half::{bf16, f16};
+use safetensors::Dtype;
+use safetensors::tensor::{TensorView, serialize_to_file};
+
+use super::{CheckpointError, FloatType, MlpPart, MlpWidth, Part};
+
+/// A module to invent weights for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SynthModule {
+    /// PyTorch path of the attention.
+    pub module_name: String,
+    /// Channels; a multiple of `heads`.
+    pub dim: usize,
+    /// Number of heads.
+    pub heads: usize,
+    /// Width of the MLPs.
+    pub mid: MlpWidth,
+}
+
+/// How the tensors are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SynthOptions {
+    /// Seed of the random numbers.
+    pub seed: u64,
+    /// Element type of every tensor.
+    pub dtype: FloatType,
+}
+
+impl Default for SynthOptions {
+    fn default() -> Self {
+        Self {
+            seed: 0,
+            dtype: FloatType::F32,
+        }
+    }
+}
+
+/// Writes a checkpoint folder (made if absent) of `config.json` and `diffusion_pytorch_model.safetensors`,
+/// with one random module for each of `modules`, in their order.
+///
+/// # Errors
+/// A file cannot be written.
+pub fn write_checkpoint(
+    folder: &Path,
+    modules: &[SynthModule],
+    options: SynthOptions,
+) -> Result<(), CheckpointError> {
+    let io = |path: &Path, source| CheckpointError::Io {
+        path: path.to_owned(),
+        source,
+    };
+    std::fs::create_dir_all(folder).map_err(|e| io(folder, e))?;
+
+    let config_path = folder.join("config.json");
+    let config = config_json(modules);
+    std::fs::write(&config_path, config).map_err(|e| io(&config_path, e))?;
+
+    let tensors_path = folder.join("diffusion_pytorch_model.safetensors");
+    let mut random = SplitMix(options.seed);
+    let mut tensors = Vec::new();
+    for (index, module) in modules.iter().enumerate() {
+        for part in Part::ALL.iter().filter(|p| p.is_required(module.mid)) {
+            let Some(shape) = part.shape(module.dim, module.mid) else {
+                continue;
+            };
+            let values = draw(*part, module, shape.iter().product(), &mut random);
+            tensors.push((
+                part.tensor_name(index),
+                shape,
+                encode(&values, options.dtype),
+            ));
+        }
+    }
+    let views = tensors
+        .iter()
+        .map(|(name, shape, bytes)| {
+            TensorView::new(dtype(options.dtype), shape.clone(), bytes).map(|view| (name, view))
+        })
+        .collect::<Result<Vec<_>, _>>();
+    let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    views
+        .and_then(|views| serialize_to_file(views, Some(metadata), &tensors_path))
+        .map_err(|e| io(&tensors_path, std::io::Error::other(e)))
+}
+
+fn config_json(modules: &[SynthModule]) -> String {
+    let list: Vec<_> = modules
+        .iter()
+        .map(|module| {
+            let mid = match module.mid {
+                MlpWidth::Identity => serde_json::json!(-1),
+                MlpWidth::Width(width) if width == module.dim => serde_json::Value::Null,
+                MlpWidth::Width(width) => serde_json::json!(width),
+            };
+            serde_json::json!({
+                "module_name": module.module_name,
+                "dim_n": module.dim,
+                "heads": module.heads,
+                "projection_mid_dim": mid,
+            })
+        })
+        .collect();
+    let config = serde_json::json!({ "_class_name": "LinFusion", "modules_list": list });
+    format!("{config:#}\n")
+}
+
+fn draw(part: Part, module: &SynthModule, count: usize, random: &mut SplitMix) -> Vec<f64> {
+    let mid = match module.mid {
+        MlpWidth::Identity => module.dim,
+        MlpWidth::Width(width) => width,
+    };
+    let (centre, fan_in) = match part {
+        Part::QMlp(MlpPart::NormWeight) | Part::KMlp(MlpPart::NormWeight) => (1.0, 16),
+        Part::QMlp(MlpPart::OutWeight | MlpPart::OutBias)
+        | Part::KMlp(MlpPart::OutWeight | MlpPart::OutBias) => (0.0, mid),
+        _ => (0.0, module.dim),
+    };
+    let spread = 1.0 / (fan_in as f64).sqrt();
+    (0..count)
+        .map(|_| centre + spread * random.symmetric())
+        .collect()
+}
+
+fn dtype(dtype: FloatType) -> Dtype {
+    match dtype {
+        FloatType::F16 => Dtype::F16,
+        FloatType::BF16 => Dtype::BF16,
+        FloatType::F32 => Dtype::F32,
+        FloatType::F64 => Dtype::F64,
+    }
+}
+
+fn encode(values: &[f64], dtype: FloatType) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(values.len() * dtype.bytes());
+    for value in values {
+        match dtype {
+            FloatType::F16 => bytes.extend(f16::from_f64(*value).to_le_bytes()),
+            FloatType::BF16 => bytes.extend(bf16::from_f64(*value).to_le_bytes()),
+            FloatType::F32 => bytes.extend((*value as f32).to_le_bytes()),
+            FloatType::F64 => bytes.extend(value.to_le_bytes()),
+        }
+    }
+    bytes
+}
+
+/// SplitMix64 (Steele, Lea and Flood 2014): small, seedable, and the same on every machine.
+struct SplitMix(u64);
+
+impl SplitMix {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+
+    /// Uniform in [-1, 1).
+    fn symmetric(&mut self) -> f64 {
+        (self.next() >> 11) as f64 * (2.0 / (1_u64 << 53) as f64) - 1.0
+    }
+}

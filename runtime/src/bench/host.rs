@@ -1,0 +1,216 @@
+//! The process that starts workers, gives them turns, and gathers what they measure.
+
+use std::io::{BufRead, BufReader, Lines, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+
+use super::worker::Answer;
+use super::{BenchReport, Measurement, ModelSummary, Plan, SizeReport, median};
+use crate::inputs::PIXELS_PER_LATENT;
+use crate::provenance;
+
+/// Why a measurement did not come about.
+#[derive(Debug, thiserror::Error)]
+pub enum BenchError {
+    /// There is nothing to measure.
+    #[error("give at least one model, one size and one repeat")]
+    Nothing,
+    /// A worker cannot be started or spoken to.
+    #[error("the measuring process for {} at latent {latent}: {source}", model.display())]
+    Worker {
+        /// The model.
+        model: PathBuf,
+        /// Height and width of the latent.
+        latent: usize,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
+    /// The model does not run.
+    #[error("{} at latent {latent}: {message}", model.display())]
+    Failed {
+        /// The model.
+        model: PathBuf,
+        /// Height and width of the latent.
+        latent: usize,
+        /// What the worker said.
+        message: String,
+    },
+}
+
+/// Measures everything in the plan, telling `progress` what is being done.
+///
+/// # Errors
+/// A model does not run at a size, or a worker dies; workers that are still there are ended.
+pub fn run(plan: &Plan, mut progress: impl FnMut(&str)) -> Result<BenchReport, BenchError> {
+    if plan.models.is_empty() || plan.latents.is_empty() || plan.repeats == 0 {
+        return Err(BenchError::Nothing);
+    }
+    let mut latents = plan.latents.clone();
+    latents.sort_unstable();
+    latents.dedup();
+    let sizes = latents
+        .into_iter()
+        .map(|latent| measure(plan, latent, &mut progress))
+        .collect::<Result<Vec<_>, _>>()?;
+    let models = plan
+        .models
+        .iter()
+        .map(|path| ModelSummary {
+            path: path.clone(),
+            untrained: provenance::is_untrained(path),
+        })
+        .collect();
+    Ok(BenchReport::new(plan, models, sizes))
+}
+
+fn measure(
+    plan: &Plan,
+    latent: usize,
+    progress: &mut impl FnMut(&str),
+) -> Result<SizeReport, BenchError> {
+    let pixels = latent.saturating_mul(PIXELS_PER_LATENT);
+    let mut workers = plan
+        .models
+        .iter()
+        .map(|model| {
+            progress(&format!("{pixels} × {pixels}: loading {}", model.display()));
+            Worker::start(plan, model, latent)
+        })
+        .collect::<Result<Vec<_>, _>>()?;
+    let mut runs = vec![Vec::new(); workers.len()];
+    for repeat in 1..=plan.repeats {
+        progress(&format!(
+            "{pixels} × {pixels}: run {repeat} of {}",
+            plan.repeats
+        ));
+        for (worker, runs) in workers.iter_mut().zip(&mut runs) {
+            runs.push(worker.run()?);
+        }
+    }
+    let mut results = Vec::new();
+    let mut first_median = None;
+    for (worker, runs_ms) in workers.into_iter().zip(runs) {
+        let median_ms = median(&runs_ms).ok_or(BenchError::Nothing)?;
+        results.push(Measurement {
+            speedup: *first_median.get_or_insert(median_ms) / median_ms,
+            runs_ms,
+            median_ms,
+            peak_rss_bytes: worker.finish()?,
+        });
+    }
+    Ok(SizeReport {
+        latent,
+        pixels,
+        results,
+    })
+}
+
+struct Worker {
+    model: PathBuf,
+    latent: usize,
+    process: Process,
+    /// `None` once the worker was told to finish.
+    requests: Option<ChildStdin>,
+    answers: Lines<BufReader<ChildStdout>>,
+}
+
+/// Ends the process when it is dropped, however that comes.
+struct Process(Child);
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // Both fail only if the process is gone already.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+impl Worker {
+    fn start(plan: &Plan, model: &Path, latent: usize) -> Result<Self, BenchError> {
+        let died = |source| BenchError::Worker {
+            model: model.to_owned(),
+            latent,
+            source,
+        };
+        let mut job = plan.template.clone();
+        job.model = model.to_owned();
+        job.latent = latent;
+        let job = serde_json::to_string(&job).map_err(|e| died(e.into()))?;
+        let mut child = Command::new(&plan.worker.program)
+            .args(&plan.worker.arguments)
+            .arg(job)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .map_err(died)?;
+        let pipes = child.stdin.take().zip(child.stdout.take());
+        let process = Process(child);
+        let (requests, answers) =
+            pipes.ok_or_else(|| died(std::io::Error::other("it has no pipes")))?;
+        let mut worker = Self {
+            model: model.to_owned(),
+            latent,
+            process,
+            requests: Some(requests),
+            answers: BufReader::new(answers).lines(),
+        };
+        match worker.answer()? {
+            Answer::Ready => Ok(worker),
+            other => Err(worker.unexpected(&other)),
+        }
+    }
+
+    fn run(&mut self) -> Result<f64, BenchError> {
+        let sent = match &mut self.requests {
+            Some(requests) => requests.write_all(b"\n").and_then(|()| requests.flush()),
+            None => Err(std::io::Error::other("it was told to finish")),
+        };
+        sent.map_err(|e| self.died(e))?;
+        match self.answer()? {
+            Answer::Ran(ms) => Ok(ms),
+            other => Err(self.unexpected(&other)),
+        }
+    }
+
+    fn finish(mut self) -> Result<Option<u64>, BenchError> {
+        self.requests = None;
+        let peak = match self.answer()? {
+            Answer::Done(peak) => peak,
+            other => return Err(self.unexpected(&other)),
+        };
+        self.process.0.wait().map_err(|e| self.died(e))?;
+        Ok(peak)
+    }
+
+    fn answer(&mut self) -> Result<Answer, BenchError> {
+        let line = match self.answers.next() {
+            Some(line) => line.map_err(|e| self.died(e))?,
+            None => {
+                // Out of memory is the usual reason.
+                let status = self.process.0.wait().map_err(|e| self.died(e))?;
+                return Err(self.died(std::io::Error::other(format!("it ended with {status}"))));
+            }
+        };
+        match serde_json::from_str(&line) {
+            Ok(Answer::Failed(message)) => Err(BenchError::Failed {
+                model: self.model.clone(),
+                latent: self.latent,
+                message,
+            }),
+            Ok(answer) => Ok(answer),
+            Err(e) => Err(self.died(e.into())),
+        }
+    }
+
+    fn unexpected(&self, answer: &Answer) -> BenchError {
+        self.died(std::io::Error::other(format!("it answered {answer:?}")))
+    }
+
+    fn died(&self, source: std::io::Error) -> BenchError {
+        BenchError::Worker {
+            model: self.model.clone(),
+            latent: self.latent,
+            source,
+        }
+    }
+}

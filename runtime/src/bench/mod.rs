@@ -1,0 +1,190 @@
+//! Times whole steps of several models at growing resolution, in one run.
+//!
+//! Every model and size has a process of its own, so that its peak memory is its own; the processes of one
+//! size live side by side and take turns, so that whatever slows the machine down slows all of them.
+
+mod host;
+pub mod plot;
+mod worker;
+
+use std::path::PathBuf;
+
+use serde::Serialize;
+
+pub use self::host::{BenchError, run};
+pub use self::worker::{Job, serve};
+
+use crate::engine::Engine;
+
+/// What to measure.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// The program to start workers with: this one, with the subcommand that calls [`serve`].
+    pub worker: WorkerCommand,
+    /// The models; ratios are taken against the first.
+    pub models: Vec<PathBuf>,
+    /// Latent sizes (an eighth of the pixels along an edge).
+    pub latents: Vec<usize>,
+    /// Runs that count, for each model and size.
+    pub repeats: usize,
+    /// How each job runs; model and latent are filled in.
+    pub template: Job,
+}
+
+/// How to start a worker.
+#[derive(Debug, Clone)]
+pub struct WorkerCommand {
+    /// The executable.
+    pub program: PathBuf,
+    /// Arguments before the job, which is passed as JSON.
+    pub arguments: Vec<String>,
+}
+
+/// Everything measured.
+#[derive(Debug, Clone, Serialize)]
+pub struct BenchReport {
+    /// What ran the models.
+    pub engine: String,
+    /// Threads that were asked for; `None` left it to the engine.
+    pub threads: Option<usize>,
+    /// Logical processors of the machine.
+    pub processors: usize,
+    /// Runs that count.
+    pub repeats: usize,
+    /// The models, in the order given.
+    pub models: Vec<ModelSummary>,
+    /// One entry a size, smallest first.
+    pub sizes: Vec<SizeReport>,
+    /// For each model but the first, the smallest measured size from which on it is faster than the first.
+    pub crossovers: Vec<Crossover>,
+}
+
+/// A measured model.
+#[derive(Debug, Clone, Serialize)]
+pub struct ModelSummary {
+    /// Its file.
+    pub path: PathBuf,
+    /// Whether its metadata says that it was converted without trained weights.
+    pub untrained: bool,
+}
+
+/// All models at one size.
+#[derive(Debug, Clone, Serialize)]
+pub struct SizeReport {
+    /// Height and width of the latent.
+    pub latent: usize,
+    /// Height and width of the image.
+    pub pixels: usize,
+    /// In the models' order.
+    pub results: Vec<Measurement>,
+}
+
+/// One model at one size.
+#[derive(Debug, Clone, Serialize)]
+pub struct Measurement {
+    /// Every run that counts, in milliseconds.
+    pub runs_ms: Vec<f64>,
+    /// Their median.
+    pub median_ms: f64,
+    /// The largest resident memory of the process, model and all, in bytes; `None` where the system
+    /// does not tell.
+    pub peak_rss_bytes: Option<u64>,
+    /// Time of the first model ÷ time of this one.
+    pub speedup: f64,
+}
+
+/// Where a model overtakes the first.
+#[derive(Debug, Clone, Serialize)]
+pub struct Crossover {
+    /// Position among the models.
+    pub model: usize,
+    /// Image size in pixels; `None` if it is slower at the largest size.
+    pub pixels: Option<usize>,
+}
+
+impl BenchReport {
+    fn new(plan: &Plan, models: Vec<ModelSummary>, sizes: Vec<SizeReport>) -> Self {
+        let crossovers = (1..models.len())
+            .map(|model| Crossover {
+                model,
+                pixels: crossover(&sizes, model),
+            })
+            .collect();
+        Self {
+            engine: plan.template.engine.name().to_owned(),
+            threads: plan.template.threads.map(|t| t.get()),
+            processors: std::thread::available_parallelism().map_or(1, |n| n.get()),
+            repeats: plan.repeats,
+            models,
+            sizes,
+            crossovers,
+        }
+    }
+}
+
+fn crossover(sizes: &[SizeReport], model: usize) -> Option<usize> {
+    sizes
+        .iter()
+        .rev()
+        .take_while(|size| size.results.get(model).is_some_and(|r| r.speedup > 1.0))
+        .last()
+        .map(|size| size.pixels)
+}
+
+/// The middle value, or the mean of the two; `None` of nothing.
+fn median(values: &[f64]) -> Option<f64> {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let upper = *sorted.get(sorted.len() / 2)?;
+    if sorted.len() % 2 == 1 {
+        return Some(upper);
+    }
+    let lower = *sorted.get((sorted.len() / 2).checked_sub(1)?)?;
+    Some((lower + upper) / 2.0)
+}
+
+impl Engine {
+    /// The name in reports and on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ort => "ort",
+            Self::Tract => "tract",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn medians() {
+        assert_eq!(median(&[]), None);
+        assert_eq!(median(&[3.0, 1.0, 2.0]), Some(2.0));
+        assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), Some(2.5));
+    }
+
+    #[test]
+    fn a_crossover_holds_to_the_largest_size() {
+        let sizes = |speedups: &[f64]| -> Vec<SizeReport> {
+            speedups
+                .iter()
+                .enumerate()
+                .map(|(i, speedup)| SizeReport {
+                    latent: i,
+                    pixels: i * 8,
+                    results: vec![Measurement {
+                        runs_ms: vec![1.0],
+                        median_ms: 1.0,
+                        peak_rss_bytes: None,
+                        speedup: *speedup,
+                    }],
+                })
+                .collect()
+        };
+        assert_eq!(crossover(&sizes(&[0.9, 1.1, 0.9, 1.2, 3.0]), 0), Some(24));
+        assert_eq!(crossover(&sizes(&[2.0, 3.0]), 0), Some(0));
+        assert_eq!(crossover(&sizes(&[2.0, 0.5]), 0), None);
+        assert_eq!(crossover(&[], 0), None);
+    }
+}

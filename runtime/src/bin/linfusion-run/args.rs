@@ -1,0 +1,246 @@
+//! The command line.
+
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use linfusion_runtime::bench::{EngineName, OperatorsFrom};
+use linfusion_runtime::engine::{Engine, load_library};
+
+/// Runs, compares and measures diffusion graphs, original and converted.
+#[derive(Parser)]
+#[command(
+    name = "linfusion-run",
+    version,
+    after_help = "Exit codes: 0 done; 1 failed; 2 wrong usage; 3 compare: outputs are not finite or beyond \
+                  --tolerance; 4 doctor: no ONNX Runtime, or a broken operator library.\n\
+                  LINFUSION_LOG sets what is logged, e.g. `debug`."
+)]
+pub struct Arguments {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Subcommand)]
+pub enum Command {
+    /// What is installed, and what would run where
+    Doctor(DoctorArgs),
+    /// Run two models on the same inputs and report how far their outputs are apart
+    Compare(CompareArgs),
+    /// Time a step of several models at growing resolution, with peak memory
+    Bench(BenchArgs),
+    /// Write shell completions or the man page to standard output
+    Generate {
+        #[command(subcommand)]
+        what: Generate,
+    },
+    /// One measuring process of `bench`
+    #[command(hide = true)]
+    MeasureWorker {
+        /// The job, as JSON
+        job: String,
+    },
+}
+
+#[derive(Args)]
+pub struct DoctorArgs {
+    /// Also look at this operator library
+    #[arg(long, value_name = "FILE", env = "LINFUSION_OPS_LIBRARY")]
+    pub operator_library: Option<PathBuf>,
+    #[command(flatten)]
+    pub place: Where,
+}
+
+#[derive(Args)]
+pub struct CompareArgs {
+    /// The model that is right
+    pub reference: PathBuf,
+    /// The model to judge
+    pub other: PathBuf,
+    /// Inputs under the models' names; random ones otherwise
+    #[arg(long, value_name = "FILE.npz")]
+    pub inputs: Option<PathBuf>,
+    /// Height and width of the latent image, where the models leave it open [default: 64]
+    #[arg(long)]
+    pub latent: Option<usize>,
+    /// Fail (exit code 3) if a value is further off than this
+    #[arg(long, value_name = "MAX_ABS")]
+    pub tolerance: Option<f64>,
+    #[command(flatten)]
+    pub shape: Shape,
+    #[command(flatten)]
+    pub place: Where,
+}
+
+#[derive(Args)]
+pub struct BenchArgs {
+    /// The models; the others are compared with the first
+    #[arg(required = true)]
+    pub models: Vec<PathBuf>,
+    /// Latent sizes below 256, pixels (divisible by 8) from 256 on
+    #[arg(long, value_delimiter = ',', default_value = "512,768,1024", value_parser = latent_size)]
+    pub sizes: Vec<usize>,
+    /// Runs that count, after one that does not
+    #[arg(long, default_value = "5")]
+    pub repeats: NonZeroUsize,
+    /// Also write the plot here
+    #[arg(long, value_name = "FILE.svg")]
+    pub plot: Option<PathBuf>,
+    /// Also write the measurements here
+    #[arg(long, value_name = "FILE.json")]
+    pub json: Option<PathBuf>,
+    #[command(flatten)]
+    pub shape: Shape,
+    #[command(flatten)]
+    pub place: Where,
+}
+
+impl BenchArgs {
+    pub fn latents(&self) -> Vec<usize> {
+        self.sizes.clone()
+    }
+}
+
+/// What random inputs look like.
+#[derive(Args)]
+pub struct Shape {
+    /// Images at once, where the model leaves it open
+    #[arg(long, default_value_t = 2)]
+    pub batch: usize,
+    /// Text tokens, where the model leaves it open
+    #[arg(long, default_value_t = 77)]
+    pub sequence: usize,
+    /// The whole shape of an input
+    #[arg(long, value_name = "INPUT=4,64,64", value_parser = named_shape)]
+    pub set: Vec<(String, Vec<usize>)>,
+    /// Seed of random inputs
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+}
+
+/// What runs, and how it is reported.
+#[derive(Args)]
+pub struct Where {
+    /// What runs the models [default: ort if a library is found, else tract]
+    #[arg(long, value_enum)]
+    engine: Option<EngineArg>,
+    /// ONNX Runtime's library [default: ORT_DYLIB_PATH, else searched for]
+    #[arg(long, value_name = "FILE")]
+    pub ort_library: Option<PathBuf>,
+    /// Where ONNX Runtime takes the LinFusion operators from: none, in-process, or a library file
+    #[arg(long, value_name = "WHICH", default_value = "in-process", value_parser = operators)]
+    pub operators: OperatorsFrom,
+    /// Threads within an operator [default: the engine's]
+    #[arg(long)]
+    pub threads: Option<NonZeroUsize>,
+    /// Form of the report
+    #[arg(long, value_enum, default_value_t = Report::Table)]
+    pub report: Report,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum EngineArg {
+    Ort,
+    Tract,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Report {
+    Table,
+    Json,
+}
+
+#[derive(Subcommand)]
+pub enum Generate {
+    /// Completions for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// The man page
+    Man,
+}
+
+impl Where {
+    pub fn engine(&self) -> Engine {
+        self.engine_name().into()
+    }
+
+    pub fn engine_name(&self) -> EngineName {
+        match self.engine {
+            Some(EngineArg::Ort) => EngineName::Ort,
+            Some(EngineArg::Tract) => EngineName::Tract,
+            // Who names a library wants to hear that it does not load.
+            None if self.ort_library.is_some() => EngineName::Ort,
+            None if load_library(None).is_ok() => EngineName::Ort,
+            None => EngineName::Tract,
+        }
+    }
+}
+
+/// No latent is as large as the smallest image in use, so that one number can be either.
+const SMALLEST_PIXELS: usize = 256;
+
+fn latent_size(text: &str) -> Result<usize, String> {
+    let size: usize = text.parse().map_err(|_| format!("`{text}` is no number"))?;
+    match size {
+        0 => Err("0 is no size".to_owned()),
+        latent if latent < SMALLEST_PIXELS => Ok(latent),
+        pixels if pixels % 8 == 0 => Ok(pixels / 8),
+        pixels => Err(format!("{pixels} pixels are not divisible by 8")),
+    }
+}
+
+fn named_shape(text: &str) -> Result<(String, Vec<usize>), String> {
+    let (name, dims) = text
+        .split_once('=')
+        .filter(|(name, _)| !name.is_empty())
+        .ok_or_else(|| format!("`{text}` is not INPUT=DIM,DIM,…"))?;
+    let dims = dims
+        .split(',')
+        .filter(|dim| !dim.is_empty())
+        .map(|dim| dim.parse().map_err(|_| format!("`{dim}` is no dimension")))
+        .collect::<Result<_, _>>()?;
+    Ok((name.to_owned(), dims))
+}
+
+fn operators(text: &str) -> Result<OperatorsFrom, String> {
+    match text {
+        "none" => Ok(OperatorsFrom::None),
+        "in-process" => Ok(OperatorsFrom::InProcess),
+        "" => Err("give none, in-process, or a library file".to_owned()),
+        path => Ok(OperatorsFrom::Library(path.into())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes_are_latents_or_pixels() {
+        assert_eq!(latent_size("64"), Ok(64));
+        assert_eq!(latent_size("255"), Ok(255));
+        assert_eq!(latent_size("256"), Ok(32));
+        assert_eq!(latent_size("1024"), Ok(128));
+        for wrong in ["0", "1001", "-8", "x"] {
+            assert!(latent_size(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn shapes_are_named_lists() {
+        let shape = ("sample".to_owned(), vec![2, 4, 64, 64]);
+        assert_eq!(named_shape("sample=2,4,64,64"), Ok(shape));
+        assert_eq!(named_shape("t="), Ok(("t".to_owned(), vec![])));
+        for wrong in ["sample", "=2", "x=2,y"] {
+            assert!(named_shape(wrong).is_err(), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,196 @@
+//! Reports as text.
+
+use std::fmt::Write;
+use std::path::PathBuf;
+
+use comfy_table::{CellAlignment, Table, presets};
+use linfusion_runtime::bench::BenchReport;
+use linfusion_runtime::compare::Difference;
+use linfusion_runtime::doctor::Diagnosis;
+use miette::IntoDiagnostic;
+use serde::Serialize;
+
+/// What `compare` found.
+#[derive(Serialize)]
+pub struct Comparison {
+    /// The model that is right.
+    pub reference: PathBuf,
+    /// The model that is judged.
+    pub other: PathBuf,
+    /// Whether each was converted without trained weights.
+    pub untrained: [bool; 2],
+    /// What ran them.
+    pub engine: String,
+    /// The limit on `max_abs`, if one was given.
+    pub tolerance: Option<f64>,
+    /// Whether all values are finite and within the limit.
+    pub within_tolerance: bool,
+    /// One entry an output.
+    pub outputs: Vec<Difference>,
+}
+
+pub fn json(value: &impl Serialize) -> miette::Result<String> {
+    let text = serde_json::to_string_pretty(value).into_diagnostic()?;
+    Ok(text + "\n")
+}
+
+pub fn comparison(comparison: &Comparison) -> String {
+    let mut table = table(&[
+        "output",
+        "shape",
+        "max |Δ|",
+        "mean |Δ|",
+        "‖Δ‖/‖ref‖",
+        "PSNR dB",
+        "std of ref",
+        "not finite",
+    ]);
+    for d in &comparison.outputs {
+        let number = |value: Option<f64>| value.map_or("–".to_owned(), |v| format!("{v:.3e}"));
+        table.add_row([
+            d.output.clone(),
+            format!("{:?}", d.shape),
+            number(d.max_abs),
+            number(d.mean_abs),
+            number(d.relative),
+            d.psnr_db.map_or("–".to_owned(), |v| format!("{v:.1}")),
+            number(d.reference_std),
+            format!("{} / {}", d.not_finite[0], d.not_finite[1]),
+        ]);
+    }
+    align_numbers(&mut table, 2);
+    let mut text = format!(
+        "{} against {} on {}\n{table}\n",
+        comparison.other.display(),
+        comparison.reference.display(),
+        comparison.engine
+    );
+    if let Some(limit) = comparison.tolerance {
+        let verdict = if comparison.within_tolerance {
+            "within"
+        } else {
+            "beyond"
+        };
+        let _ = writeln!(text, "{verdict} the tolerance of {limit:e}");
+    }
+    text
+}
+
+pub fn bench(report: &BenchReport) -> String {
+    let mut table = table(&["pixels", "model", "median ms", "speed-up", "peak MiB"]);
+    for size in &report.sizes {
+        for (model, result) in report.models.iter().zip(&size.results) {
+            let name = model.path.file_name().unwrap_or(model.path.as_os_str());
+            table.add_row([
+                size.pixels.to_string(),
+                name.to_string_lossy().into_owned(),
+                format!("{:.1}", result.median_ms),
+                format!("{:.2} ×", result.speedup),
+                result.peak_rss_bytes.map_or("–".to_owned(), |b| {
+                    format!("{:.0}", b as f64 / f64::from(1 << 20))
+                }),
+            ]);
+        }
+    }
+    align_numbers(&mut table, 2);
+    let threads = report
+        .threads
+        .map_or("its own number of".to_owned(), |t| t.to_string());
+    let mut text = format!(
+        "{} with {threads} threads on {} processors; median of {} runs, models taking turns\n{table}\n",
+        report.engine, report.processors, report.repeats
+    );
+    for crossover in &report.crossovers {
+        let Some(model) = report.models.get(crossover.model) else {
+            continue;
+        };
+        let _ = match crossover.pixels {
+            Some(pixels) => writeln!(
+                text,
+                "{} is faster than the first model from {pixels} × {pixels} pixels on",
+                model.path.display()
+            ),
+            None => writeln!(
+                text,
+                "{} is not faster than the first model at the largest size",
+                model.path.display()
+            ),
+        };
+    }
+    for model in report.models.iter().filter(|m| m.untrained) {
+        let _ = writeln!(
+            text,
+            "{} was converted without trained weights: only its speed means something",
+            model.path.display()
+        );
+    }
+    text
+}
+
+pub fn diagnosis(diagnosis: &Diagnosis) -> String {
+    let mut text = String::new();
+    let _ = match (&diagnosis.onnx_runtime, &diagnosis.onnx_runtime_problem) {
+        (Some(found), _) => writeln!(
+            text,
+            "ONNX Runtime {} ({}): {}\n  providers: {}",
+            found.version,
+            found.origin,
+            found.path.display(),
+            found.providers.join(", ")
+        ),
+        (None, problem) => writeln!(
+            text,
+            "ONNX Runtime: none\n  {}",
+            problem.as_deref().unwrap_or("no reason known")
+        ),
+    };
+    let others = diagnosis.candidates.iter().filter(|c| {
+        diagnosis
+            .onnx_runtime
+            .as_ref()
+            .is_none_or(|r| r.path != c.path)
+    });
+    for candidate in others {
+        let _ = writeln!(
+            text,
+            "  also looked for: {} ({})",
+            candidate.path.display(),
+            candidate.origin
+        );
+    }
+    let _ = writeln!(
+        text,
+        "operators in this program: {}",
+        diagnosis.operators_in_process
+    );
+    if let Some(library) = &diagnosis.operator_library {
+        let state = match (&library.status, &library.problem) {
+            (Some(status), _) => status.clone(),
+            (None, problem) => format!("unusable: {}", problem.as_deref().unwrap_or_default()),
+        };
+        let _ = writeln!(text, "operator library {}: {state}", library.path.display());
+    }
+    let mut table = table(&["a LinFusionAttention node on", "with operators", "without"]);
+    for placement in &diagnosis.placements {
+        table.add_row([
+            &placement.place,
+            &placement.with_operators,
+            &placement.without_operators,
+        ]);
+    }
+    let _ = writeln!(text, "{table}");
+    text
+}
+
+fn table(header: &[&str]) -> Table {
+    let mut table = Table::new();
+    table.load_preset(presets::UTF8_HORIZONTAL_ONLY);
+    table.set_header(header.iter().copied());
+    table
+}
+
+fn align_numbers(table: &mut Table, from: usize) {
+    for column in table.column_iter_mut().skip(from) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+}

@@ -1,0 +1,327 @@
+//! Engines that run ONNX graphs: ONNX Runtime, loaded when first asked for, and tract, built in.
+
+pub mod library;
+mod ort;
+mod tract;
+
+use std::fmt;
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+
+pub use self::ort::{execution_providers, load_library};
+
+use crate::tensor::{DType, Tensor};
+
+/// What runs a graph.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Engine {
+    /// ONNX Runtime through its shared library.
+    Ort,
+    /// tract, in pure Rust, on one thread. It has no model-local functions: the LinFusion operators are
+    /// always registered in it.
+    Tract,
+}
+
+impl fmt::Display for Engine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Ort => "ort",
+            Self::Tract => "tract",
+        })
+    }
+}
+
+/// Where ONNX Runtime takes the LinFusion operators from.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Operators {
+    /// Nowhere: the model's own function bodies run.
+    #[default]
+    None,
+    /// From this program.
+    InProcess,
+    /// From a custom-op library.
+    Library(PathBuf),
+}
+
+/// How much ONNX Runtime may rewrite a graph before running it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Optimization {
+    /// Not at all, but for inlining functions.
+    Off,
+    /// Constant folding and redundant nodes.
+    Basic,
+    /// Fusions too.
+    Extended,
+    /// Everything, layouts included.
+    #[default]
+    All,
+}
+
+/// How to run a graph.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct SessionOptions {
+    /// Where the LinFusion operators come from.
+    pub operators: Operators,
+    /// Threads within an operator; `None` leaves it to the engine.
+    pub threads: Option<NonZeroUsize>,
+    /// Graph rewriting; tract always does all of its own.
+    pub optimization: Optimization,
+    /// ONNX Runtime's shared library; `None` searches for one (see [`library::find`]). The first library
+    /// that a process loads stays for good.
+    pub library: Option<PathBuf>,
+}
+
+/// An input or output of a graph.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Port {
+    /// Its name.
+    pub name: String,
+    /// Its element type.
+    pub dtype: DType,
+    /// Its dimensions; `None` if the graph leaves even the rank open.
+    pub shape: Option<Vec<Dim>>,
+}
+
+/// A dimension of a port.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Dim {
+    /// A fixed size.
+    Fixed(usize),
+    /// Any size, under a name that equal sizes share.
+    Symbol(String),
+    /// Any size.
+    Any,
+}
+
+impl fmt::Display for Dim {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Fixed(size) => write!(f, "{size}"),
+            Self::Symbol(name) => f.write_str(name),
+            Self::Any => f.write_str("?"),
+        }
+    }
+}
+
+/// Why a graph cannot be loaded or run.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// There is no ONNX Runtime library, or it does not load.
+    #[error(transparent)]
+    Library(#[from] library::LibraryError),
+    /// The operators of this program cannot be registered.
+    #[error("cannot register this program's LinFusion operators: {0}")]
+    Operators(#[from] linfusion_ops::ort::OrtError),
+    /// The model file cannot be read.
+    #[error("cannot read {}: {source}", path.display())]
+    Io {
+        /// The model.
+        path: PathBuf,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
+    /// The engine refuses the model.
+    #[error("{engine} cannot load {model}: {message}")]
+    Load {
+        /// The engine.
+        engine: Engine,
+        /// The model's path, or a word for one in memory.
+        model: String,
+        /// What the engine said.
+        message: String,
+    },
+    /// The engine fails while running.
+    #[error("{engine} failed while running: {message}")]
+    Run {
+        /// The engine.
+        engine: Engine,
+        /// What the engine said.
+        message: String,
+    },
+    /// An input or output has a type that is no [`DType`].
+    #[error("`{name}` has element type {found}, which is not supported")]
+    ElementType {
+        /// The port.
+        name: String,
+        /// Its type.
+        found: String,
+    },
+    /// A graph input was not given.
+    #[error("the graph's input `{name}` was not given (given: {given:?})")]
+    MissingInput {
+        /// The input.
+        name: String,
+        /// The names that were given.
+        given: Vec<String>,
+    },
+    /// A given tensor is no input of the graph.
+    #[error("`{name}` is no input of the graph, whose inputs are {inputs:?}")]
+    UnknownInput {
+        /// The name that was given.
+        name: String,
+        /// The graph's inputs.
+        inputs: Vec<String>,
+    },
+    /// A given tensor does not fit the graph's input.
+    #[error("input `{name}` is {found_dtype}{found:?}, but the graph takes {expected}")]
+    InputMismatch {
+        /// The input.
+        name: String,
+        /// Type that was given.
+        found_dtype: DType,
+        /// Shape that was given.
+        found: Vec<usize>,
+        /// What the graph declares.
+        expected: String,
+    },
+}
+
+/// A loaded graph.
+pub struct Session {
+    engine: Engine,
+    backend: Box<dyn Backend>,
+    inputs: Vec<Port>,
+    outputs: Vec<Port>,
+}
+
+/// What an engine has to do.
+trait Backend: Send {
+    /// `inputs` are in the order of the graph's, and fit them.
+    fn run(&mut self, inputs: &[(&str, &Tensor)]) -> Result<Vec<(String, Tensor)>, EngineError>;
+}
+
+/// A backend and the ports that it found.
+struct Loaded {
+    backend: Box<dyn Backend>,
+    inputs: Vec<Port>,
+    outputs: Vec<Port>,
+}
+
+impl Session {
+    /// Loads the model at `path`; external data is looked for beside it.
+    ///
+    /// # Errors
+    /// The engine is not there or refuses the model.
+    pub fn from_file(
+        engine: Engine,
+        path: impl AsRef<Path>,
+        options: &SessionOptions,
+    ) -> Result<Self, EngineError> {
+        let path = path.as_ref();
+        let loaded = match engine {
+            Engine::Ort => ort::load_file(path, options)?,
+            Engine::Tract => tract::load_file(path)?,
+        };
+        Ok(Self::new(engine, loaded))
+    }
+
+    /// Loads a model from memory; it must not refer to external data.
+    ///
+    /// # Errors
+    /// The engine is not there or refuses the model.
+    pub fn from_bytes(
+        engine: Engine,
+        bytes: &[u8],
+        options: &SessionOptions,
+    ) -> Result<Self, EngineError> {
+        let loaded = match engine {
+            Engine::Ort => ort::load_bytes(bytes, options)?,
+            Engine::Tract => tract::load_bytes(bytes)?,
+        };
+        Ok(Self::new(engine, loaded))
+    }
+
+    fn new(engine: Engine, loaded: Loaded) -> Self {
+        Self {
+            engine,
+            backend: loaded.backend,
+            inputs: loaded.inputs,
+            outputs: loaded.outputs,
+        }
+    }
+
+    /// What runs the graph.
+    pub fn engine(&self) -> Engine {
+        self.engine
+    }
+
+    /// The graph's inputs, without those that have a default.
+    pub fn inputs(&self) -> &[Port] {
+        &self.inputs
+    }
+
+    /// The graph's outputs.
+    pub fn outputs(&self) -> &[Port] {
+        &self.outputs
+    }
+
+    /// Runs the graph on named inputs, in any order; gives all outputs in the graph's order.
+    ///
+    /// # Errors
+    /// The inputs do not fit the graph, or the engine fails.
+    pub fn run(
+        &mut self,
+        inputs: &[(impl AsRef<str>, Tensor)],
+    ) -> Result<Vec<(String, Tensor)>, EngineError> {
+        for (name, _) in inputs {
+            if !self.inputs.iter().any(|port| port.name == name.as_ref()) {
+                return Err(EngineError::UnknownInput {
+                    name: name.as_ref().to_owned(),
+                    inputs: self.inputs.iter().map(|p| p.name.clone()).collect(),
+                });
+            }
+        }
+        let ordered = self
+            .inputs
+            .iter()
+            .map(|port| {
+                let (_, tensor) = inputs
+                    .iter()
+                    .find(|(name, _)| name.as_ref() == port.name)
+                    .ok_or_else(|| EngineError::MissingInput {
+                        name: port.name.clone(),
+                        given: inputs.iter().map(|(n, _)| n.as_ref().to_owned()).collect(),
+                    })?;
+                port.check(tensor)?;
+                Ok((port.name.as_str(), tensor))
+            })
+            .collect::<Result<Vec<_>, EngineError>>()?;
+        self.backend.run(&ordered)
+    }
+}
+
+impl Port {
+    fn check(&self, tensor: &Tensor) -> Result<(), EngineError> {
+        let shape_fits = self.shape.as_ref().is_none_or(|dims| {
+            dims.len() == tensor.shape().len()
+                && dims
+                    .iter()
+                    .zip(tensor.shape())
+                    .all(|(dim, size)| !matches!(dim, Dim::Fixed(fixed) if fixed != size))
+        });
+        if shape_fits && tensor.dtype() == self.dtype {
+            return Ok(());
+        }
+        Err(EngineError::InputMismatch {
+            name: self.name.clone(),
+            found_dtype: tensor.dtype(),
+            found: tensor.shape().to_vec(),
+            expected: self.to_string(),
+        })
+    }
+}
+
+impl fmt::Display for Port {
+    /// Type and dimensions, e.g. `f32[batch, 4, ?, ?]`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.dtype)?;
+        let Some(dims) = &self.shape else {
+            return f.write_str(" of any rank");
+        };
+        let dims: Vec<String> = dims.iter().map(Dim::to_string).collect();
+        write!(f, "[{}]", dims.join(", "))
+    }
+}
+
+#[cfg(test)]
+mod tests;

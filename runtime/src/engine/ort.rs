@@ -1,0 +1,332 @@
+//! ONNX Runtime.
+
+use std::borrow::Cow;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use ort::AsPointer;
+use ort::environment::Environment;
+use ort::logging::LogLevel;
+use ort::session::SessionInputValue;
+use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
+use ort::value::{DynValue, TensorElementType, TensorRef, ValueType};
+
+use super::library::{self, Candidate, LibraryError};
+use super::{
+    Backend, Dim, Engine, EngineError, Loaded, Operators, Optimization, Port, SessionOptions,
+};
+use crate::tensor::{DType, Tensor, each};
+
+/// The process's only ONNX Runtime.
+struct Runtime {
+    environment: Environment,
+    library: Candidate,
+}
+
+static RUNTIME: OnceLock<Runtime> = OnceLock::new();
+
+/// Loads ONNX Runtime, or finds it loaded; gives the library that is in use.
+///
+/// # Errors
+/// No library loads, or another than the given one is in use.
+pub fn load_library(given: Option<&Path>) -> Result<Candidate, LibraryError> {
+    runtime(given).map(|runtime| runtime.library.clone())
+}
+
+/// Names of the execution providers that the loaded library has.
+///
+/// # Errors
+/// As [`load_library`].
+pub fn execution_providers(given: Option<&Path>) -> Result<Vec<String>, LibraryError> {
+    runtime(given)?;
+    let api = ort::api();
+    let mut names = std::ptr::null_mut();
+    let mut count = 0;
+    // SAFETY: both out-pointers are valid; the API is that of the loaded library.
+    let status = unsafe { (api.GetAvailableProviders)(&mut names, &mut count) };
+    if !status.0.is_null() || names.is_null() {
+        // SAFETY: a status that is not null is owned by us.
+        unsafe { (api.ReleaseStatus)(status.0) };
+        return Ok(Vec::new());
+    }
+    let count = usize::try_from(count).unwrap_or(0);
+    // SAFETY: on success `names` points at `count` zero-terminated strings.
+    let list = unsafe { std::slice::from_raw_parts(names, count) };
+    let providers = list
+        .iter()
+        // SAFETY: as above.
+        .map(|name| unsafe { std::ffi::CStr::from_ptr(*name) })
+        .map(|name| name.to_string_lossy().into_owned())
+        .collect();
+    // SAFETY: the list came from GetAvailableProviders and is not used after this.
+    let released =
+        unsafe { (api.ReleaseAvailableProviders)(names, i32::try_from(count).unwrap_or(0)) };
+    if !released.0.is_null() {
+        // SAFETY: a status that is not null is owned by us.
+        unsafe { (api.ReleaseStatus)(released.0) };
+    }
+    Ok(providers)
+}
+
+fn runtime(given: Option<&Path>) -> Result<&'static Runtime, LibraryError> {
+    static LOADING: Mutex<()> = Mutex::new(());
+    let _one_at_a_time = LOADING.lock().unwrap_or_else(PoisonError::into_inner);
+    if RUNTIME.get().is_none() {
+        let loaded = load_first(library::find(given))?;
+        // Nobody else sets it while the lock is held.
+        let _ = RUNTIME.set(loaded);
+    }
+    let runtime = RUNTIME
+        .get()
+        .ok_or(LibraryError::NotFound { tried: vec![] })?;
+    match given {
+        Some(asked) if !same_file(asked, &runtime.library.path) => {
+            Err(LibraryError::AnotherLoaded {
+                loaded: runtime.library.path.clone(),
+                asked: asked.to_owned(),
+            })
+        }
+        _ => Ok(runtime),
+    }
+}
+
+fn same_file(a: &Path, b: &Path) -> bool {
+    let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    real(a) == real(b)
+}
+
+fn load_first(candidates: Vec<Candidate>) -> Result<Runtime, LibraryError> {
+    let mut tried = Vec::new();
+    for candidate in candidates {
+        match load(&candidate) {
+            Ok(environment) => {
+                return Ok(Runtime {
+                    environment,
+                    library: candidate,
+                });
+            }
+            Err(message) if candidate.origin.is_explicit() => {
+                return Err(LibraryError::Broken {
+                    path: candidate.path,
+                    origin: candidate.origin,
+                    message,
+                });
+            }
+            Err(message) => tried.push(format!("{} ({message})", candidate.path.display())),
+        }
+    }
+    Err(LibraryError::NotFound { tried })
+}
+
+fn load(candidate: &Candidate) -> Result<Environment, String> {
+    // A path with folders is made absolute: ort would resolve it against the program's own folder.
+    let path = match candidate.path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => {
+            std::path::absolute(&candidate.path).map_err(|e| e.to_string())?
+        }
+        _ => candidate.path.clone(),
+    };
+    let environment = ort::init_from(path)
+        .map_err(|e| e.to_string())?
+        .with_name("linfusion")
+        .with_telemetry(false)
+        .with_logger(Arc::new(log))
+        .build()
+        .map_err(|e| e.to_string())?;
+    environment.set_log_level(LogLevel::Warning);
+    Ok(environment)
+}
+
+/// ONNX Runtime's messages become events; a library does not write to the terminal.
+fn log(level: LogLevel, _category: &str, _id: &str, place: &str, message: &str) {
+    match level {
+        LogLevel::Fatal | LogLevel::Error => tracing::error!(place, "{message}"),
+        LogLevel::Warning => tracing::debug!(place, "{message}"),
+        LogLevel::Info | LogLevel::Verbose => tracing::trace!(place, "{message}"),
+    }
+}
+
+pub(super) fn load_file(path: &Path, options: &SessionOptions) -> Result<Loaded, EngineError> {
+    let refused = |e: ort::Error| refused(path.display().to_string(), &e);
+    // ONNX Runtime's own words for a missing file hide its name.
+    std::fs::File::open(path).map_err(|source| EngineError::Io {
+        path: path.to_owned(),
+        source,
+    })?;
+    let mut builder = builder(options, refused)?;
+    finish(builder.commit_from_file(path).map_err(refused)?)
+}
+
+pub(super) fn load_bytes(bytes: &[u8], options: &SessionOptions) -> Result<Loaded, EngineError> {
+    let refused = |e: ort::Error| refused("a model in memory".to_owned(), &e);
+    let mut builder = builder(options, refused)?;
+    finish(builder.commit_from_memory(bytes).map_err(refused)?)
+}
+
+fn refused(model: String, error: &ort::Error) -> EngineError {
+    EngineError::Load {
+        engine: Engine::Ort,
+        model,
+        message: error.to_string(),
+    }
+}
+
+fn builder(
+    options: &SessionOptions,
+    refused: impl Fn(ort::Error) -> EngineError,
+) -> Result<SessionBuilder, EngineError> {
+    let runtime = runtime(options.library.as_deref())?;
+    let level = match options.optimization {
+        Optimization::Off => GraphOptimizationLevel::Disable,
+        Optimization::Basic => GraphOptimizationLevel::Level1,
+        Optimization::Extended => GraphOptimizationLevel::Level2,
+        Optimization::All => GraphOptimizationLevel::All,
+    };
+    let mut builder = ort::session::Session::builder(&runtime.environment)
+        .and_then(|b| Ok(b.with_optimization_level(level)?))
+        .map_err(&refused)?;
+    if let Some(threads) = options.threads {
+        builder = builder
+            .with_intra_threads(threads.get())
+            .map_err(|e| refused(e.into()))?;
+    }
+    match &options.operators {
+        Operators::None => Ok(builder),
+        Operators::InProcess => register_in_process(builder),
+        Operators::Library(path) => builder
+            .with_operator_library(absolute(path))
+            .map_err(|e| refused(e.into())),
+    }
+}
+
+fn register_in_process(mut builder: SessionBuilder) -> Result<SessionBuilder, EngineError> {
+    // SAFETY: the options belong to the builder, the API to the library that made them, and that library
+    // stays loaded for as long as the process runs.
+    unsafe { linfusion_ops::ort::register_in_process(builder.ptr_mut(), ort::api()) }?;
+    Ok(builder)
+}
+
+fn absolute(path: &Path) -> PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
+}
+
+fn finish(session: ort::session::Session) -> Result<Loaded, EngineError> {
+    let ports = |outlets: &[ort::value::Outlet]| {
+        outlets
+            .iter()
+            .map(|outlet| port(outlet.name(), outlet.dtype()))
+            .collect::<Result<Vec<_>, _>>()
+    };
+    Ok(Loaded {
+        inputs: ports(session.inputs())?,
+        outputs: ports(session.outputs())?,
+        backend: Box::new(OrtSession { session }),
+    })
+}
+
+fn port(name: &str, value: &ValueType) -> Result<Port, EngineError> {
+    let unsupported = || EngineError::ElementType {
+        name: name.to_owned(),
+        found: value.to_string(),
+    };
+    let ValueType::Tensor {
+        ty,
+        shape,
+        dimension_symbols,
+    } = value
+    else {
+        return Err(unsupported());
+    };
+    let dims = shape
+        .iter()
+        .enumerate()
+        .map(|(axis, size)| match usize::try_from(*size) {
+            Ok(size) => Dim::Fixed(size),
+            Err(_) => match dimension_symbols.get(axis) {
+                Some(symbol) if !symbol.is_empty() => Dim::Symbol(symbol.clone()),
+                _ => Dim::Any,
+            },
+        })
+        .collect();
+    Ok(Port {
+        name: name.to_owned(),
+        dtype: dtype(*ty).ok_or_else(unsupported)?,
+        shape: Some(dims),
+    })
+}
+
+fn dtype(element: TensorElementType) -> Option<DType> {
+    Some(match element {
+        TensorElementType::Float32 => DType::F32,
+        TensorElementType::Float16 => DType::F16,
+        TensorElementType::Bfloat16 => DType::BF16,
+        TensorElementType::Float64 => DType::F64,
+        TensorElementType::Int64 => DType::I64,
+        TensorElementType::Int32 => DType::I32,
+        TensorElementType::Uint8 => DType::U8,
+        TensorElementType::Int8 => DType::I8,
+        TensorElementType::Bool => DType::Bool,
+        _ => return None,
+    })
+}
+
+struct OrtSession {
+    session: ort::session::Session,
+}
+
+impl Backend for OrtSession {
+    fn run(&mut self, inputs: &[(&str, &Tensor)]) -> Result<Vec<(String, Tensor)>, EngineError> {
+        let failed = |e: ort::Error| EngineError::Run {
+            engine: Engine::Ort,
+            message: e.to_string(),
+        };
+        // Arrays in another than row-major order are copied; they must outlive the run.
+        let rows: Vec<(&str, Tensor)> = inputs
+            .iter()
+            .map(|(name, tensor)| (*name, row_major(tensor)))
+            .collect();
+        let values = rows
+            .iter()
+            .map(|(name, tensor)| Ok((Cow::Borrowed(*name), input_value(tensor)?)))
+            .collect::<Result<Vec<(Cow<'_, str>, SessionInputValue<'_>)>, ort::Error>>()
+            .map_err(failed)?;
+        let outputs = self.session.run(values).map_err(failed)?;
+        outputs
+            .iter()
+            .map(|(name, value)| Ok((name.to_owned(), output_tensor(name, &value)?)))
+            .collect()
+    }
+}
+
+fn row_major(tensor: &Tensor) -> Tensor {
+    each!(tensor, a => Tensor::from(a.as_standard_layout().into_owned()))
+}
+
+fn input_value(tensor: &Tensor) -> Result<SessionInputValue<'_>, ort::Error> {
+    each!(tensor, a => Ok(TensorRef::from_array_view(a.view())?.into()))
+}
+
+fn output_tensor(name: &str, value: &DynValue) -> Result<Tensor, EngineError> {
+    let unsupported = || EngineError::ElementType {
+        name: name.to_owned(),
+        found: value.dtype().to_string(),
+    };
+    let failed = |e: ort::Error| EngineError::Run {
+        engine: Engine::Ort,
+        message: format!("output `{name}`: {e}"),
+    };
+    let ValueType::Tensor { ty, .. } = value.dtype() else {
+        return Err(unsupported());
+    };
+    Ok(match dtype(*ty).ok_or_else(unsupported)? {
+        DType::F32 => Tensor::F32(value.try_extract_array().map_err(failed)?.into_owned()),
+        DType::F16 => Tensor::F16(value.try_extract_array().map_err(failed)?.into_owned()),
+        DType::BF16 => Tensor::BF16(value.try_extract_array().map_err(failed)?.into_owned()),
+        DType::F64 => Tensor::F64(value.try_extract_array().map_err(failed)?.into_owned()),
+        DType::I64 => Tensor::I64(value.try_extract_array().map_err(failed)?.into_owned()),
+        DType::I32 => Tensor::I32(value.try_extract_array().map_err(failed)?.into_owned()),
+        DType::U8 => Tensor::U8(value.try_extract_array().map_err(failed)?.into_owned()),
+        DType::I8 => Tensor::I8(value.try_extract_array().map_err(failed)?.into_owned()),
+        DType::Bool => Tensor::Bool(value.try_extract_array().map_err(failed)?.into_owned()),
+    })
+}

@@ -1,0 +1,192 @@
+//! Both engines on the same graphs. What needs ONNX Runtime is skipped where no library is found; `make test`
+//! provides one.
+
+use std::path::PathBuf;
+
+use super::*;
+use crate::npz;
+
+fn fixture(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .join("../models/fixtures")
+        .join(name)
+}
+
+fn engines() -> Vec<Engine> {
+    let mut engines = vec![Engine::Tract];
+    match load_library(None) {
+        Ok(_) => engines.push(Engine::Ort),
+        Err(error) => {
+            assert!(
+                std::env::var_os(library::VARIABLE).is_none(),
+                "{} is set: {error}",
+                library::VARIABLE
+            );
+            eprintln!("skipping ONNX Runtime: {error}");
+        }
+    }
+    engines
+}
+
+fn open(engine: Engine) -> Session {
+    let model = fixture("sd15-tiny/unet.onnx");
+    Session::from_file(engine, model, &SessionOptions::default()).unwrap()
+}
+
+/// The case's inputs, in the types that the model takes.
+fn inputs(session: &Session) -> Vec<(String, Tensor)> {
+    let given = npz::read(&fixture("sd15-tiny/inputs.npz")).unwrap();
+    session
+        .inputs()
+        .iter()
+        .map(|port| {
+            let (_, tensor) = given.iter().find(|(name, _)| *name == port.name).unwrap();
+            (port.name.clone(), tensor.cast(port.dtype))
+        })
+        .collect()
+}
+
+#[test]
+fn both_engines_see_the_same_ports() {
+    for engine in engines() {
+        let session = open(engine);
+        let shown: Vec<_> = session
+            .inputs()
+            .iter()
+            .chain(session.outputs())
+            .map(|port| format!("{}: {port}", port.name))
+            .collect();
+        assert_eq!(
+            shown,
+            [
+                "sample: f32[batch, 4, height, width]",
+                "timestep: f32[]",
+                "encoder_hidden_states: f32[batch, sequence, 12]",
+                "out_sample: f32[batch, 4, height, width]",
+            ],
+            "{engine}"
+        );
+    }
+}
+
+#[test]
+fn both_engines_agree_and_memory_equals_file() {
+    let mut results = Vec::new();
+    for engine in engines() {
+        let mut session = open(engine);
+        let inputs = inputs(&session);
+        let outputs = session.run(&inputs).unwrap();
+        assert_eq!(outputs.len(), 1);
+        assert_eq!(outputs[0].1.shape(), [2, 4, 16, 16]);
+        // A second run, with the inputs in another order.
+        let reversed: Vec<_> = inputs.iter().cloned().rev().collect();
+        assert_eq!(session.run(&reversed).unwrap(), outputs, "{engine}");
+
+        let bytes = std::fs::read(fixture("sd15-tiny/unet.onnx")).unwrap();
+        let options = SessionOptions {
+            threads: NonZeroUsize::new(1),
+            optimization: Optimization::Basic,
+            ..SessionOptions::default()
+        };
+        let mut memory = Session::from_bytes(engine, &bytes, &options).unwrap();
+        let from_memory = memory.run(&inputs).unwrap();
+        assert!(max_difference(&from_memory[0].1, &outputs[0].1) < 1e-5);
+        results.push(outputs);
+    }
+    for other in &results {
+        assert!(max_difference(&other[0].1, &results[0][0].1) < 2e-5);
+    }
+}
+
+fn max_difference(a: &Tensor, b: &Tensor) -> f64 {
+    let difference = a.to_f64() - b.to_f64();
+    difference.iter().fold(0.0, |max, d| d.abs().max(max))
+}
+
+#[test]
+fn another_size_is_another_plan() {
+    for engine in engines() {
+        let mut session = open(engine);
+        let inputs = inputs(&session);
+        let mut small = inputs.clone();
+        small[0].1 = Tensor::from(ndarray::Array4::<f32>::zeros((2, 4, 8, 8)));
+        let large = session.run(&inputs).unwrap();
+        assert_eq!(session.run(&small).unwrap()[0].1.shape(), [2, 4, 8, 8]);
+        assert_eq!(session.run(&inputs).unwrap(), large, "{engine}");
+    }
+}
+
+#[test]
+fn inputs_that_do_not_fit_are_refused_with_the_values() {
+    for engine in engines() {
+        let mut session = open(engine);
+        let good = inputs(&session);
+        let with = |index: usize, tensor: Tensor| {
+            let mut inputs = good.clone();
+            inputs[index].1 = tensor;
+            inputs
+        };
+        let mut unknown = good.clone();
+        unknown.push(("other".to_owned(), good[1].1.clone()));
+        let cases = [
+            (good[1..].to_vec(), "input `sample` was not given"),
+            (unknown, "`other` is no input of the graph"),
+            (
+                with(0, good[0].1.cast(DType::F64)),
+                "input `sample` is f64[2, 4, 16, 16], but the graph takes f32[batch, 4, height, width]",
+            ),
+            (
+                with(0, Tensor::from(ndarray::Array4::<f32>::zeros((2, 3, 8, 8)))),
+                "input `sample` is f32[2, 3, 8, 8]",
+            ),
+            (
+                with(0, Tensor::from(ndarray::Array3::<f32>::zeros((2, 4, 8)))),
+                "input `sample` is f32[2, 4, 8]",
+            ),
+        ];
+        for (inputs, expected) in cases {
+            let error = session.run(&inputs).unwrap_err().to_string();
+            assert!(error.contains(expected), "{engine}: {error}");
+        }
+    }
+}
+
+#[test]
+fn files_that_are_no_models_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let garbage = folder.path().join("garbage.onnx");
+    std::fs::write(&garbage, [0xff; 64]).unwrap();
+    for engine in engines() {
+        let options = SessionOptions::default();
+        let error = Session::from_file(engine, &garbage, &options)
+            .err()
+            .unwrap();
+        assert!(error.to_string().contains("garbage.onnx"), "{error}");
+        let absent = folder.path().join("absent.onnx");
+        let error = Session::from_file(engine, absent, &options).err().unwrap();
+        assert!(matches!(error, EngineError::Io { .. }), "{error}");
+        assert!(Session::from_bytes(engine, b"", &options).is_err());
+    }
+}
+
+#[test]
+fn a_library_that_is_none_is_an_error() {
+    let options = SessionOptions {
+        library: Some("/nowhere/libonnxruntime.so".into()),
+        ..SessionOptions::default()
+    };
+    let model = fixture("sd15-tiny/unet.onnx");
+    let error = Session::from_file(Engine::Ort, model, &options)
+        .err()
+        .unwrap();
+    let message = error.to_string();
+    assert!(message.contains("/nowhere/libonnxruntime.so"), "{message}");
+}
+
+#[test]
+fn the_cpu_provider_is_always_there() {
+    if engines().contains(&Engine::Ort) {
+        let providers = execution_providers(None).unwrap();
+        assert!(providers.contains(&"CPUExecutionProvider".to_owned()));
+    }
+}

@@ -1,0 +1,431 @@
+//! Inputs for a graph that nobody gave inputs for: seeded, of the right types, and of sensible values.
+//!
+//! Open dimensions are resolved from their names (`batch`, `height`, `sequence`, …) and, where an exporter
+//! lost the names, from the rank: images are `[batch, channels, height, width]`, texts
+//! `[batch, tokens, width]`. Equal symbols always get equal sizes.
+
+use std::collections::HashMap;
+
+use ndarray::{ArrayD, IxDyn};
+
+use crate::engine::{Dim, Port};
+use crate::tensor::Tensor;
+
+/// What to make inputs for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Request {
+    /// Height and width of the latent image where the graph leaves them open.
+    pub latent: Option<usize>,
+    /// Batch size where the graph leaves it open.
+    pub batch: usize,
+    /// Text tokens where the graph leaves them open.
+    pub sequence: usize,
+    /// Whole shapes of named inputs, before every rule.
+    pub shapes: Vec<(String, Vec<usize>)>,
+    /// Seed of the random values.
+    pub seed: u64,
+}
+
+impl Default for Request {
+    /// One image with and without its prompt, as classifier-free guidance runs, at 512 × 512 pixels.
+    fn default() -> Self {
+        Self {
+            latent: None,
+            batch: 2,
+            sequence: 77,
+            shapes: Vec::new(),
+            seed: 0,
+        }
+    }
+}
+
+/// Latent size where neither graph nor request say one: 512 pixels.
+pub const DEFAULT_LATENT: usize = 64;
+/// Pixels along an edge of the image that one latent pixel stands for.
+pub const PIXELS_PER_LATENT: usize = 8;
+
+/// Why inputs cannot be made.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum InputsError {
+    /// The graph runs at one size only, and another was asked for.
+    #[error(
+        "input `{name}` has the fixed shape {declared}, so the graph cannot run at latent size {asked}; \
+         export it with dynamic axes"
+    )]
+    FixedSize {
+        /// The input.
+        name: String,
+        /// Its declared type and shape.
+        declared: String,
+        /// The size asked for.
+        asked: usize,
+    },
+    /// Nothing says how large a dimension is.
+    #[error("dimension {axis} of input `{name}` ({declared}) is open; give its shape as {name}=…")]
+    Open {
+        /// The input.
+        name: String,
+        /// The axis.
+        axis: usize,
+        /// Its declared type and shape.
+        declared: String,
+    },
+    /// A shape was given for an input that the graph lacks.
+    #[error("a shape was given for `{name}`, but the graph's inputs are {inputs:?}")]
+    Unknown {
+        /// The name given.
+        name: String,
+        /// The graph's inputs.
+        inputs: Vec<String>,
+    },
+    /// A tensor would not fit into memory.
+    #[error("input `{name}` would have the shape {shape:?}, which is too large")]
+    TooLarge {
+        /// The input.
+        name: String,
+        /// The shape.
+        shape: Vec<usize>,
+    },
+}
+
+/// Makes an input for each port.
+///
+/// # Errors
+/// A dimension stays open, a fixed one contradicts the request, or a size is beyond reason.
+pub fn make(ports: &[Port], request: &Request) -> Result<Vec<(String, Tensor)>, InputsError> {
+    if let Some((name, _)) = request
+        .shapes
+        .iter()
+        .find(|(name, _)| !ports.iter().any(|port| port.name == *name))
+    {
+        return Err(InputsError::Unknown {
+            name: name.clone(),
+            inputs: ports.iter().map(|p| p.name.clone()).collect(),
+        });
+    }
+    let mut sizes = Sizes::new(ports, request);
+    let mut random = Random(request.seed);
+    ports
+        .iter()
+        .map(|port| {
+            let shape = sizes.shape_of(port)?;
+            Ok((port.name.clone(), values(port, &shape, &mut random)?))
+        })
+        .collect()
+}
+
+/// What a dimension stands for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Role {
+    Batch,
+    Edge,
+    PixelEdge,
+    Sequence,
+    /// A vector's only dimension, one value a run.
+    Single,
+}
+
+struct Sizes<'a> {
+    request: &'a Request,
+    batch: usize,
+    symbols: HashMap<String, usize>,
+}
+
+impl<'a> Sizes<'a> {
+    fn new(ports: &[Port], request: &'a Request) -> Self {
+        // Exports with a fixed batch in one input often leave it open in another.
+        let fixed_batch = ports.iter().find_map(|port| {
+            let dims = port.shape.as_ref().filter(|dims| dims.len() >= 3)?;
+            match dims.first() {
+                Some(Dim::Fixed(size)) => Some(*size),
+                _ => None,
+            }
+        });
+        let mut sizes = Self {
+            request,
+            batch: fixed_batch.unwrap_or(request.batch),
+            symbols: HashMap::new(),
+        };
+        for (name, shape) in &request.shapes {
+            let port = ports.iter().find(|port| port.name == *name);
+            for (dim, size) in port.iter().flat_map(|p| &p.shape).flatten().zip(shape) {
+                if let Dim::Symbol(symbol) = dim {
+                    sizes.symbols.insert(symbol.clone(), *size);
+                }
+            }
+        }
+        sizes
+    }
+
+    fn shape_of(&mut self, port: &Port) -> Result<Vec<usize>, InputsError> {
+        if let Some((_, shape)) = self.request.shapes.iter().find(|(n, _)| *n == port.name) {
+            return Ok(shape.clone());
+        }
+        let dims = port.shape.as_deref().unwrap_or_default();
+        dims.iter()
+            .enumerate()
+            .map(|(axis, dim)| self.size_of(port, axis, dim))
+            .collect()
+    }
+
+    fn size_of(&mut self, port: &Port, axis: usize, dim: &Dim) -> Result<usize, InputsError> {
+        let role = role(port, axis, dim);
+        if let Dim::Fixed(size) = dim {
+            return match (role, self.request.latent) {
+                (Some(Role::Edge), Some(asked)) if asked != *size => Err(InputsError::FixedSize {
+                    name: port.name.clone(),
+                    declared: port.to_string(),
+                    asked,
+                }),
+                _ => Ok(*size),
+            };
+        }
+        if let Dim::Symbol(symbol) = dim
+            && let Some(size) = self.symbols.get(symbol)
+        {
+            return Ok(*size);
+        }
+        let latent = self.request.latent.unwrap_or(DEFAULT_LATENT);
+        let size = match role {
+            Some(Role::Batch) => self.batch,
+            Some(Role::Edge) => latent,
+            Some(Role::PixelEdge) => latent.saturating_mul(PIXELS_PER_LATENT),
+            Some(Role::Sequence) => self.request.sequence,
+            Some(Role::Single) => 1,
+            None => {
+                return Err(InputsError::Open {
+                    name: port.name.clone(),
+                    axis,
+                    declared: port.to_string(),
+                });
+            }
+        };
+        if let Dim::Symbol(symbol) = dim {
+            self.symbols.insert(symbol.clone(), size);
+        }
+        Ok(size)
+    }
+}
+
+fn role(port: &Port, axis: usize, dim: &Dim) -> Option<Role> {
+    if let Dim::Symbol(symbol) = dim {
+        let symbol = symbol.to_lowercase();
+        let has = |part: &str| symbol.contains(part);
+        if has("pixel") {
+            return Some(Role::PixelEdge);
+        } else if has("batch") {
+            return Some(Role::Batch);
+        } else if has("seq") || has("token") || has("text") {
+            return Some(Role::Sequence);
+        } else if !is_image(port) && (has("height") || has("width")) {
+            return Some(Role::Edge);
+        }
+    }
+    let rank = port.shape.as_ref().map_or(0, Vec::len);
+    match (rank, axis) {
+        (4, 2 | 3) if is_image(port) => Some(Role::PixelEdge),
+        (4, 2 | 3) => Some(Role::Edge),
+        (3, 1) => Some(Role::Sequence),
+        (2.., 0) => Some(Role::Batch),
+        (1, 0) => Some(Role::Single),
+        _ => None,
+    }
+}
+
+/// A ControlNet's hint is an image, not a latent.
+fn is_image(port: &Port) -> bool {
+    let channels = port.shape.as_ref().and_then(|dims| dims.get(1));
+    port.name.contains("cond") && channels == Some(&Dim::Fixed(3))
+}
+
+/// 16 GiB of f32: more than any input of a diffusion graph.
+const MAX_ELEMENTS: usize = 1 << 32;
+
+fn values(port: &Port, shape: &[usize], random: &mut Random) -> Result<Tensor, InputsError> {
+    let too_large = || InputsError::TooLarge {
+        name: port.name.clone(),
+        shape: shape.to_vec(),
+    };
+    let count = shape
+        .iter()
+        .try_fold(1_usize, |n, d| n.checked_mul(*d))
+        .filter(|n| *n <= MAX_ELEMENTS)
+        .ok_or_else(too_large)?;
+    let is_step = port.name.contains("timestep") || (shape.len() <= 1 && port.name.contains('t'));
+    let mut draw = || {
+        if is_step {
+            // The middle of the schedule.
+            500.0
+        } else if port.dtype.is_float() {
+            random.normal()
+        } else {
+            // Valid as a token, a class, a size and a flag.
+            1.0
+        }
+    };
+    let values: Vec<f64> = (0..count).map(|_| draw()).collect();
+    let array = ArrayD::from_shape_vec(IxDyn(shape), values).map_err(|_| too_large())?;
+    Ok(Tensor::from_f64(array, port.dtype))
+}
+
+/// SplitMix64 (Steele, Lea and Flood 2014): small, and the same on every machine.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+
+    /// In (0, 1].
+    fn unit(&mut self) -> f64 {
+        ((self.next() >> 11) + 1) as f64 / (1_u64 << 53) as f64
+    }
+
+    /// Mean 0, standard deviation 1 (Box and Muller 1958).
+    fn normal(&mut self) -> f64 {
+        let radius = (-2.0 * self.unit().ln()).sqrt();
+        radius * (std::f64::consts::TAU * self.unit()).cos()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tensor::DType;
+
+    fn port(name: &str, dtype: DType, dims: &[&str]) -> Port {
+        let dim = |text: &&str| match text.parse() {
+            Ok(size) => Dim::Fixed(size),
+            Err(_) if *text == "?" => Dim::Any,
+            Err(_) => Dim::Symbol((*text).to_owned()),
+        };
+        Port {
+            name: name.to_owned(),
+            dtype,
+            shape: Some(dims.iter().map(dim).collect()),
+        }
+    }
+
+    fn shapes(ports: &[Port], request: &Request) -> Result<Vec<Vec<usize>>, InputsError> {
+        let inputs = make(ports, request)?;
+        Ok(inputs.iter().map(|(_, t)| t.shape().to_vec()).collect())
+    }
+
+    fn at(latent: usize) -> Request {
+        Request {
+            latent: Some(latent),
+            ..Request::default()
+        }
+    }
+
+    #[test]
+    fn dimensions_come_from_names_and_ranks() {
+        let sample = |dims| port("sample", DType::F32, dims);
+        let text = |dims| port("encoder_hidden_states", DType::F32, dims);
+        let step = |dims| port("timestep", DType::I64, dims);
+        let cases = [
+            (
+                "names",
+                vec![
+                    sample(&["batch", "4", "height", "width"]),
+                    step(&[]),
+                    text(&["batch", "sequence", "768"]),
+                ],
+                vec![vec![2, 4, 16, 16], vec![], vec![2, 77, 768]],
+            ),
+            (
+                "lost names",
+                vec![
+                    sample(&["s53", "4", "s1", "s2"]),
+                    step(&["s9"]),
+                    text(&["s53", "s7", "768"]),
+                ],
+                vec![vec![2, 4, 16, 16], vec![1], vec![2, 77, 768]],
+            ),
+            (
+                "a fixed batch rules the open ones",
+                vec![
+                    sample(&["1", "4", "?", "?"]),
+                    port("text_embeds", DType::F16, &["?", "1280"]),
+                ],
+                vec![vec![1, 4, 16, 16], vec![1, 1280]],
+            ),
+            (
+                "a hint in pixels",
+                vec![
+                    sample(&["batch", "4", "height", "width"]),
+                    port("controlnet_cond", DType::F32, &["batch", "3", "?", "?"]),
+                ],
+                vec![vec![2, 4, 16, 16], vec![2, 3, 128, 128]],
+            ),
+        ];
+        for (case, ports, expected) in cases {
+            assert_eq!(shapes(&ports, &at(16)), Ok(expected), "{case}");
+        }
+    }
+
+    #[test]
+    fn given_shapes_rule_their_symbols() {
+        let ports = [
+            port("sample", DType::F32, &["b", "4", "h", "h"]),
+            port("other", DType::F32, &["b", "h", "?", "?", "?"]),
+        ];
+        let mut request = at(16);
+        let open = shapes(&ports, &request).unwrap_err();
+        assert!(matches!(open, InputsError::Open { axis: 1, .. }), "{open}");
+        request.shapes = vec![
+            ("sample".to_owned(), vec![3, 4, 8, 8]),
+            ("other".to_owned(), vec![3, 8, 1, 1, 1]),
+        ];
+        let expected = vec![vec![3, 4, 8, 8], vec![3, 8, 1, 1, 1]];
+        assert_eq!(shapes(&ports, &request), Ok(expected));
+        request.shapes[0].0 = "smaple".to_owned();
+        let unknown = shapes(&ports, &request).unwrap_err();
+        assert!(unknown.to_string().contains("`smaple`"), "{unknown}");
+    }
+
+    #[test]
+    fn a_fixed_size_asked_for_another_is_an_error() {
+        let ports = [port("sample", DType::F32, &["2", "4", "64", "64"])];
+        assert_eq!(shapes(&ports, &at(64)), Ok(vec![vec![2, 4, 64, 64]]));
+        let error = shapes(&ports, &at(128)).unwrap_err().to_string();
+        assert!(
+            error.contains("f32[2, 4, 64, 64]") && error.contains("128"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn values_are_seeded_typed_and_sensible() {
+        let ports = [
+            port("sample", DType::F16, &["2", "4", "64", "64"]),
+            port("timestep", DType::I64, &[]),
+            port("ids", DType::I32, &["1", "7"]),
+        ];
+        let first = make(&ports, &Request::default()).unwrap();
+        assert_eq!(first, make(&ports, &Request::default()).unwrap());
+        let other = Request {
+            seed: 1,
+            ..Request::default()
+        };
+        assert_ne!(first[0], make(&ports, &other).unwrap()[0]);
+        assert_eq!(first[1].1.to_f64().sum(), 500.0);
+        let sample = first[0].1.to_f64();
+        let mean = sample.mean().unwrap();
+        let deviation = sample.std(0.0);
+        // Four standard errors of the mean and the deviation of 32,768 normal values.
+        assert!(mean.abs() < 0.022 && (deviation - 1.0).abs() < 0.016);
+        assert!(first[0].1.is_finite());
+    }
+
+    #[test]
+    fn an_impossible_size_is_an_error() {
+        let ports = [port("sample", DType::F32, &["?", "4", "?", "?"])];
+        let error = shapes(&ports, &at(usize::MAX)).unwrap_err();
+        assert!(matches!(error, InputsError::TooLarge { .. }), "{error}");
+    }
+}

@@ -1,0 +1,158 @@
+//! NumPy archives of named tensors, as test cases and `--inputs` come.
+
+use std::fs::File;
+use std::io::{BufReader, BufWriter};
+use std::path::{Path, PathBuf};
+
+use ndarray::{ArrayD, IxDyn, OwnedRepr};
+use ndarray_npy::{NpzReader, NpzWriter, ReadNpzError, ReadableElement, WriteNpzError};
+
+use crate::tensor::{DType, Tensor};
+
+/// Why an archive cannot be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum NpzError {
+    /// The file cannot be opened or made.
+    #[error("cannot open {}: {source}", path.display())]
+    Io {
+        /// The archive.
+        path: PathBuf,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
+    /// The archive or one of its arrays is damaged.
+    #[error("cannot read {}: {source}", path.display())]
+    Read {
+        /// The archive.
+        path: PathBuf,
+        /// What is wrong.
+        source: ReadNpzError,
+    },
+    /// An array has a type that is not supported.
+    #[error(
+        "array `{name}` of {} is none of f32, f64, i64, i32, u8, i8, bool: {source}",
+        path.display()
+    )]
+    ElementType {
+        /// The archive.
+        path: PathBuf,
+        /// The array.
+        name: String,
+        /// What the reader said of the last type that was tried.
+        source: ReadNpzError,
+    },
+    /// The archive cannot be written.
+    #[error("cannot write {}: {source}", path.display())]
+    Write {
+        /// The archive.
+        path: PathBuf,
+        /// What is wrong.
+        source: WriteNpzError,
+    },
+}
+
+/// All tensors of an archive, in its order.
+///
+/// # Errors
+/// The file is missing, no archive, or holds a type that NumPy has and the engines lack.
+pub fn read(path: &Path) -> Result<Vec<(String, Tensor)>, NpzError> {
+    let broken = |source| NpzError::Read {
+        path: path.to_owned(),
+        source,
+    };
+    let file = File::open(path).map_err(|source| NpzError::Io {
+        path: path.to_owned(),
+        source,
+    })?;
+    let mut archive = NpzReader::new(BufReader::new(file)).map_err(broken)?;
+    let names = archive.names().map_err(broken)?;
+    names
+        .into_iter()
+        .map(|name| {
+            let tensor = read_one(&mut archive, &name).map_err(|source| NpzError::ElementType {
+                path: path.to_owned(),
+                name: name.clone(),
+                source,
+            })?;
+            Ok((name, tensor))
+        })
+        .collect()
+}
+
+type Archive = NpzReader<BufReader<File>>;
+
+/// The reader only answers whether an array has one given type, so they are tried in turn.
+fn read_one(archive: &mut Archive, name: &str) -> Result<Tensor, ReadNpzError> {
+    fn typed<T: ReadableElement>(
+        archive: &mut Archive,
+        name: &str,
+    ) -> Result<ArrayD<T>, ReadNpzError> {
+        archive.by_name::<OwnedRepr<T>, IxDyn>(name)
+    }
+    typed::<f32>(archive, name)
+        .map(Tensor::F32)
+        .or_else(|_| typed::<i64>(archive, name).map(Tensor::I64))
+        .or_else(|_| typed::<f64>(archive, name).map(Tensor::F64))
+        .or_else(|_| typed::<i32>(archive, name).map(Tensor::I32))
+        .or_else(|_| typed::<u8>(archive, name).map(Tensor::U8))
+        .or_else(|_| typed::<i8>(archive, name).map(Tensor::I8))
+        .or_else(|_| typed::<bool>(archive, name).map(Tensor::Bool))
+}
+
+/// Writes tensors as an archive; f16 and bf16, which the format's Rust writer lacks, become f32.
+///
+/// # Errors
+/// The file cannot be made or written.
+pub fn write(path: &Path, tensors: &[(String, Tensor)]) -> Result<(), NpzError> {
+    let broken = |source| NpzError::Write {
+        path: path.to_owned(),
+        source,
+    };
+    let file = File::create(path).map_err(|source| NpzError::Io {
+        path: path.to_owned(),
+        source,
+    })?;
+    let mut archive = NpzWriter::new_compressed(BufWriter::new(file));
+    for (name, tensor) in tensors {
+        let name = name.as_str();
+        match tensor {
+            Tensor::F32(a) => archive.add_array(name, a),
+            Tensor::F64(a) => archive.add_array(name, a),
+            Tensor::I64(a) => archive.add_array(name, a),
+            Tensor::I32(a) => archive.add_array(name, a),
+            Tensor::U8(a) => archive.add_array(name, a),
+            Tensor::I8(a) => archive.add_array(name, a),
+            Tensor::Bool(a) => archive.add_array(name, a),
+            Tensor::F16(_) | Tensor::BF16(_) => match tensor.cast(DType::F32) {
+                Tensor::F32(a) => archive.add_array(name, &a),
+                _ => Ok(()),
+            },
+        }
+        .map_err(broken)?;
+    }
+    archive.finish().map_err(broken)?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ndarray::{arr0, arr1};
+
+    #[test]
+    fn tensors_survive_a_round_trip() {
+        let tensors = [
+            ("a", Tensor::from(arr1(&[1.0_f32, 2.0]))),
+            ("b", Tensor::from(arr0(7_i64))),
+            ("c", Tensor::from(arr1(&[true, false]))),
+            ("d", Tensor::from(arr1(&[1.0_f64]))),
+        ]
+        .map(|(name, tensor)| (name.to_owned(), tensor));
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.npz");
+        write(&path, &tensors).unwrap();
+        assert_eq!(read(&path).unwrap(), tensors);
+        std::fs::write(&path, "no zip").unwrap();
+        assert!(matches!(read(&path), Err(NpzError::Read { .. })));
+    }
+}
