@@ -253,7 +253,7 @@ fn build(spec: BodySpec, attributes: Attributes) -> BodyFunction {
     let normaliser = b.op("Add", &[&overlap, &eps], "normaliser", vec![]);
     let out = b.op("Div", &[&weighted, &normaliser], "out_heads", vec![]);
     let out = b.merge_heads(&out);
-    b.to_element_type(&out);
+    b.restore_element_type(&out);
 
     BodyFunction {
         name: LINFUSION_ATTENTION.into(),
@@ -441,7 +441,7 @@ impl Builder {
     }
 
     /// Names the result [`OUTPUT_NAME`], in q's element type.
-    fn to_element_type(&mut self, out: &str) {
+    fn restore_element_type(&mut self, out: &str) {
         if self.spec.element == self.spec.element.accumulator() {
             if let Some(node) = self.nodes.last_mut() {
                 node.outputs = vec![OUTPUT_NAME.into()];

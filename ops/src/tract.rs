@@ -156,7 +156,7 @@ impl TypedOp for TypedAttention {
         let rows = q.shape[last - 1].clone() + &k.shape[last - 1];
         let mut products = batch * rows * &q.shape[last] * &v.shape[last];
         if q.rank() == Layout::Packed.rank() {
-            products = products / self.0.num_heads;
+            products /= self.0.num_heads;
         }
         Ok(tvec!((Cost::FMA(q.datum_type), products)))
     }

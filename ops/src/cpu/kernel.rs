@@ -7,6 +7,15 @@
 //! step of the inner dimension by R broadcasts and those vectors. φ is taken once per element into
 //! a scratch block that stays in the first-level cache, and q, k and v are read straight from
 //! their layout, converted on the way.
+//!
+//! In the packed layout the heads lie side by side in each row, so a task takes the same rows of
+//! several heads in turn: read head by head, every page would be walked once per head, and
+//! address translation would cost more than the arithmetic.
+
+#![allow(
+    clippy::needless_range_loop,
+    reason = "constant bounds over register arrays; iterators hide the unrolling that is meant"
+)]
 
 use std::marker::PhantomData;
 
@@ -25,6 +34,8 @@ pub(super) const QUERY_BLOCK: usize = 48;
 pub(super) struct HeadShape<'a> {
     /// D.
     pub(super) head_dim: usize,
+    /// Dv.
+    pub(super) value_dim: usize,
     /// D rounded up to whole vectors.
     pub(super) padded_dim: usize,
     /// The value columns.
@@ -37,6 +48,11 @@ impl HeadShape<'_> {
     /// Numbers in φ(k)ᵀv as it is stored: panel by panel, D rows each.
     pub(super) fn sums_len(&self) -> usize {
         self.head_dim * self.width
+    }
+
+    /// Numbers in the sums of one head: φ(k)ᵀv, then φ(k).
+    pub(super) fn part_len(&self) -> usize {
+        self.sums_len() + self.padded_dim
     }
 
     /// Scratch numbers that phase 1 needs.
@@ -57,39 +73,54 @@ pub(super) struct Rows<P> {
     pub(super) first: P,
     /// Elements from one row to the next.
     pub(super) stride: usize,
+    /// Elements from one head to the next.
+    pub(super) head_step: usize,
 }
 
-/// Phase 1 for some rows of one head.
+impl<T> Rows<*mut T> {
+    fn read(self) -> Rows<*const T> {
+        Rows {
+            first: self.first.cast_const(),
+            stride: self.stride,
+            head_step: self.head_step,
+        }
+    }
+}
+
+/// Phase 1 for some rows of some heads.
 ///
-/// Safety of [`Kernel::run`]: `k` and `v` must have `rows` readable rows of D and Dv elements,
-/// `sums` room for `shape.sums_len()`, `key_sum` for `shape.padded_dim` and `scratch` for
-/// `shape.accumulate_scratch()` numbers, and nobody else may use those three meanwhile.
+/// Safety of [`Kernel::run`]: `k` and `v` must have `rows` readable rows of D and Dv elements for
+/// each of `heads` heads, `sums` room for `shape.part_len()` numbers at each of `heads` multiples
+/// of `sums_step`, and `scratch` for `shape.accumulate_scratch()`; nobody else may use those
+/// meanwhile.
 pub(super) struct Accumulate<'a, T, A> {
     pub(super) shape: HeadShape<'a>,
+    pub(super) heads: usize,
     pub(super) k: Rows<*const T>,
     pub(super) v: Rows<*const T>,
     pub(super) rows: usize,
-    /// Out: Σ φ(k)ᵀv.
+    /// Out, per head: Σ φ(k)ᵀv, then Σ φ(k), whose padding holds nothing meaningful.
     pub(super) sums: *mut A,
-    /// Out: Σ φ(k). Padding holds nothing meaningful.
-    pub(super) key_sum: *mut A,
+    /// Numbers from one head's sums to the next's.
+    pub(super) sums_step: usize,
     pub(super) scratch: *mut A,
 }
 
-/// Phase 2 for some rows of one head.
+/// Phase 2 for some rows of some heads.
 ///
-/// Safety of [`Kernel::run`]: `q` must have `rows` readable rows of D elements, `out` as many
-/// writable ones of Dv that nobody else uses meanwhile, `sums` and `mean_key` must hold what
-/// their comments say, and `scratch` must be room for `shape.apply_scratch()` numbers of its own.
+/// Safety of [`Kernel::run`]: `q` must have `rows` readable rows of D elements for each of `heads`
+/// heads, `out` as many writable ones of Dv that nobody else uses meanwhile, `sums` must hold what
+/// its comment says, and `scratch` must be room for `shape.apply_scratch()` numbers of its own.
 pub(super) struct Apply<'a, T, A> {
     pub(super) shape: HeadShape<'a>,
+    pub(super) heads: usize,
     pub(super) q: Rows<*const T>,
     pub(super) out: Rows<*mut T>,
     pub(super) rows: usize,
-    /// Mean of φ(k)ᵀv, panel by panel.
+    /// Per head: mean of φ(k)ᵀv, panel by panel, then mean of φ(k), whose padding is zero.
     pub(super) sums: *const A,
-    /// Mean of φ(k); the padding up to `shape.padded_dim` is zero.
-    pub(super) mean_key: *const A,
+    /// Numbers from one head's sums to the next's.
+    pub(super) sums_step: usize,
     pub(super) eps: A,
     pub(super) scratch: *mut A,
 }
@@ -113,44 +144,59 @@ where
             let features = task.scratch;
             let values = features.add(KEY_BLOCK * shape.padded_dim);
             let block_sum = values.add(KEY_BLOCK * shape.width);
-            task.sums.write_bytes(0, shape.sums_len());
-            task.key_sum.write_bytes(0, shape.padded_dim);
+            for head in 0..task.heads {
+                let sums = task.sums.add(head * task.sums_step);
+                sums.write_bytes(0, shape.part_len());
+            }
             let mut start = 0;
             while start < task.rows {
                 let block = KEY_BLOCK.min(task.rows - start);
-                key_features::<S, T>(
-                    task.k.first.add(start * task.k.stride),
-                    task.k.stride,
-                    block,
-                    shape,
-                    features,
-                    block_sum,
-                );
-                let mut i = 0;
-                while i < shape.padded_dim {
-                    let sum = S::Full::load(task.key_sum.add(i));
-                    sum.add(S::Full::load(block_sum.add(i)))
-                        .store(task.key_sum.add(i));
-                    i += S::Full::LANES;
-                }
-                for panel in shape.panels {
-                    let packed = values.add(panel.offset * KEY_BLOCK);
-                    pack_values::<S, T>(
-                        task.v.first.add(start * task.v.stride + panel.first),
-                        task.v.stride,
+                for head in 0..task.heads {
+                    let k = task.k.first.add(head * task.k.head_step);
+                    let v = task.v.first.add(head * task.v.head_step);
+                    let sums = task.sums.add(head * task.sums_step);
+                    let (here, end) = ([start, head], [task.rows, task.heads]);
+                    let mut next_k = Ahead::after(task.k, here, end, KEY_BLOCK, shape.head_dim);
+                    let mut next_v = Ahead::after(task.v, here, end, KEY_BLOCK, shape.value_dim);
+                    key_features::<S, T>(
+                        k.add(start * task.k.stride),
+                        task.k.stride,
                         block,
-                        panel,
-                        packed,
+                        shape,
+                        features,
+                        block_sum,
                     );
-                    let tile = AddTile::<S> {
-                        depth: block,
-                        a: features,
-                        a_step: shape.padded_dim,
-                        b: packed,
-                        width: panel.width,
-                        c: task.sums.add(panel.offset * shape.head_dim),
-                    };
-                    tile.all_rows(shape.head_dim, panel);
+                    let key_sum = sums.add(shape.sums_len());
+                    let mut i = 0;
+                    while i < shape.padded_dim {
+                        let sum = S::Full::load(key_sum.add(i));
+                        sum.add(S::Full::load(block_sum.add(i)))
+                            .store(key_sum.add(i));
+                        i += S::Full::LANES;
+                    }
+                    for panel in shape.panels {
+                        let packed = values.add(panel.offset * KEY_BLOCK);
+                        pack_values::<S, T>(
+                            v.add(start * task.v.stride + panel.first),
+                            task.v.stride,
+                            block,
+                            panel,
+                            packed,
+                        );
+                        let tile = AddTile::<S> {
+                            depth: block,
+                            a: features,
+                            a_step: shape.padded_dim,
+                            b: packed,
+                            width: panel.width,
+                            c: sums.add(panel.offset * shape.head_dim),
+                        };
+                        tile.all_rows(shape.head_dim, panel, |rows| {
+                            let share = (rows * KEY_BLOCK).div_ceil(shape.head_dim);
+                            next_k.fetch(share);
+                            next_v.fetch(share);
+                        });
+                    }
                 }
                 start += block;
             }
@@ -174,31 +220,43 @@ where
             let mut start = 0;
             while start < task.rows {
                 let block = QUERY_BLOCK.min(task.rows - start);
-                for row in 0..block {
-                    let overlap = query_features::<S, T>(
-                        task.q.first.add((start + row) * task.q.stride),
-                        shape,
-                        features.add(row * shape.padded_dim),
-                        task.mean_key,
-                    );
-                    let normaliser = overlap.add(task.eps);
-                    inverse
-                        .add(row)
-                        .write(S::Number::from_f64(1.0).div(normaliser));
-                }
-                for panel in shape.panels {
-                    let tile = WriteTile::<S, T> {
-                        depth: shape.head_dim,
-                        a: features,
-                        a_row: shape.padded_dim,
-                        b: task.sums.add(panel.offset * shape.head_dim),
-                        width: panel.width,
-                        inverse,
-                        out: task.out.first.add(start * task.out.stride + panel.first),
-                        out_stride: task.out.stride,
-                        columns: panel.columns,
-                    };
-                    tile.all_rows(block, panel);
+                for head in 0..task.heads {
+                    let q = task.q.first.add(head * task.q.head_step);
+                    let out = task.out.first.add(head * task.out.head_step);
+                    let sums = task.sums.add(head * task.sums_step);
+                    let (here, end) = ([start, head], [task.rows, task.heads]);
+                    let mut next_q = Ahead::after(task.q, here, end, QUERY_BLOCK, shape.head_dim);
+                    let mut next_out =
+                        Ahead::after(task.out.read(), here, end, QUERY_BLOCK, shape.value_dim);
+                    for row in 0..block {
+                        let overlap = query_features::<S, T>(
+                            q.add((start + row) * task.q.stride),
+                            shape,
+                            features.add(row * shape.padded_dim),
+                            sums.add(shape.sums_len()),
+                        );
+                        let normaliser = overlap.add(task.eps);
+                        inverse
+                            .add(row)
+                            .write(S::Number::from_f64(1.0).div(normaliser));
+                    }
+                    for panel in shape.panels {
+                        let tile = WriteTile::<S, T> {
+                            depth: shape.head_dim,
+                            a: features,
+                            a_row: shape.padded_dim,
+                            b: sums.add(panel.offset * shape.head_dim),
+                            width: panel.width,
+                            inverse,
+                            out: out.add(start * task.out.stride + panel.first),
+                            out_stride: task.out.stride,
+                            columns: panel.columns,
+                        };
+                        tile.all_rows(block, panel, |rows| {
+                            next_q.fetch(rows);
+                            next_out.fetch(rows);
+                        });
+                    }
                 }
                 start += block;
             }
@@ -312,7 +370,7 @@ unsafe fn pack_values<S, T>(
             let from = v.add(row * stride);
             let to = packed.add(row * panel.width);
             let mut c = 0;
-            while c + lanes <= panel.width {
+            while c < panel.full * lanes {
                 read::<S, T>(from.add(c), panel.columns - c).store(to.add(c));
                 c += lanes;
             }
@@ -322,6 +380,73 @@ unsafe fn pack_values<S, T>(
             }
         }
     }
+}
+
+/// Where a task reads or writes next, fetched a little at a time while tiles are computed: rows of
+/// one head are short and far apart, which the hardware does not foresee.
+#[derive(Clone, Copy)]
+struct Ahead<T> {
+    rows: Rows<*const T>,
+    /// Rows that are left to fetch.
+    count: usize,
+    /// Elements of each row.
+    width: usize,
+}
+
+impl<T> Ahead<T> {
+    /// The block after (`start`, `head`), in the order of work: the next head's same rows, else
+    /// the first head's next rows.
+    #[inline(always)]
+    fn after(
+        rows: Rows<*const T>,
+        [start, head]: [usize; 2],
+        [count, heads]: [usize; 2],
+        block: usize,
+        width: usize,
+    ) -> Self {
+        let (start, head) = if head + 1 < heads {
+            (start, head + 1)
+        } else {
+            (start + block, 0)
+        };
+        let at = start * rows.stride + head * rows.head_step;
+        Self {
+            rows: Rows {
+                first: rows.first.wrapping_add(at),
+                ..rows
+            },
+            count: block.min(count.saturating_sub(start)),
+            width,
+        }
+    }
+
+    /// Fetches up to `rows` more rows.
+    #[inline(always)]
+    fn fetch(&mut self, rows: usize) {
+        for _ in 0..rows.min(self.count) {
+            let mut at = 0;
+            while at < self.width {
+                prefetch(self.rows.first.wrapping_add(at));
+                at += 64 / size_of::<T>();
+            }
+            prefetch(self.rows.first.wrapping_add(self.width - 1));
+            self.rows.first = self.rows.first.wrapping_add(self.rows.stride);
+        }
+        self.count = self.count.saturating_sub(rows);
+    }
+}
+
+/// Brings a cache line into the second level. Harmless for any address.
+#[inline(always)]
+fn prefetch<T>(at: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch never faults.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T1>(at.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
 }
 
 /// A vector of which `left` elements exist.
@@ -351,7 +476,7 @@ unsafe fn product<S: Simd, const R: usize, const C: usize, const H: usize>(
     a_step: usize,
     mut b: *const S::Number,
     width: usize,
-) -> ([[S::Full; C]; R], [[S::Half; H]; R]) {
+) -> TileSums<S, R, C, H> {
     let lanes = S::Full::LANES;
     // SAFETY: the caller gives `depth` steps of R readable numbers and of `width` readable ones.
     unsafe {
@@ -383,6 +508,10 @@ unsafe fn product<S: Simd, const R: usize, const C: usize, const H: usize>(
         (full, half)
     }
 }
+
+/// R rows of C whole vectors, and R rows of at most one half vector.
+type TileSums<S, const R: usize, const C: usize, const H: usize> =
+    ([[<S as Simd>::Full; C]; R], [[<S as Simd>::Half; H]; R]);
 
 /// Adds φ(k)ᵀv of one block to R rows of one panel of the sums.
 #[derive(Clone, Copy)]
@@ -482,7 +611,7 @@ macro_rules! call_tile {
     (@columns $kind:tt, $task:expr, $panel:expr, $rows:expr, $(($c:literal, $h:literal))*) => {
         match ($panel.full, usize::from($panel.half)) {
             $(($c, $h) => {
-                if const { $c + $h <= S::TILE.max_columns && ($h == 0 || S::TILE.half_columns) } {
+                if const { S::TILE.has_tile($c, $h) } {
                     call_tile!(@rows $kind, $task, $rows, $c, $h, 8 6 5 4 2 1)
                 }
             })*
@@ -520,10 +649,11 @@ fn tile_rows<S: Simd>(panel: &Panel, left: usize) -> usize {
 
 impl<S: Simd> AddTile<S> {
     #[inline(always)]
-    unsafe fn all_rows(mut self, rows: usize, panel: &Panel) {
+    unsafe fn all_rows(mut self, rows: usize, panel: &Panel, mut meanwhile: impl FnMut(usize)) {
         let mut left = rows;
         while left > 0 {
             let take = tile_rows::<S>(panel, left);
+            meanwhile(take);
             // SAFETY: `take` rows are left in a and c.
             unsafe {
                 call_tile!(add, self, panel, take);
@@ -537,10 +667,11 @@ impl<S: Simd> AddTile<S> {
 
 impl<S: Convert<T>, T: Copy> WriteTile<S, T> {
     #[inline(always)]
-    unsafe fn all_rows(mut self, rows: usize, panel: &Panel) {
+    unsafe fn all_rows(mut self, rows: usize, panel: &Panel, mut meanwhile: impl FnMut(usize)) {
         let mut left = rows;
         while left > 0 {
             let take = tile_rows::<S>(panel, left);
+            meanwhile(take);
             // SAFETY: `take` rows are left in a, inverse and out.
             unsafe {
                 call_tile!(write, self, panel, take);

@@ -18,6 +18,13 @@ pub(super) struct TileShape {
     pub(super) rows: [usize; 6],
 }
 
+impl TileShape {
+    /// Whether panels of so many whole and half vectors come up.
+    pub(super) const fn has_tile(&self, full: usize, half: usize) -> bool {
+        full + half <= self.max_columns && (half == 0 || self.half_columns)
+    }
+}
+
 /// Consecutive register columns that one register tile covers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Panel {
@@ -29,7 +36,7 @@ pub(super) struct Panel {
     pub(super) full: usize,
     /// Whether half a vector follows.
     pub(super) half: bool,
-    /// Numbers in one row, padding included.
+    /// Numbers stored per row: whole vectors, so that loads don't straddle cache lines.
     pub(super) width: usize,
     /// Sum of the widths of the panels before this one.
     pub(super) offset: usize,
@@ -57,16 +64,17 @@ pub(super) fn cut(value_dim: usize, shape: TileShape) -> (Vec<Panel>, usize) {
         left -= take;
         let has_half = half && left == 0;
         let full = take - usize::from(has_half);
-        let width = full * shape.lanes + if has_half { shape.lanes / 2 } else { 0 };
+        let covered = full * shape.lanes + if has_half { shape.lanes / 2 } else { 0 };
+        let width = take * shape.lanes;
         panels.push(Panel {
             first,
-            columns: width.min(value_dim - first),
+            columns: covered.min(value_dim - first),
             full,
             half: has_half,
             width,
             offset,
         });
-        first += width;
+        first += covered;
         offset += width;
     }
     (panels, offset)
@@ -86,7 +94,10 @@ mod tests {
     #[test]
     fn diffusion_head_widths_waste_nothing() {
         for value_dim in [8, 24, 40, 64, 72, 80, 160] {
-            assert_eq!(cut(value_dim, AVX512).1, value_dim, "{value_dim}");
+            let (panels, _) = cut(value_dim, AVX512);
+            let computed = |p: &Panel| p.full * 16 + usize::from(p.half) * 8;
+            let computed: usize = panels.iter().map(computed).sum();
+            assert_eq!(computed, value_dim);
         }
     }
 
@@ -103,15 +114,16 @@ mod tests {
                     };
                     for value_dim in 1..=200 {
                         let (panels, total) = cut(value_dim, shape);
-                        let mut next = 0;
+                        let (mut next, mut offset) = (0, 0);
                         for p in &panels {
-                            assert_eq!((p.first, p.offset), (next, next));
+                            assert_eq!((p.first, p.offset), (next, offset));
                             assert!(p.columns >= 1 && p.columns <= p.width);
+                            assert_eq!(p.register_columns() * lanes, p.width);
                             assert!(p.register_columns() <= max_columns);
-                            next += p.width;
+                            next += p.columns;
+                            offset += p.width;
                         }
-                        let covered: usize = panels.iter().map(|p| p.columns).sum();
-                        assert_eq!((covered, next), (value_dim, total));
+                        assert_eq!((next, offset), (value_dim, total));
                     }
                 }
             }

@@ -5,28 +5,33 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use super::buffer::Buffer;
 use super::element::{Dispatch, Element};
 use super::kernel::{Accumulate, Apply, HeadShape, KEY_BLOCK, Rows};
-use super::panels::{self, Panel};
+use super::panels;
 use super::simd::Accumulator;
 use super::{Execution, KernelError, Tensors};
 use crate::schema::{Dims, Layout};
 
-/// Phase 1 is cut into about this many tasks, so that a single head still feeds many cores. A
-/// constant, so that the order of summation doesn't depend on the machine.
-const KEY_TASKS: usize = 128;
-/// Fewest rows of k that are worth a partial sum of their own.
+/// Most partial results of phase 1 where there are fewer heads than that. A constant, as all
+/// here, so that the order of summation doesn't depend on the machine.
+const MAX_PARTS: usize = 128;
+/// Fewest rows of k that are worth a partial result of their own.
 const MIN_KEY_ROWS: usize = 8 * KEY_BLOCK;
 /// Rows of q of one task of phase 2.
 const QUERY_ROWS: usize = 480;
+/// Tasks that a phase is cut into at least, if it can be.
+const MIN_TASKS: usize = 16;
+/// Bytes of sums that a task keeps in use: about half of a second-level cache.
+const GROUP_BYTES: usize = 448 << 10;
 
 /// What all tasks of one call share.
 struct Plan<'a> {
     dims: &'a Dims,
     execution: Execution<'a>,
-    panels: &'a [Panel],
-    width: usize,
-    padded_dim: usize,
+    shape: HeadShape<'a>,
+    /// Partial results per head.
     splits: usize,
     rows_per_split: usize,
+    /// Numbers of one partial result, padded to whole cache lines so that tasks don't share one.
+    per_part: usize,
 }
 
 pub(super) fn run<T: Element>(
@@ -41,51 +46,75 @@ pub(super) fn run<T: Element>(
     }
     let tile = T::tile(execution.isa);
     let (panels, width) = panels::cut(dims.value_dim, tile);
-    let wanted = KEY_TASKS.div_ceil(heads);
-    let splits = wanted.min(dims.keys.div_ceil(MIN_KEY_ROWS)).max(1);
-    // Whole blocks, so that no split ends in a short one but the last.
-    let rows_per_split = dims.keys.div_ceil(splits).next_multiple_of(KEY_BLOCK);
-    let plan = Plan {
-        dims,
-        execution,
-        panels: &panels,
-        width,
-        padded_dim: dims.head_dim.next_multiple_of(tile.lanes),
-        splits,
-        rows_per_split,
-    };
+    let splits = MAX_PARTS
+        .div_ceil(heads)
+        .min(dims.keys.div_ceil(MIN_KEY_ROWS))
+        .max(1);
+    let padded_dim = dims.head_dim.next_multiple_of(tile.lanes);
     let too_large = || KernelError::OutOfMemory {
         elements: usize::MAX,
     };
-    let per_part = plan.part_len().ok_or_else(too_large)?;
+    let per_part = dims
+        .head_dim
+        .checked_mul(width)
+        .and_then(|n| n.checked_add(padded_dim))
+        .and_then(|n| n.checked_next_multiple_of(16))
+        .ok_or_else(too_large)?;
     let parts = heads
         .checked_mul(splits)
         .and_then(|n| n.checked_mul(per_part))
         .ok_or_else(too_large)?;
     let parts = Buffer::<T::Number>::new(parts)?;
-
-    plan.accumulate(&tensors, &parts, per_part)?;
-    plan.finish(&parts, per_part);
-    plan.apply(eps, tensors, &parts, per_part)
+    let plan = Plan {
+        dims,
+        execution,
+        shape: HeadShape {
+            head_dim: dims.head_dim,
+            value_dim: dims.value_dim,
+            padded_dim,
+            panels: &panels,
+            width,
+        },
+        splits,
+        // Whole blocks, so that no split ends in a short one but the last.
+        rows_per_split: dims.keys.div_ceil(splits).next_multiple_of(KEY_BLOCK),
+        per_part,
+    };
+    plan.accumulate(&tensors, &parts)?;
+    plan.finish(&parts);
+    plan.apply(eps, tensors, &parts)
 }
 
 impl Plan<'_> {
-    fn head_shape(&self) -> HeadShape<'_> {
-        HeadShape {
-            head_dim: self.dims.head_dim,
-            padded_dim: self.padded_dim,
-            panels: self.panels,
-            width: self.width,
+    /// Heads that one task takes together, where a phase has `pieces` independent row ranges.
+    ///
+    /// Heads that lie side by side share pages and cache lines; their sums must fit in the
+    /// cache, and there should be tasks for several threads. No sum depends on the grouping.
+    fn group<A>(&self, pieces: usize) -> usize {
+        if self.dims.layout == Layout::Heads {
+            return 1;
         }
+        let by_cache = GROUP_BYTES / (self.per_part * size_of::<A>());
+        let by_tasks = self.dims.batch * self.dims.heads * pieces / MIN_TASKS;
+        by_cache.min(by_tasks).clamp(1, self.dims.heads)
     }
 
-    /// Numbers of one partial result, padded to whole cache lines so that tasks don't share one.
-    fn part_len(&self) -> Option<usize> {
-        self.dims
-            .head_dim
-            .checked_mul(self.width)?
-            .checked_add(self.padded_dim)?
-            .checked_next_multiple_of(16)
+    /// Runs `task(batch, first head, heads, piece)` for every row range of every group.
+    fn for_groups<A>(&self, pieces: usize, task: &(dyn Fn(Group, usize) + Sync)) {
+        let size = self.group::<A>(pieces);
+        let groups = self.dims.heads.div_ceil(size);
+        let each = |index: usize| {
+            let (group, piece) = (index / pieces, index % pieces);
+            let first = group % groups * size;
+            let group = Group {
+                batch: group / groups,
+                first,
+                heads: size.min(self.dims.heads - first),
+            };
+            task(group, piece);
+        };
+        let tasks = self.dims.batch * groups * pieces;
+        self.execution.pool.run(tasks, &each);
     }
 
     /// Phase 1: a partial φ(k)ᵀv and Σ φ(k) per head and split.
@@ -93,49 +122,38 @@ impl Plan<'_> {
         &self,
         tensors: &Tensors<'_, T>,
         parts: &Buffer<T::Number>,
-        per_part: usize,
     ) -> Result<(), KernelError> {
-        let shape = self.head_shape();
-        let scratch_len = shape.accumulate_scratch();
+        let scratch_len = self.shape.accumulate_scratch();
+        let keys = self.dims.keys;
         let out_of_memory = AtomicBool::new(false);
-        let task = |index: usize| {
-            let (head, split) = (index / self.splits, index % self.splits);
+        let task = |group: Group, split: usize| {
             let Ok(scratch) = Buffer::new(scratch_len) else {
                 out_of_memory.store(true, Ordering::Relaxed);
                 return;
             };
-            let start = (split * self.rows_per_split).min(self.dims.keys);
-            let end = (start + self.rows_per_split).min(self.dims.keys);
+            let start = (split * self.rows_per_split).min(keys);
+            let end = (start + self.rows_per_split).min(keys);
+            let (k, v) = (tensors.k.as_ptr(), tensors.v.as_ptr());
+            let first = self.dims.heads * group.batch + group.first;
             // SAFETY: every offset lies inside its tensor, whose length the caller of `run`
-            // checked against the dims; every task has its own part and scratch.
+            // checked against the dims; every task has its own parts and scratch.
             unsafe {
-                let sums = parts.as_ptr().add(index * per_part);
                 let task = Accumulate {
-                    shape,
-                    k: self.rows(
-                        tensors.k.as_ptr(),
-                        head,
-                        self.dims.keys,
-                        start,
-                        self.dims.head_dim,
-                    ),
-                    v: self.rows(
-                        tensors.v.as_ptr(),
-                        head,
-                        self.dims.keys,
-                        start,
-                        self.dims.value_dim,
-                    ),
+                    shape: self.shape,
+                    heads: group.heads,
+                    k: self.rows(k, group, keys, start, self.dims.head_dim),
+                    v: self.rows(v, group, keys, start, self.dims.value_dim),
                     rows: end - start,
-                    sums,
-                    key_sum: sums.add(shape.sums_len()),
+                    sums: parts
+                        .as_ptr()
+                        .add((first * self.splits + split) * self.per_part),
+                    sums_step: self.splits * self.per_part,
                     scratch: scratch.as_ptr(),
                 };
                 <T as Dispatch>::accumulate(self.execution.isa, task);
             }
         };
-        let tasks = self.dims.batch * self.dims.heads * self.splits;
-        self.execution.pool.run(tasks, &task);
+        self.for_groups::<T::Number>(self.splits, &task);
         if out_of_memory.into_inner() {
             return Err(KernelError::OutOfMemory {
                 elements: scratch_len,
@@ -145,16 +163,16 @@ impl Plan<'_> {
     }
 
     /// Adds a head's partial results into its first one, in order, and divides by M.
-    fn finish<A: Accumulator>(&self, parts: &Buffer<A>, per_part: usize) {
-        let used = self.dims.head_dim * self.width + self.padded_dim;
+    fn finish<A: Accumulator>(&self, parts: &Buffer<A>) {
+        let used = self.shape.part_len();
         let scale = A::from_f64(1.0 / self.dims.keys.max(1) as f64);
         let task = |head: usize| {
             // SAFETY: parts of one head are consecutive and belong to this task; phase 1 wrote
             // all `used` numbers of each.
             unsafe {
-                let first = parts.as_ptr().add(head * self.splits * per_part);
+                let first = parts.as_ptr().add(head * self.splits * self.per_part);
                 for split in 1..self.splits {
-                    let other = first.add(split * per_part);
+                    let other = first.add(split * self.per_part);
                     for i in 0..used {
                         let at = first.add(i);
                         *at = (*at).add(*other.add(i));
@@ -165,8 +183,8 @@ impl Plan<'_> {
                     *at = (*at).mul(scale);
                 }
                 // φ(0) = 1 was summed up in the padding; phase 2 wants zeros there.
-                let mean_key = first.add(self.dims.head_dim * self.width);
-                for i in self.dims.head_dim..self.padded_dim {
+                let mean_key = first.add(self.shape.sums_len());
+                for i in self.dims.head_dim..self.shape.padded_dim {
                     *mean_key.add(i) = A::ZERO;
                 }
             }
@@ -176,62 +194,47 @@ impl Plan<'_> {
             .run(self.dims.batch * self.dims.heads, &task);
     }
 
-    /// Phase 2: the output, some rows of one head per task.
+    /// Phase 2: the output, some rows of some heads per task.
     fn apply<T: Element>(
         &self,
         eps: f32,
         tensors: Tensors<'_, T>,
         parts: &Buffer<T::Number>,
-        per_part: usize,
     ) -> Result<(), KernelError> {
-        let shape = self.head_shape();
-        let scratch_len = shape.apply_scratch();
-        let blocks = self.dims.queries.div_ceil(QUERY_ROWS);
+        let scratch_len = self.shape.apply_scratch();
+        let queries = self.dims.queries;
         let out = SendPtr(tensors.out.as_mut_ptr().cast::<T>());
         let q = tensors.q;
         let out_of_memory = AtomicBool::new(false);
-        let task = |index: usize| {
-            let (head, block) = (index / blocks, index % blocks);
+        let task = |group: Group, piece: usize| {
             let Ok(scratch) = Buffer::new(scratch_len) else {
                 out_of_memory.store(true, Ordering::Relaxed);
                 return;
             };
-            let start = block * QUERY_ROWS;
+            let start = piece * QUERY_ROWS;
+            let first = self.dims.heads * group.batch + group.first;
             // SAFETY: as in phase 1; tasks write disjoint rows of the output.
             unsafe {
-                let sums = parts.as_ptr().add(head * self.splits * per_part);
-                let from = self.rows(
-                    q.as_ptr(),
-                    head,
-                    self.dims.queries,
-                    start,
-                    self.dims.head_dim,
-                );
-                let to = self.rows(
-                    out.get(),
-                    head,
-                    self.dims.queries,
-                    start,
-                    self.dims.value_dim,
-                );
+                let to = self.rows(out.get(), group, queries, start, self.dims.value_dim);
                 let task = Apply {
-                    shape,
-                    q: from,
+                    shape: self.shape,
+                    heads: group.heads,
+                    q: self.rows(q.as_ptr(), group, queries, start, self.dims.head_dim),
                     out: Rows {
                         first: to.first.cast_mut(),
                         stride: to.stride,
+                        head_step: to.head_step,
                     },
-                    rows: QUERY_ROWS.min(self.dims.queries - start),
-                    sums,
-                    mean_key: sums.add(shape.sums_len()),
+                    rows: QUERY_ROWS.min(queries - start),
+                    sums: parts.as_ptr().add(first * self.splits * self.per_part),
+                    sums_step: self.splits * self.per_part,
                     eps: T::Number::from_f64(f64::from(eps)),
                     scratch: scratch.as_ptr(),
                 };
                 <T as Dispatch>::apply(self.execution.isa, task);
             }
         };
-        let tasks = self.dims.batch * self.dims.heads * blocks;
-        self.execution.pool.run(tasks, &task);
+        self.for_groups::<T::Number>(queries.div_ceil(QUERY_ROWS), &task);
         if out_of_memory.into_inner() {
             return Err(KernelError::OutOfMemory {
                 elements: scratch_len,
@@ -240,33 +243,46 @@ impl Plan<'_> {
         Ok(())
     }
 
-    /// Rows from `start` on of one of the B·H heads of a tensor with `count` rows of `width`.
+    /// Rows from `start` on of a group's heads, of a tensor with `count` rows of `width` per head.
     ///
     /// # Safety
     /// The tensor must have the shape that the dims say, and `start <= count`.
     unsafe fn rows<T>(
         &self,
         tensor: *const T,
-        head: usize,
+        group: Group,
         count: usize,
         start: usize,
         width: usize,
     ) -> Rows<*const T> {
         let heads = self.dims.heads;
-        let (offset, stride) = match self.dims.layout {
+        let (offset, stride, head_step) = match self.dims.layout {
             Layout::Packed => {
                 let stride = heads * width;
-                let row = head / heads * count + start;
-                (row * stride + head % heads * width, stride)
+                let row = group.batch * count + start;
+                (row * stride + group.first * width, stride, width)
             }
-            Layout::Heads => ((head * count + start) * width, width),
+            Layout::Heads => {
+                let head = group.batch * heads + group.first;
+                ((head * count + start) * width, width, count * width)
+            }
         };
         Rows {
             // An empty range of rows may start behind the end; it is never read.
             first: tensor.wrapping_add(offset),
             stride,
+            head_step,
         }
     }
+}
+
+/// Neighbouring heads of one batch element.
+#[derive(Clone, Copy)]
+struct Group {
+    batch: usize,
+    /// The first head.
+    first: usize,
+    heads: usize,
 }
 
 /// A pointer that tasks share; they write disjoint elements.

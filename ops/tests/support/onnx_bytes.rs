@@ -68,8 +68,8 @@ impl Message {
     fn message(self, field: u64, value: Message) -> Self {
         self.bytes(field, &value.0)
     }
-    fn each<T>(self, items: &[T], mut add: impl FnMut(Self, &T) -> Self) -> Self {
-        items.iter().fold(self, |m, item| add(m, item))
+    fn each<T>(self, items: &[T], add: impl FnMut(Self, &T) -> Self) -> Self {
+        items.iter().fold(self, add)
     }
 }
 

@@ -1,0 +1,415 @@
+//! The library through ONNX Runtime's bare C API, as a C or C++ host uses it: dlopen,
+//! `OrtGetApiBase`, `RegisterCustomOpsLibrary_V2`.
+//!
+//! Needs `LINFUSION_TEST_ORT_DIR`: a folder with one folder per release that holds
+//! `libonnxruntime.so*`. Without it the test that needs one does nothing but say so.
+
+#[path = "support/onnx_bytes.rs"]
+mod onnx_bytes;
+
+use std::ffi::{CStr, CString, c_char, c_void};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::ptr;
+
+use libloading::Library;
+use linfusion_ops::body::{BodySpec, linfusion_attention_body, linfusion_attention_inline};
+use linfusion_ops::ort::{RegisterCustomOps, register_in_process};
+use linfusion_ops::{ElementType, Layout, LinFusionAttentionAttrs, reference};
+use ndarray::ArrayD;
+use onnx_bytes::{Form, OneNode};
+use ort_sys::{
+    ONNXTensorElementDataType, OrtAllocatorType, OrtApi, OrtApiBase, OrtEnv, OrtErrorCode,
+    OrtLoggingLevel, OrtMemType, OrtSession, OrtSessionOptions, OrtStatus, OrtStatusPtr, OrtValue,
+};
+
+const HEADS: usize = 4;
+const WIDTHS: [usize; 2] = [40, 24];
+
+/// A loaded ONNX Runtime with an environment. Nothing is released: the process ends with the test.
+struct Host {
+    api: &'static OrtApi,
+    base: *const OrtApiBase,
+    env: *mut OrtEnv,
+    release: String,
+}
+
+impl Host {
+    fn load(library: &Path) -> Self {
+        // SAFETY: a real ONNX Runtime, which stays loaded; the table is that of version 17.
+        unsafe {
+            let library: &'static Library = Box::leak(Box::new(Library::new(library).unwrap()));
+            let get = library
+                .get::<unsafe extern "C" fn() -> *const OrtApiBase>(b"OrtGetApiBase\0")
+                .unwrap();
+            let base = get();
+            let api = ((*base).GetApi)(17).as_ref().unwrap();
+            let release = CStr::from_ptr(((*base).GetVersionString)());
+            let mut host = Self {
+                api,
+                base,
+                env: ptr::null_mut(),
+                release: release.to_string_lossy().into_owned(),
+            };
+            let mut env = ptr::null_mut();
+            let level = OrtLoggingLevel::ORT_LOGGING_LEVEL_FATAL;
+            host.check((api.CreateEnv)(level, c"test".as_ptr(), &mut env))
+                .unwrap();
+            host.env = env;
+            host
+        }
+    }
+
+    fn check(&self, status: OrtStatusPtr) -> Result<(), String> {
+        if status.0.is_null() {
+            return Ok(());
+        }
+        // SAFETY: a status that is not null is ours.
+        unsafe {
+            let message = CStr::from_ptr((self.api.GetErrorMessage)(status.0));
+            let message = message.to_string_lossy().into_owned();
+            (self.api.ReleaseStatus)(status.0);
+            Err(message)
+        }
+    }
+
+    fn options(&self) -> *mut OrtSessionOptions {
+        let mut options = ptr::null_mut();
+        // SAFETY: the result is written before it is read.
+        self.check(unsafe { (self.api.CreateSessionOptions)(&mut options) })
+            .unwrap();
+        options
+    }
+
+    fn session(
+        &self,
+        model: &[u8],
+        options: *const OrtSessionOptions,
+    ) -> Result<Session<'_>, String> {
+        let mut session = ptr::null_mut();
+        // SAFETY: valid arguments; the model is copied.
+        self.check(unsafe {
+            (self.api.CreateSessionFromArray)(
+                self.env,
+                model.as_ptr().cast(),
+                model.len(),
+                options,
+                &mut session,
+            )
+        })?;
+        Ok(Session {
+            host: self,
+            session,
+        })
+    }
+
+    fn tensor(&self, data: &ArrayD<f32>) -> *mut OrtValue {
+        let shape: Vec<i64> = data.shape().iter().map(|&d| d as i64).collect();
+        let (mut info, mut value) = (ptr::null_mut(), ptr::null_mut());
+        let bytes = data.as_slice().unwrap();
+        // SAFETY: the array outlives the value in every test.
+        unsafe {
+            self.check((self.api.CreateCpuMemoryInfo)(
+                OrtAllocatorType::OrtArenaAllocator,
+                OrtMemType::OrtMemTypeDefault,
+                &mut info,
+            ))
+            .unwrap();
+            self.check((self.api.CreateTensorWithDataAsOrtValue)(
+                info,
+                bytes.as_ptr().cast_mut().cast(),
+                size_of_val(bytes),
+                shape.as_ptr(),
+                shape.len(),
+                ONNXTensorElementDataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT,
+                &mut value,
+            ))
+            .unwrap();
+        }
+        value
+    }
+}
+
+struct Session<'h> {
+    host: &'h Host,
+    session: *mut OrtSession,
+}
+
+// SAFETY: sessions of ONNX Runtime may run on several threads at once.
+unsafe impl Sync for Session<'_> {}
+
+impl Session<'_> {
+    fn run(&self, inputs: [&ArrayD<f32>; 3]) -> Result<Vec<f32>, String> {
+        let values = inputs.map(|x| self.host.tensor(x).cast_const());
+        let input_names = [c"q".as_ptr(), c"k".as_ptr(), c"v".as_ptr()];
+        let output_names = [c"out".as_ptr()];
+        let mut out: *mut OrtValue = ptr::null_mut();
+        let api = self.host.api;
+        // SAFETY: names, values and the place of the output have the counts given.
+        unsafe {
+            self.host.check((api.Run)(
+                self.session,
+                ptr::null(),
+                input_names.as_ptr(),
+                values.as_ptr(),
+                3,
+                output_names.as_ptr(),
+                1,
+                &mut out,
+            ))?;
+            let (mut info, mut count) = (ptr::null_mut(), 0);
+            self.host
+                .check((api.GetTensorTypeAndShape)(out, &mut info))?;
+            self.host
+                .check((api.GetTensorShapeElementCount)(info, &mut count))?;
+            let mut data: *mut c_void = ptr::null_mut();
+            self.host
+                .check((api.GetTensorMutableData)(out, &mut data))?;
+            Ok(std::slice::from_raw_parts(data.cast::<f32>(), count).to_vec())
+        }
+    }
+}
+
+fn model(form: Form, eps: Option<f32>) -> Vec<u8> {
+    OneNode {
+        opset: 17,
+        layout: Layout::Packed,
+        element: ElementType::F32,
+        heads: HEADS as i64,
+        eps,
+        widths: WIDTHS,
+        form,
+    }
+    .encode()
+}
+
+const SPEC: BodySpec = BodySpec {
+    opset: 17,
+    layout: Layout::Packed,
+    element: ElementType::F32,
+};
+
+fn function() -> Form {
+    Form::Function(linfusion_attention_body(SPEC).unwrap())
+}
+
+fn inlined(eps: Option<f32>) -> Form {
+    let attrs = LinFusionAttentionAttrs::new(HEADS as i64, eps).unwrap();
+    Form::Inlined(linfusion_attention_inline(SPEC, attrs).unwrap())
+}
+
+fn inputs(queries: usize, keys: usize) -> [ArrayD<f32>; 3] {
+    let fill = |rows: usize, width: usize, salt: usize| {
+        ArrayD::from_shape_fn(vec![2, rows, HEADS * width], |at| {
+            ((at[0] * 977 + at[1] * 31 + at[2] * 7 + salt) % 101) as f32 / 25.0 - 2.0
+        })
+    };
+    [
+        fill(queries, WIDTHS[0], 0),
+        fill(keys, WIDTHS[0], 3),
+        fill(keys, WIDTHS[1], 5),
+    ]
+}
+
+fn assert_right(found: &[f32], [q, k, v]: [&ArrayD<f32>; 3], eps: Option<f32>) {
+    let attrs = LinFusionAttentionAttrs::new(HEADS as i64, eps).unwrap();
+    let exact = reference::linfusion_attention(q.view(), k.view(), v.view(), &attrs).unwrap();
+    assert_eq!(found.len(), exact.len());
+    for (f, e) in found.iter().zip(&exact) {
+        assert!((f64::from(*f) - e).abs() < 2e-6, "{f}, not {e}");
+    }
+}
+
+/// Every `libonnxruntime.so*` one folder below `LINFUSION_TEST_ORT_DIR`.
+fn runtimes() -> Vec<PathBuf> {
+    let Some(root) = std::env::var_os("LINFUSION_TEST_ORT_DIR") else {
+        eprintln!("LINFUSION_TEST_ORT_DIR is not set: no ONNX Runtime to test with");
+        return vec![];
+    };
+    let files = |folder: &Path| -> Vec<PathBuf> {
+        std::fs::read_dir(folder)
+            .into_iter()
+            .flatten()
+            .flatten()
+            .map(|entry| entry.path())
+            .collect()
+    };
+    let mut found: Vec<PathBuf> = files(Path::new(&root))
+        .iter()
+        .flat_map(|p| files(p))
+        .collect();
+    found.retain(|p| {
+        let name = p.file_name().unwrap_or_default().to_string_lossy();
+        name.starts_with("libonnxruntime.so")
+    });
+    found.sort();
+    assert!(!found.is_empty(), "no libonnxruntime.so* below {root:?}");
+    found
+}
+
+/// The cdylib beside this test; cargo builds it with the library.
+fn our_library() -> PathBuf {
+    let folder = std::env::current_exe().unwrap();
+    let folder = folder.ancestors().nth(1).unwrap();
+    ["", ".."]
+        .map(|up| folder.join(up).join("liblinfusion_ops.so"))
+        .into_iter()
+        .find(|p| p.is_file())
+        .expect("cargo builds liblinfusion_ops.so before the tests")
+}
+
+/// Each release runs in a process of its own, as two of them don't share one well.
+#[test]
+fn every_release() {
+    for library in runtimes() {
+        let status = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "one_release", "--ignored", "--nocapture"])
+            .env("LINFUSION_TEST_ORT_LIB", &library)
+            .status()
+            .unwrap();
+        assert!(status.success(), "{}", library.display());
+    }
+}
+
+#[test]
+#[ignore = "run by `every_release` with LINFUSION_TEST_ORT_LIB"]
+fn one_release() {
+    let library = std::env::var_os("LINFUSION_TEST_ORT_LIB").expect("LINFUSION_TEST_ORT_LIB");
+    let host = Host::load(Path::new(&library));
+    eprintln!("ONNX Runtime {}", host.release);
+    by_path_and_twice(&host);
+    in_process(&host);
+    without_the_library(&host);
+    errors_name_the_node(&host);
+    many_threads(&host);
+}
+
+fn by_path_and_twice(host: &Host) {
+    let options = host.options();
+    let path = CString::new(our_library().to_str().unwrap()).unwrap();
+    for _ in 0..2 {
+        // SAFETY: valid options and a path.
+        host.check(unsafe {
+            (host.api.RegisterCustomOpsLibrary_V2)(options, path.as_ptr().cast::<c_char>().cast())
+        })
+        .unwrap();
+    }
+    let [q, k, v] = inputs(70, 33);
+    for (form, eps) in [(Form::Op, Some(0.5)), (function(), None)] {
+        let session = host.session(&model(form, eps), options).unwrap();
+        assert_right(&session.run([&q, &k, &v]).unwrap(), [&q, &k, &v], eps);
+    }
+}
+
+fn in_process(host: &Host) {
+    let options = host.options();
+    for _ in 0..2 {
+        // SAFETY: valid options and their table.
+        unsafe { register_in_process(options, host.api) }.unwrap();
+        // SAFETY: valid options and what OrtGetApiBase returned.
+        host.check(unsafe { RegisterCustomOps(options, host.base) })
+            .unwrap();
+    }
+    let session = host.session(&model(Form::Op, None), options).unwrap();
+    let [q, k, v] = inputs(1, 700);
+    assert_right(&session.run([&q, &k, &v]).unwrap(), [&q, &k, &v], None);
+}
+
+fn without_the_library(host: &Host) {
+    let options = host.options();
+    assert!(host.session(&model(Form::Op, None), options).is_err());
+    let [q, k, v] = inputs(5, 9);
+    for eps in [None, Some(0.25)] {
+        for form in [function(), inlined(eps)] {
+            let session = host.session(&model(form, eps), options).unwrap();
+            assert_right(&session.run([&q, &k, &v]).unwrap(), [&q, &k, &v], eps);
+        }
+    }
+}
+
+fn errors_name_the_node(host: &Host) {
+    let options = host.options();
+    // SAFETY: valid options and their table.
+    unsafe { register_in_process(options, host.api) }.unwrap();
+    let session = host.session(&model(Form::Op, None), options).unwrap();
+    let [q, k, _] = inputs(4, 6);
+    let [_, _, short] = inputs(4, 5);
+    let message = session.run([&q, &k, &short]).unwrap_err();
+    for part in ["the_site", "number of keys", "= 6", "found 5"] {
+        assert!(message.contains(part), "{message}");
+    }
+    let message = host
+        .session(&model(Form::Op, Some(0.0)), options)
+        .err()
+        .unwrap();
+    assert!(
+        message.contains("the_site") && message.contains("`eps`"),
+        "{message}"
+    );
+}
+
+fn many_threads(host: &Host) {
+    let options = host.options();
+    // SAFETY: valid options and their table.
+    unsafe { register_in_process(options, host.api) }.unwrap();
+    let session = host.session(&model(Form::Op, None), options).unwrap();
+    let [q, k, v] = inputs(300, 300);
+    let expected = session.run([&q, &k, &v]).unwrap();
+    std::thread::scope(|scope| {
+        for _ in 0..6 {
+            scope.spawn(|| {
+                for _ in 0..10 {
+                    assert_eq!(session.run([&q, &k, &v]).unwrap(), expected);
+                }
+            });
+        }
+    });
+}
+
+/// An ONNX Runtime that knows the C API up to version 16 only gets a status that says so.
+#[test]
+fn an_old_release_gets_a_clear_status() {
+    use std::sync::Mutex;
+    static MESSAGE: Mutex<String> = Mutex::new(String::new());
+
+    unsafe extern "system" fn create_status(
+        _: OrtErrorCode,
+        message: *const c_char,
+    ) -> OrtStatusPtr {
+        // SAFETY: the library passes a zero-terminated string.
+        let text = unsafe { CStr::from_ptr(message) }
+            .to_string_lossy()
+            .into_owned();
+        *MESSAGE.lock().unwrap() = text;
+        OrtStatusPtr(ptr::dangling_mut::<OrtStatus>())
+    }
+    unsafe extern "system" fn get_api(version: u32) -> *const OrtApi {
+        static TABLE: Mutex<usize> = Mutex::new(0);
+        if version > 16 {
+            return ptr::null();
+        }
+        let mut table = TABLE.lock().unwrap();
+        if *table == 0 {
+            let memory = Box::leak(Box::new(std::mem::MaybeUninit::<OrtApi>::zeroed()));
+            // SAFETY: only the one field that the library may call is set and read.
+            unsafe { (&raw mut (*memory.as_mut_ptr()).CreateStatus).write(create_status) };
+            *table = memory.as_ptr() as usize;
+        }
+        *table as *const OrtApi
+    }
+    unsafe extern "system" fn version() -> *const c_char {
+        c"1.16.3".as_ptr()
+    }
+    let base = OrtApiBase {
+        GetApi: get_api,
+        GetVersionString: version,
+    };
+    // SAFETY: the options are never reached.
+    let status = unsafe { RegisterCustomOps(ptr::null_mut(), &base) };
+    assert!(!status.0.is_null());
+    let message = MESSAGE.lock().unwrap();
+    assert!(
+        message.contains("1.17 or later") && message.contains("1.16.3"),
+        "{message}"
+    );
+}
