@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 pub use self::host::{BenchError, run};
-pub use self::worker::{Job, serve};
+pub use self::worker::{EngineName, Job, OperatorsFrom, serve};
 
 use crate::engine::Engine;
 
