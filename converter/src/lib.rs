@@ -9,6 +9,7 @@ pub mod analysis;
 pub mod attention;
 pub mod convert;
 pub mod cost;
+pub mod diff;
 pub mod graph;
 pub mod mapping;
 pub mod plan;

@@ -166,6 +166,38 @@ pub fn known_problems(file: &OnnxFile) -> HashSet<String> {
     }
 }
 
+/// The converted sites of a written model, from its operator nodes: each is cut
+/// from its own q, k and v, which are run on random input.
+#[must_use]
+pub fn converted_sites(file: &OnnxFile) -> Vec<Converted> {
+    use linfusion_ops::schema::{ATTR_NUM_HEADS, DOMAIN, LINFUSION_ATTENTION};
+    let shapes = crate::shapes::Shapes::propagate(
+        &file.model,
+        &|t| file.tensor_bytes(t).ok(),
+        &crate::shapes::Probe::TRACE,
+    );
+    let graph = crate::graph::Graph::new(&file.model.graph);
+    graph
+        .nodes()
+        .filter(|(_, n)| n.domain.as_deref() == Some(DOMAIN) && n.op_type.as_deref() == Some(LINFUSION_ATTENTION))
+        .filter_map(|(_, n)| {
+            let out = n.output.first()?;
+            // v is a linear layer of x alone; x is what q, k and v have in common.
+            let linear = *crate::attention::projection::roots(&graph, &shapes, n.input.get(2)?).linears.first()?;
+            Some(Converted {
+                module: crate::graph::label(n).trim_start_matches('/').trim_end_matches("/LinFusionAttention").to_owned(),
+                x: linear.source.to_owned(),
+                x_shape: shapes.shape(linear.source)?.to_vec(),
+                qkv: [n.input.first()?.clone(), n.input.get(1)?.clone(), n.input.get(2)?.clone()],
+                attended: out.clone(),
+                target: out.clone(),
+                heads: crate::graph::attr_int(n, ATTR_NUM_HEADS)?,
+                element: ElementType::from_onnx(shapes.fact(linear.source).element?)?,
+            })
+        })
+        .collect()
+}
+
 fn structure(file: &OnnxFile, before: &HashSet<String>) -> Result<(), VerifyError> {
     let Err(problems) = check_model(&file.model, Some(file)) else {
         return Ok(());

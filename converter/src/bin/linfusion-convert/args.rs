@@ -1,0 +1,201 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use linfusion_convert::convert::WeightsFrom;
+use linfusion_convert::rewrite::Emit;
+use linfusion_convert::verify::Verify;
+use linfusion_models::onnx::write::ExternalData;
+
+/// Rewrites the self-attention of a diffusion model in ONNX to LinFusion linear
+/// attention. `linfusion-convert unet.onnx` writes `unet.linfusion.onnx`.
+#[derive(Parser, Debug)]
+#[command(name = "linfusion-convert", version, args_conflicts_with_subcommands = true, after_help = EXIT_CODES)]
+pub struct Cli {
+    /// What to do, if not to convert.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    /// Converting.
+    #[command(flatten)]
+    pub convert: Option<ConvertArgs>,
+}
+
+const EXIT_CODES: &str = "Exit codes:\n  \
+    0  done\n  \
+    1  an input cannot be read or the output cannot be written\n  \
+    2  wrong usage\n  \
+    3  no LinFusion weights were found (nothing is written)\n  \
+    4  fewer sites can be converted than the model has (nothing is written; --allow-partial)\n  \
+    5  the model was converted already\n  \
+    6  verification failed (nothing is written), or `diff` found differences outside converted sites";
+
+/// The other commands.
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// Show every attention site and what would be done with it.
+    Inspect(InspectArgs),
+    /// Check a converted file: structure, and every converted site against the reference.
+    Verify(VerifyArgs),
+    /// Print a model in the ONNX textual form.
+    Print(PrintArgs),
+    /// Show what a rewrite changed, site by site.
+    Diff(DiffArgs),
+    /// Write a shell completion script to stdout.
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+    /// Write the man page to stdout.
+    Man,
+}
+
+/// How to report.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum ReportAs {
+    /// Tables for people.
+    #[default]
+    Table,
+    /// JSON, as documented in docs/report.md.
+    Json,
+}
+
+/// Which sites.
+#[derive(Args, Debug, Default)]
+pub struct SelectionArgs {
+    /// Keep softmax at sites whose module path (or anchor name) matches; may be repeated.
+    #[arg(long, value_name = "GLOB")]
+    pub keep: Vec<String>,
+    /// Convert only sites that match; may be repeated.
+    #[arg(long, value_name = "GLOB")]
+    pub only: Vec<String>,
+    /// Keep softmax at the last of every N self-attentions, in execution order.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub keep_every: Option<u32>,
+    /// Keep softmax at sites with fewer tokens at the native size.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub min_tokens: u32,
+}
+
+/// Converting.
+#[derive(Args, Debug)]
+pub struct ConvertArgs {
+    /// The model: a UNet, ControlNet or transformer in ONNX.
+    pub model: PathBuf,
+    /// The file to write [default: <MODEL>.linfusion.onnx].
+    #[arg(short, long, value_name = "FILE")]
+    pub out: Option<PathBuf>,
+    /// A LinFusion checkpoint (folder or .safetensors), or `none` for an untrained
+    /// file that only serves to measure speed [default: look beside the model and
+    /// in the local Hugging Face cache].
+    #[arg(long, value_name = "PATH|none")]
+    pub weights: Option<String>,
+    /// How the operator is written.
+    #[arg(long, value_enum, default_value_t)]
+    pub emit: Emit,
+    /// Sites.
+    #[command(flatten)]
+    pub selection: SelectionArgs,
+    /// What becomes of weights in external data files.
+    #[arg(long, value_enum, default_value_t)]
+    pub external_data: External,
+    /// How much of the written file is verified before it gets its name.
+    #[arg(long, value_enum, default_value_t)]
+    pub verify: Verify,
+    /// Accept that fewer sites are converted than the model has.
+    #[arg(long)]
+    pub allow_partial: bool,
+    /// Replace an existing output.
+    #[arg(long)]
+    pub force: bool,
+    /// Do everything but write.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Say of every site what was found and why it is converted or kept.
+    #[arg(long)]
+    pub explain: bool,
+    /// How to report on stdout.
+    #[arg(long, value_enum, default_value_t)]
+    pub report: ReportAs,
+}
+
+/// What becomes of external data.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum External {
+    /// `reuse` if the output lies in the folder of the input's data file, else `copy`.
+    #[default]
+    Auto,
+    /// Point at the input's data file; new weights go into a second one. Both are needed then.
+    Reuse,
+    /// Copy into one self-contained data file beside the output.
+    Copy,
+    /// Put all weights into the model file.
+    Inline,
+}
+
+impl From<External> for ExternalData {
+    fn from(e: External) -> Self {
+        match e {
+            External::Auto => ExternalData::Auto,
+            External::Reuse => ExternalData::Reuse,
+            External::Copy => ExternalData::Copy,
+            External::Inline => ExternalData::Inline,
+        }
+    }
+}
+
+impl ConvertArgs {
+    /// Where the weights come from.
+    pub fn weights(&self) -> WeightsFrom {
+        match self.weights.as_deref() {
+            None => WeightsFrom::Search,
+            Some("none") => WeightsFrom::Untrained,
+            Some(path) => WeightsFrom::Path(path.into()),
+        }
+    }
+}
+
+/// Inspecting.
+#[derive(Args, Debug)]
+pub struct InspectArgs {
+    /// The model.
+    pub model: PathBuf,
+    /// Sites.
+    #[command(flatten)]
+    pub selection: SelectionArgs,
+    /// How to report on stdout.
+    #[arg(long, value_enum, default_value_t)]
+    pub report: ReportAs,
+}
+
+/// Verifying.
+#[derive(Args, Debug)]
+pub struct VerifyArgs {
+    /// A converted model.
+    pub model: PathBuf,
+    /// How to report on stdout.
+    #[arg(long, value_enum, default_value_t)]
+    pub report: ReportAs,
+}
+
+/// Printing.
+#[derive(Args, Debug)]
+pub struct PrintArgs {
+    /// The model.
+    pub model: PathBuf,
+    /// Print tensors of up to this many elements in full.
+    #[arg(long, default_value_t = 8)]
+    pub max_elements: usize,
+    /// Print the hash of larger tensors' bytes (reads all of them).
+    #[arg(long)]
+    pub hash: bool,
+}
+
+/// Comparing.
+#[derive(Args, Debug)]
+pub struct DiffArgs {
+    /// The original.
+    pub before: PathBuf,
+    /// The converted model.
+    pub after: PathBuf,
+}

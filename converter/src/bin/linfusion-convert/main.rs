@@ -1,0 +1,253 @@
+//! `linfusion-convert`: reports go to stdout, progress and diagnostics to stderr.
+
+mod args;
+
+use std::io::{IsTerminal, Write};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use args::{Cli, Command, ConvertArgs, DiffArgs, InspectArgs, PrintArgs, ReportAs, SelectionArgs, VerifyArgs};
+use clap::{CommandFactory, Parser};
+use indicatif::{ProgressBar, ProgressStyle};
+use linfusion_convert::convert::{ConvertError, Partial, Request, Run, convert, inspect};
+use linfusion_convert::plan::{BadPattern, Selection, globs};
+use linfusion_convert::report::ConvertReport;
+use linfusion_convert::{diff, verify};
+use linfusion_models::onnx::text::{Elided, PrintOptions, print_model};
+use linfusion_models::onnx::write::{Overwrite, clean_up_unfinished};
+use linfusion_models::onnx::{OnnxFile, ReadError};
+
+fn main() -> ExitCode {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("LINFUSION_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let cli = Cli::parse();
+    let outcome = match (cli.command, cli.convert) {
+        (Some(Command::Inspect(a)), _) => run_inspect(&a),
+        (Some(Command::Verify(a)), _) => run_verify(&a),
+        (Some(Command::Print(a)), _) => run_print(&a),
+        (Some(Command::Diff(a)), _) => run_diff(&a),
+        (Some(Command::Completions { shell }), _) => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "linfusion-convert", &mut script);
+            print_bytes(&script)
+        }
+        (Some(Command::Man), _) => {
+            let mut page = Vec::new();
+            match clap_mangen::Man::new(Cli::command()).render(&mut page) {
+                Ok(()) => print_bytes(&page),
+                Err(e) => Err(Failure::new(1, e)),
+            }
+        }
+        (None, Some(a)) => run_convert(&a),
+        (None, None) => {
+            let _ = Cli::command().print_help();
+            return ExitCode::from(2);
+        }
+    };
+    // An interruption or an error leaves no scratch file behind.
+    clean_up_unfinished();
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            if !failure.message.is_empty() {
+                eprintln!("error: {}", failure.message);
+            }
+            ExitCode::from(failure.code)
+        }
+    }
+}
+
+/// An exit code and what to say.
+struct Failure {
+    code: u8,
+    message: String,
+}
+
+impl Failure {
+    fn new(code: u8, error: impl std::fmt::Display) -> Self {
+        Failure { code, message: error.to_string() }
+    }
+}
+
+impl From<ConvertError> for Failure {
+    fn from(error: ConvertError) -> Self {
+        let code = match &error {
+            ConvertError::NoWeights { .. } | ConvertError::ManyWeights { .. } => 3,
+            ConvertError::Fewer { .. } => 4,
+            ConvertError::AlreadyConverted { .. } => 5,
+            ConvertError::Verify(_) => 6,
+            _ => 1,
+        };
+        Failure::new(code, error)
+    }
+}
+
+impl From<ReadError> for Failure {
+    fn from(error: ReadError) -> Self {
+        Failure::new(1, error)
+    }
+}
+
+impl From<BadPattern> for Failure {
+    fn from(error: BadPattern) -> Self {
+        Failure::new(2, error)
+    }
+}
+
+/// Writes to stdout. A reader that went away (`| head`) is no failure.
+fn print_bytes(bytes: &[u8]) -> Result<(), Failure> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(bytes).and_then(|()| out.flush()) {
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(Failure::new(1, e)),
+        _ => Ok(()),
+    }
+}
+
+fn print_json(value: &impl serde::Serialize) -> Result<(), Failure> {
+    let mut text = serde_json::to_string_pretty(value).map_err(|e| Failure::new(1, e))?;
+    text.push('\n');
+    print_bytes(text.as_bytes())
+}
+
+fn selection(args: &SelectionArgs) -> Result<Selection, Failure> {
+    Ok(Selection {
+        keep: globs(&args.keep)?,
+        only: if args.only.is_empty() { None } else { Some(globs(&args.only)?) },
+        keep_every: args.keep_every.and_then(|n| usize::try_from(n).ok()),
+        min_tokens: i64::from(args.min_tokens),
+    })
+}
+
+fn run_inspect(args: &InspectArgs) -> Result<(), Failure> {
+    let report = inspect(&args.model, &selection(&args.selection)?)?;
+    match args.report {
+        ReportAs::Json => print_json(&report),
+        ReportAs::Table => print_bytes(report.table().as_bytes()),
+    }
+}
+
+fn spinner() -> ProgressBar {
+    if !std::io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let bar = ProgressBar::new_spinner();
+    if let Ok(style) = ProgressStyle::with_template("{spinner} {elapsed} {msg}") {
+        bar.set_style(style);
+    }
+    bar.enable_steady_tick(Duration::from_millis(120));
+    bar
+}
+
+fn run_convert(args: &ConvertArgs) -> Result<(), Failure> {
+    let request = Request {
+        model: args.model.clone(),
+        out: args.out.clone(),
+        weights: args.weights(),
+        emit: args.emit,
+        selection: selection(&args.selection)?,
+        external: args.external_data.into(),
+        overwrite: if args.force { Overwrite::Force } else { Overwrite::Refuse },
+        partial: if args.allow_partial { Partial::Allow } else { Partial::Refuse },
+        verify: args.verify,
+        run: if args.dry_run { Run::Dry } else { Run::Write },
+    };
+    let bar = spinner();
+    let result = convert(&request, &mut |step| bar.set_message(step.to_owned()));
+    bar.finish_and_clear();
+    let report = match result {
+        Ok(report) => report,
+        Err(error) => {
+            if let (ConvertError::Fewer { report, .. }, ReportAs::Json) = (&error, args.report) {
+                print_json(report)?;
+            }
+            return Err(error.into());
+        }
+    };
+    for warning in &report.warnings {
+        eprintln!("warning: {warning}");
+    }
+    match args.report {
+        ReportAs::Json => print_json(&report),
+        ReportAs::Table => print_bytes(summary(&report, args.explain).as_bytes()),
+    }
+}
+
+fn summary(report: &ConvertReport, explain: bool) -> String {
+    let mut text = if explain { report.model.table() } else { String::new() };
+    let kept = report.model.sites.len() - report.converted;
+    text += &format!(
+        "{}: {} of {} attention sites converted, {kept} kept ({} cross)\n",
+        report.model.architecture,
+        report.converted,
+        report.model.sites.len(),
+        report.model.count(linfusion_convert::attention::kind::Kind::Cross),
+    );
+    match &report.output {
+        None => text += "dry run: nothing written\n",
+        Some(output) => {
+            text += &format!(
+                "wrote {output}{}\n",
+                if report.companions.is_empty() { String::new() } else { format!(" (keep {} with it)", report.companions.join(", ")) }
+            );
+            match &report.verified {
+                None => text += "not verified (--verify off)\n",
+                Some(v) => {
+                    text += &format!(
+                        "verified: structure, and {} sites run on {} within {:.1e} of the reference\n",
+                        v.sites,
+                        v.engine.as_deref().unwrap_or("nothing"),
+                        v.max_relative_error
+                    );
+                    for skipped in v.skipped.iter().take(4) {
+                        text += &format!("  not run: {skipped}\n");
+                    }
+                    if v.skipped.len() > 4 {
+                        text += &format!("  and {} more not run\n", v.skipped.len() - 4);
+                    }
+                }
+            }
+        }
+    }
+    text
+}
+
+fn run_verify(args: &VerifyArgs) -> Result<(), Failure> {
+    let file = OnnxFile::open(&args.model)?;
+    let sites = verify::converted_sites(&file);
+    if sites.is_empty() {
+        return Err(Failure::new(1, format!("'{}' holds no LinFusionAttention node", args.model.display())));
+    }
+    let verified = verify::verify(&file, &Default::default(), &sites, verify::Verify::Auto, &mut |_| {})
+        .map_err(|e| Failure::new(6, e))?;
+    match args.report {
+        ReportAs::Json => print_json(&verified),
+        ReportAs::Table => print_bytes(
+            format!(
+                "structure ok; {} of {} sites run on {}, within {:.1e} of the reference\n{}",
+                verified.sites,
+                sites.len(),
+                verified.engine.as_deref().unwrap_or("nothing"),
+                verified.max_relative_error,
+                verified.skipped.iter().map(|s| format!("  not run: {s}\n")).collect::<String>()
+            )
+            .as_bytes(),
+        ),
+    }
+}
+
+fn run_print(args: &PrintArgs) -> Result<(), Failure> {
+    let file = OnnxFile::open(&args.model)?;
+    let options = PrintOptions {
+        max_elements: args.max_elements,
+        elided: if args.hash { Elided::Hash } else { Elided::Size },
+        file: Some(&file),
+    };
+    print_bytes(print_model(&file.model, options).to_string().as_bytes())
+}
+
+fn run_diff(args: &DiffArgs) -> Result<(), Failure> {
+    let (before, after) = (OnnxFile::open(&args.before)?, OnnxFile::open(&args.after)?);
+    let text = diff::diff(&before.model, &after.model);
+    print_bytes(text.as_bytes())
+}
