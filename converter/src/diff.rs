@@ -19,37 +19,72 @@ pub fn diff(before: &ModelProto, after: &ModelProto) -> String {
     let mut note = |scope: String, line: String| groups.entry(scope).or_default().push(line);
     for (key, node) in &old.nodes {
         match new.nodes.get(key) {
-            None => note(scope(node), format!("- {} '{}'", qualified_op(node), label(node))),
-            Some(other) if other != node => note(scope(node), format!("~ {} '{}'", qualified_op(node), label(node))),
+            None => note(
+                scope(node),
+                format!("- {} '{}'", qualified_op(node), label(node)),
+            ),
+            Some(other) if other != node => note(
+                scope(node),
+                format!("~ {} '{}'", qualified_op(node), label(node)),
+            ),
             Some(_) => {}
         }
     }
-    for (_, node) in new.nodes.iter().filter(|(k, _)| !old.nodes.contains_key(*k)) {
-        note(scope(node), format!("+ {} '{}'", qualified_op(node), label(node)));
+    for (_, node) in new
+        .nodes
+        .iter()
+        .filter(|(k, _)| !old.nodes.contains_key(*k))
+    {
+        note(
+            scope(node),
+            format!("+ {} '{}'", qualified_op(node), label(node)),
+        );
     }
     let mut text = String::new();
     for (scope, mut lines) in groups {
         lines.sort();
-        let _ = writeln!(text, "{}", if scope.is_empty() { "(no module)" } else { &scope });
+        let _ = writeln!(
+            text,
+            "{}",
+            if scope.is_empty() {
+                "(no module)"
+            } else {
+                &scope
+            }
+        );
         for line in lines {
             let _ = writeln!(text, "  {line}");
         }
     }
     for (sign, from, other) in [("-", &old, &new), ("+", &new, &old)] {
-        for (name, what) in from.tensors.iter().filter(|(n, _)| !other.tensors.contains_key(*n)) {
+        for (name, what) in from
+            .tensors
+            .iter()
+            .filter(|(n, _)| !other.tensors.contains_key(*n))
+        {
             let _ = writeln!(text, "{sign} initializer '{name}' {what}");
         }
     }
     let functions = |m: &ModelProto| -> BTreeSet<String> {
         m.functions
             .iter()
-            .map(|f| format!("{}::{}", f.domain.as_deref().unwrap_or(""), f.name.as_deref().unwrap_or("")))
+            .map(|f| {
+                format!(
+                    "{}::{}",
+                    f.domain.as_deref().unwrap_or(""),
+                    f.name.as_deref().unwrap_or("")
+                )
+            })
             .collect()
     };
     for added in functions(after).difference(&functions(before)) {
         let _ = writeln!(text, "+ function {added}");
     }
-    if text.is_empty() { "no difference in nodes, initializers and functions\n".to_owned() } else { text }
+    if text.is_empty() {
+        "no difference in nodes, initializers and functions\n".to_owned()
+    } else {
+        text
+    }
 }
 
 struct Index<'m> {

@@ -179,16 +179,27 @@ pub fn converted_sites(file: &OnnxFile) -> Vec<Converted> {
     let graph = crate::graph::Graph::new(&file.model.graph);
     graph
         .nodes()
-        .filter(|(_, n)| n.domain.as_deref() == Some(DOMAIN) && n.op_type.as_deref() == Some(LINFUSION_ATTENTION))
+        .filter(|(_, n)| {
+            n.domain.as_deref() == Some(DOMAIN) && n.op_type.as_deref() == Some(LINFUSION_ATTENTION)
+        })
         .filter_map(|(_, n)| {
             let out = n.output.first()?;
             // v is a linear layer of x alone; x is what q, k and v have in common.
-            let linear = *crate::attention::projection::roots(&graph, &shapes, n.input.get(2)?).linears.first()?;
+            let linear = *crate::attention::projection::roots(&graph, &shapes, n.input.get(2)?)
+                .linears
+                .first()?;
             Some(Converted {
-                module: crate::graph::label(n).trim_start_matches('/').trim_end_matches("/LinFusionAttention").to_owned(),
+                module: crate::graph::label(n)
+                    .trim_start_matches('/')
+                    .trim_end_matches("/LinFusionAttention")
+                    .to_owned(),
                 x: linear.source.to_owned(),
                 x_shape: shapes.shape(linear.source)?.to_vec(),
-                qkv: [n.input.first()?.clone(), n.input.get(1)?.clone(), n.input.get(2)?.clone()],
+                qkv: [
+                    n.input.first()?.clone(),
+                    n.input.get(1)?.clone(),
+                    n.input.get(2)?.clone(),
+                ],
                 attended: out.clone(),
                 target: out.clone(),
                 heads: crate::graph::attr_int(n, ATTR_NUM_HEADS)?,

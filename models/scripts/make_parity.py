@@ -15,6 +15,7 @@ import sys
 import tempfile
 
 import numpy
+import onnxruntime
 import torch
 
 import export_unet
@@ -24,6 +25,17 @@ CASES = {
     "sd15-identity": (export_unet.sd15, lambda dim: -1, dict(opset=14)),
     "sd21-narrow": (export_unet.sd21, lambda dim: max(dim // 4, 1), dict(exporter="dynamo", opset=20, shapes="fix")),
 }
+
+
+def check(path, model, inputs):
+    """The exported file must be the model that the expected output is made with."""
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    feeds = {k: v.numpy() for k, v in inputs.items()}
+    (got,) = session.run(None, feeds)
+    with torch.no_grad():
+        error = abs(got - model(**inputs).sample.numpy()).max()
+    if not error < 1e-4:
+        sys.exit(f"{path} is off by {error}")
 
 
 def make(folder, make_model, width, how, LinFusion):
@@ -38,6 +50,7 @@ def make(folder, make_model, width, how, LinFusion):
         export_unet.export(path, original, **how)
         export_unet.strip_traces(path)
         folder.mkdir(parents=True, exist_ok=True)
+        check(path, model, inputs)
         (folder / "unet.onnx.gz").write_bytes(gzip.compress(path.read_bytes(), 9, mtime=0))
 
     config = LinFusion.get_default_config(unet=model)

@@ -284,7 +284,7 @@ mod tests {
             let mut evidence = named(&architecture.native_sites());
             evidence.context_width = Some(architecture.native().context_width);
             for evidence in [evidence.clone(), anonymous(evidence)] {
-                let found = recognise(&evidence).expect(architecture.name());
+                let found = recognise(&evidence).unwrap();
                 assert_eq!(found.architecture, architecture);
                 assert_eq!(found.variant, Variant::Exact);
                 assert_eq!(found.sites, architecture.native_sites());
@@ -316,7 +316,7 @@ mod tests {
             let sites = scaled(architecture, &levels);
             let evidence = named(&sites);
             for evidence in [evidence.clone(), anonymous(evidence)] {
-                let found = recognise(&evidence).expect(architecture.name());
+                let found = recognise(&evidence).unwrap();
                 assert_eq!(found.architecture, architecture);
                 assert_eq!(found.variant, Variant::Scaled);
                 assert_eq!(found.expected_self(), count);

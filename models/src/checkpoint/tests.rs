@@ -307,3 +307,43 @@ proptest! {
         let _ = Checkpoint::open(folder.path());
     }
 }
+
+#[test]
+fn the_official_codes_own_checkpoints_open_and_name_their_architecture() {
+    use crate::catalogue::{Architecture, Evidence, SiteEvidence, recognise};
+    let cases = [
+        ("sd15-tiny", Architecture::Sd15, MlpWidth::Width(4)),
+        ("sdxl-tiny", Architecture::Sdxl, MlpWidth::Width(4)),
+        ("sd15-identity", Architecture::Sd15, MlpWidth::Identity),
+        ("sd21-narrow", Architecture::Sd21, MlpWidth::Width(1)),
+    ];
+    for (case, architecture, first_mid) in cases {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("fixtures")
+            .join(case);
+        let checkpoint = Checkpoint::open(folder.join("linfusion")).unwrap();
+        assert_eq!(checkpoint.modules[0].mid, first_mid, "{case}");
+        assert!(checkpoint.unused_tensors().is_empty(), "{case}");
+        let evidence = Evidence {
+            self_sites: checkpoint
+                .modules
+                .iter()
+                .map(|module| SiteEvidence {
+                    module: Some(module.module_name.clone()),
+                    width: Some(module.dim),
+                    heads: Some(module.heads),
+                })
+                .collect(),
+            context_width: Some(12),
+        };
+        let found = recognise(&evidence).unwrap();
+        assert_eq!(found.architecture, architecture, "{case}");
+        let order: Vec<_> = checkpoint
+            .modules_in_execution_order()
+            .iter()
+            .map(|m| m.module_name.clone())
+            .collect();
+        let expected: Vec<_> = found.sites.iter().map(|s| s.module.clone()).collect();
+        assert_eq!(order, expected, "{case}");
+    }
+}

@@ -217,7 +217,7 @@ mod tests {
         assert!(answers[1].starts_with("{\"ran\":") && answers[2].starts_with("{\"ran\":"));
         match serde_json::from_str(&answers[3]).unwrap() {
             Answer::Done(Some(bytes)) => assert!(bytes > 1 << 20),
-            Answer::Done(None) => assert!(!cfg!(target_os = "linux")),
+            Answer::Done(None) if !cfg!(target_os = "linux") => {}
             other => panic!("{other:?}"),
         }
     }

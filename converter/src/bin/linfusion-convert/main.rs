@@ -6,7 +6,10 @@ use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use args::{Cli, Command, ConvertArgs, DiffArgs, InspectArgs, PrintArgs, ReportAs, SelectionArgs, VerifyArgs};
+use args::{
+    Cli, Command, ConvertArgs, DiffArgs, InspectArgs, PrintArgs, ReportAs, SelectionArgs,
+    VerifyArgs,
+};
 use clap::{CommandFactory, Parser};
 use indicatif::{ProgressBar, ProgressStyle};
 use linfusion_convert::convert::{ConvertError, Partial, Request, Run, convert, inspect};
@@ -20,7 +23,10 @@ use linfusion_models::onnx::{OnnxFile, ReadError};
 fn main() -> ExitCode {
     let filter = tracing_subscriber::EnvFilter::try_from_env("LINFUSION_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .init();
     let cli = Cli::parse();
     let outcome = match (cli.command, cli.convert) {
         (Some(Command::Inspect(a)), _) => run_inspect(&a),
@@ -66,7 +72,10 @@ struct Failure {
 
 impl Failure {
     fn new(code: u8, error: impl std::fmt::Display) -> Self {
-        Failure { code, message: error.to_string() }
+        Failure {
+            code,
+            message: error.to_string(),
+        }
     }
 }
 
@@ -113,7 +122,11 @@ fn print_json(value: &impl serde::Serialize) -> Result<(), Failure> {
 fn selection(args: &SelectionArgs) -> Result<Selection, Failure> {
     Ok(Selection {
         keep: globs(&args.keep)?,
-        only: if args.only.is_empty() { None } else { Some(globs(&args.only)?) },
+        only: if args.only.is_empty() {
+            None
+        } else {
+            Some(globs(&args.only)?)
+        },
         keep_every: args.keep_every.and_then(|n| usize::try_from(n).ok()),
         min_tokens: i64::from(args.min_tokens),
     })
@@ -147,8 +160,16 @@ fn run_convert(args: &ConvertArgs) -> Result<(), Failure> {
         emit: args.emit,
         selection: selection(&args.selection)?,
         external: args.external_data.into(),
-        overwrite: if args.force { Overwrite::Force } else { Overwrite::Refuse },
-        partial: if args.allow_partial { Partial::Allow } else { Partial::Refuse },
+        overwrite: if args.force {
+            Overwrite::Force
+        } else {
+            Overwrite::Refuse
+        },
+        partial: if args.allow_partial {
+            Partial::Allow
+        } else {
+            Partial::Refuse
+        },
         verify: args.verify,
         run: if args.dry_run { Run::Dry } else { Run::Write },
     };
@@ -174,21 +195,31 @@ fn run_convert(args: &ConvertArgs) -> Result<(), Failure> {
 }
 
 fn summary(report: &ConvertReport, explain: bool) -> String {
-    let mut text = if explain { report.model.table() } else { String::new() };
+    let mut text = if explain {
+        report.model.table()
+    } else {
+        String::new()
+    };
     let kept = report.model.sites.len() - report.converted;
     text += &format!(
         "{}: {} of {} attention sites converted, {kept} kept ({} cross)\n",
         report.model.architecture,
         report.converted,
         report.model.sites.len(),
-        report.model.count(linfusion_convert::attention::kind::Kind::Cross),
+        report
+            .model
+            .count(linfusion_convert::attention::kind::Kind::Cross),
     );
     match &report.output {
         None => text += "dry run: nothing written\n",
         Some(output) => {
             text += &format!(
                 "wrote {output}{}\n",
-                if report.companions.is_empty() { String::new() } else { format!(" (keep {} with it)", report.companions.join(", ")) }
+                if report.companions.is_empty() {
+                    String::new()
+                } else {
+                    format!(" (keep {} with it)", report.companions.join(", "))
+                }
             );
             match &report.verified {
                 None => text += "not verified (--verify off)\n",
@@ -216,10 +247,22 @@ fn run_verify(args: &VerifyArgs) -> Result<(), Failure> {
     let file = OnnxFile::open(&args.model)?;
     let sites = verify::converted_sites(&file);
     if sites.is_empty() {
-        return Err(Failure::new(1, format!("'{}' holds no LinFusionAttention node", args.model.display())));
+        return Err(Failure::new(
+            1,
+            format!(
+                "'{}' holds no LinFusionAttention node",
+                args.model.display()
+            ),
+        ));
     }
-    let verified = verify::verify(&file, &Default::default(), &sites, verify::Verify::Auto, &mut |_| {})
-        .map_err(|e| Failure::new(6, e))?;
+    let verified = verify::verify(
+        &file,
+        &Default::default(),
+        &sites,
+        verify::Verify::Auto,
+        &mut |_| {},
+    )
+    .map_err(|e| Failure::new(6, e))?;
     match args.report {
         ReportAs::Json => print_json(&verified),
         ReportAs::Table => print_bytes(
@@ -229,7 +272,11 @@ fn run_verify(args: &VerifyArgs) -> Result<(), Failure> {
                 sites.len(),
                 verified.engine.as_deref().unwrap_or("nothing"),
                 verified.max_relative_error,
-                verified.skipped.iter().map(|s| format!("  not run: {s}\n")).collect::<String>()
+                verified
+                    .skipped
+                    .iter()
+                    .map(|s| format!("  not run: {s}\n"))
+                    .collect::<String>()
             )
             .as_bytes(),
         ),
@@ -240,7 +287,11 @@ fn run_print(args: &PrintArgs) -> Result<(), Failure> {
     let file = OnnxFile::open(&args.model)?;
     let options = PrintOptions {
         max_elements: args.max_elements,
-        elided: if args.hash { Elided::Hash } else { Elided::Size },
+        elided: if args.hash {
+            Elided::Hash
+        } else {
+            Elided::Size
+        },
         file: Some(&file),
     };
     print_bytes(print_model(&file.model, options).to_string().as_bytes())

@@ -184,7 +184,7 @@ pub fn diagnosis(diagnosis: &Diagnosis) -> String {
 
 fn table(header: &[&str]) -> Table {
     let mut table = Table::new();
-    table.load_preset(presets::UTF8_HORIZONTAL_ONLY);
+    table.load_style(presets::UTF8_HORIZONTAL_ONLY);
     table.set_header(header.iter().copied());
     table
 }
