@@ -24,7 +24,12 @@ pub fn unpack(name: &str, folder: &Path) -> std::io::Result<PathBuf> {
 /// A request that writes `out` with the weights given.
 #[must_use]
 pub fn request(model: &Path, out: &Path, weights: WeightsFrom) -> Request {
-    Request { model: model.to_owned(), out: Some(out.to_owned()), weights, ..Request::default() }
+    Request {
+        model: model.to_owned(),
+        out: Some(out.to_owned()),
+        weights,
+        ..Request::default()
+    }
 }
 
 /// Whether a libonnxruntime can be loaded here.
@@ -43,7 +48,10 @@ pub fn run(
     operators: Operators,
     inputs: &[(String, Tensor)],
 ) -> Result<Vec<(String, Tensor)>, linfusion_runtime::engine::EngineError> {
-    let options = SessionOptions { operators, ..SessionOptions::default() };
+    let options = SessionOptions {
+        operators,
+        ..SessionOptions::default()
+    };
     Session::from_file(engine, model, &options)?.run(inputs)
 }
 
@@ -82,9 +90,12 @@ pub fn max_difference(a: &[(String, Tensor)], b: &[(String, Tensor)]) -> f64 {
         if a.shape() != b.shape() {
             return f64::INFINITY;
         }
-        a.to_f64().iter().zip(&b.to_f64()).fold(m, |m: f64, (x, y)| {
-            let d = (x - y).abs();
-            if d.is_nan() { f64::INFINITY } else { m.max(d) }
-        })
+        a.to_f64()
+            .iter()
+            .zip(&b.to_f64())
+            .fold(m, |m: f64, (x, y)| {
+                let d = (x - y).abs();
+                if d.is_nan() { f64::INFINITY } else { m.max(d) }
+            })
     })
 }

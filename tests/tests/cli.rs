@@ -23,13 +23,19 @@ fn text(bytes: &[u8]) -> String {
 
 fn folder_with_model() -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
-    std::fs::copy(fixtures::path("sd15-tiny/unet.onnx"), folder.path().join("unet.onnx")).unwrap();
+    std::fs::copy(
+        fixtures::path("sd15-tiny/unet.onnx"),
+        folder.path().join("unet.onnx"),
+    )
+    .unwrap();
     folder
 }
 
 fn files(folder: &Path) -> Vec<String> {
-    let mut names: Vec<String> =
-        std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    let mut names: Vec<String> = std::fs::read_dir(folder)
+        .unwrap()
+        .map(|e| e.unwrap().file_name().into_string().unwrap())
+        .collect();
     names.sort();
     names
 }
@@ -40,7 +46,11 @@ fn without_weights_nothing_is_written_and_three_ways_are_shown() {
     let out = linfusion(&["unet.onnx"], folder.path());
     assert_eq!(out.status.code(), Some(3), "{}", text(&out.stderr));
     let message = text(&out.stderr);
-    for way in ["--weights FOLDER-OR-FILE", "hf download Yuanshi/LinFusion-1-5", "--weights none"] {
+    for way in [
+        "--weights FOLDER-OR-FILE",
+        "hf download Yuanshi/LinFusion-1-5",
+        "--weights none",
+    ] {
         assert!(message.contains(way), "{message}");
     }
     assert_eq!(files(folder.path()), ["unet.onnx"]);
@@ -52,31 +62,58 @@ fn finds_the_checkpoint_beside_the_model_and_writes_beside_it() {
     let weights = folder.path().join("linfusion");
     std::fs::create_dir(&weights).unwrap();
     for file in ["config.json", "diffusion_pytorch_model.safetensors"] {
-        std::fs::copy(fixtures::path("sd15-tiny/linfusion").join(file), weights.join(file)).unwrap();
+        std::fs::copy(
+            fixtures::path("sd15-tiny/linfusion").join(file),
+            weights.join(file),
+        )
+        .unwrap();
     }
     let out = linfusion(&["unet.onnx", "--report", "json"], folder.path());
     assert_eq!(out.status.code(), Some(0), "{}", text(&out.stderr));
     let report: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
     assert_eq!(report["converted"], 16);
     assert_eq!(report["weights"], "checkpoint");
-    assert_eq!(files(folder.path()), ["linfusion", "unet.linfusion.onnx", "unet.onnx"]);
+    assert_eq!(
+        files(folder.path()),
+        ["linfusion", "unet.linfusion.onnx", "unet.onnx"]
+    );
 
     let again = linfusion(&["unet.onnx"], folder.path());
-    assert_eq!(again.status.code(), Some(1), "an existing output is not replaced");
-    assert!(text(&again.stderr).contains("unet.linfusion.onnx"), "{}", text(&again.stderr));
+    assert_eq!(
+        again.status.code(),
+        Some(1),
+        "an existing output is not replaced"
+    );
+    assert!(
+        text(&again.stderr).contains("unet.linfusion.onnx"),
+        "{}",
+        text(&again.stderr)
+    );
     let twice = linfusion(&["unet.linfusion.onnx"], folder.path());
     assert_eq!(twice.status.code(), Some(5), "{}", text(&twice.stderr));
     let verified = linfusion(&["verify", "unet.linfusion.onnx"], folder.path());
-    assert_eq!(verified.status.code(), Some(0), "{}", text(&verified.stderr));
+    assert_eq!(
+        verified.status.code(),
+        Some(0),
+        "{}",
+        text(&verified.stderr)
+    );
 }
 
 #[test]
 fn output_bytes_are_the_same_every_time() {
     let folder = folder_with_model();
     for name in ["a.onnx", "b.onnx"] {
-        let out = linfusion(&["unet.onnx", "--weights", "none", "-o", name], folder.path());
+        let out = linfusion(
+            &["unet.onnx", "--weights", "none", "-o", name],
+            folder.path(),
+        );
         assert_eq!(out.status.code(), Some(0), "{}", text(&out.stderr));
-        assert!(text(&out.stderr).contains("untrained"), "{}", text(&out.stderr));
+        assert!(
+            text(&out.stderr).contains("untrained"),
+            "{}",
+            text(&out.stderr)
+        );
     }
     let read = |n: &str| std::fs::read(folder.path().join(n)).unwrap();
     assert!(read("a.onnx") == read("b.onnx"));
@@ -86,7 +123,14 @@ fn output_bytes_are_the_same_every_time() {
 fn selection_and_dry_run() {
     let folder = folder_with_model();
     let converted = |args: &[&str]| -> u64 {
-        let mut all = vec!["unet.onnx", "--weights", "none", "--dry-run", "--report", "json"];
+        let mut all = vec![
+            "unet.onnx",
+            "--weights",
+            "none",
+            "--dry-run",
+            "--report",
+            "json",
+        ];
         all.extend(args);
         let out = linfusion(&all, folder.path());
         assert_eq!(out.status.code(), Some(0), "{}", text(&out.stderr));
@@ -105,26 +149,56 @@ fn selection_and_dry_run() {
 fn wrong_inputs_have_messages_and_codes() {
     let folder = folder_with_model();
     std::fs::write(folder.path().join("empty.onnx"), b"").unwrap();
-    std::fs::write(folder.path().join("lfs.onnx"), b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n").unwrap();
+    std::fs::write(
+        folder.path().join("lfs.onnx"),
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+    )
+    .unwrap();
     let mut failures = Vec::new();
     for (args, code, says) in [
         (&["missing.onnx"][..], 1, "missing.onnx"),
         (&["empty.onnx"], 1, "empty"),
         (&["lfs.onnx"], 1, "LFS"),
         (&["unet.onnx", "--weights", "nowhere"], 1, "nowhere"),
-        (&["unet.onnx", "--keep", "[", "--weights", "none"], 2, "not a pattern"),
-        (&["unet.onnx", "--only", "nothing", "--weights", "none"], 4, "--only"),
-        (&["unet.onnx", "--weights", "none", "-o", "unet.onnx", "--force"], 1, "unet.onnx"),
+        (
+            &["unet.onnx", "--keep", "[", "--weights", "none"],
+            2,
+            "not a pattern",
+        ),
+        (
+            &["unet.onnx", "--only", "nothing", "--weights", "none"],
+            4,
+            "--only",
+        ),
+        (
+            &[
+                "unet.onnx",
+                "--weights",
+                "none",
+                "-o",
+                "unet.onnx",
+                "--force",
+            ],
+            1,
+            "unet.onnx",
+        ),
         (&["unet.onnx", "--emit", "nonsense"], 2, "nonsense"),
     ] {
         let out = linfusion(args, folder.path());
         let message = text(&out.stderr);
         if out.status.code() != Some(code) || !message.contains(says) {
-            failures.push(format!("{args:?}: code {:?}, not {code}, or no '{says}' in: {message}", out.status.code()));
+            failures.push(format!(
+                "{args:?}: code {:?}, not {code}, or no '{says}' in: {message}",
+                out.status.code()
+            ));
         }
     }
     assert!(failures.is_empty(), "{failures:#?}");
-    assert_eq!(files(folder.path()), ["empty.onnx", "lfs.onnx", "unet.onnx"], "nothing is left behind");
+    assert_eq!(
+        files(folder.path()),
+        ["empty.onnx", "lfs.onnx", "unet.onnx"],
+        "nothing is left behind"
+    );
 }
 
 #[test]
@@ -136,7 +210,9 @@ fn inspect_json_has_every_site_once() {
     assert_eq!(report["architecture"], "SD15");
     let sites = report["sites"].as_array().unwrap();
     assert_eq!(sites.len(), 32);
-    for key in ["index", "module", "kind", "heads", "head_dim", "tokens", "action", "reason", "anchor"] {
+    for key in [
+        "index", "module", "kind", "heads", "head_dim", "tokens", "action", "reason", "anchor",
+    ] {
         assert!(sites.iter().all(|s| !s[key].is_null()), "{key}");
     }
 }

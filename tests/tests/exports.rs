@@ -31,9 +31,17 @@ fn every_site_is_found() {
         let path = unpack(name, folder.path()).unwrap();
         let report = inspect(&path, &Selection::default()).unwrap();
         let found = (report.count(Kind::SelfAttention), report.count(Kind::Cross));
-        let converts = report.sites.iter().filter(|s| s.action == "convert").count();
-        if found != expected(name) || report.sites.len() != found.0 + found.1 || converts != found.0 {
-            failures.push(format!("{name}: {found:?}, {converts} to convert of {} sites", report.sites.len()));
+        let converts = report
+            .sites
+            .iter()
+            .filter(|s| s.action == "convert")
+            .count();
+        if found != expected(name) || report.sites.len() != found.0 + found.1 || converts != found.0
+        {
+            failures.push(format!(
+                "{name}: {found:?}, {converts} to convert of {} sites",
+                report.sites.len()
+            ));
         }
     }
     assert!(failures.is_empty(), "{failures:#?}");
@@ -50,16 +58,40 @@ fn converted_graphs_run_alike_with_and_without_the_operator() {
     for name in fixtures::exports().unwrap() {
         let path = unpack(&name, folder.path()).unwrap();
         let session = |path: &std::path::Path, operators| {
-            Session::from_file(Engine::Ort, path, &SessionOptions { operators, ..SessionOptions::default() })
+            Session::from_file(
+                Engine::Ort,
+                path,
+                &SessionOptions {
+                    operators,
+                    ..SessionOptions::default()
+                },
+            )
         };
         // Some optimized graphs need kernels that a CPU build lacks.
-        let Ok(mut original) = session(&path, Operators::None) else { continue };
-        let request_inputs = inputs::Request { latent: Some(16), sequence: 7, ..inputs::Request::default() };
+        let Ok(mut original) = session(&path, Operators::None) else {
+            continue;
+        };
+        let request_inputs = inputs::Request {
+            latent: Some(16),
+            sequence: 7,
+            ..inputs::Request::default()
+        };
         let feed = inputs::make(original.inputs(), &request_inputs).unwrap();
         let before = original.run(&feed).unwrap();
-        let weights = checkpoint_for(&path, &folder.path().join(name.replace('/', "_")), MlpWidth::Width(4)).unwrap();
-        for (what, weights) in [("untrained", WeightsFrom::Untrained), ("checkpoint", WeightsFrom::Path(weights))] {
-            let out = folder.path().join(format!("{what}-{}", name.replace('/', "_").trim_end_matches(".gz")));
+        let weights = checkpoint_for(
+            &path,
+            &folder.path().join(name.replace('/', "_")),
+            MlpWidth::Width(4),
+        )
+        .unwrap();
+        for (what, weights) in [
+            ("untrained", WeightsFrom::Untrained),
+            ("checkpoint", WeightsFrom::Path(weights)),
+        ] {
+            let out = folder.path().join(format!(
+                "{what}-{}",
+                name.replace('/', "_").trim_end_matches(".gz")
+            ));
             let mut job = request(&path, &out, weights);
             job.partial = Partial::Allow;
             if let Err(e) = convert(&job, &mut |_| {}) {
@@ -81,7 +113,9 @@ fn converted_graphs_run_alike_with_and_without_the_operator() {
                         failures.push(format!("{name} {what}: {apart:e} apart"));
                     }
                     if max_difference(&r[0], &before) < 1e-6 {
-                        failures.push(format!("{name} {what}: same output as the original, so nothing was converted"));
+                        failures.push(format!(
+                            "{name} {what}: same output as the original, so nothing was converted"
+                        ));
                     }
                 }
             }

@@ -3,7 +3,9 @@
 
 use linfusion_convert::analysis::Analysis;
 use linfusion_convert::attention::kind::Kind;
-use linfusion_models::onnx::make::{Dim, int, ints, node, opset, string, tensor_f32, tensor_i64, value_info};
+use linfusion_models::onnx::make::{
+    Dim, int, ints, node, opset, string, tensor_f32, tensor_i64, value_info,
+};
 use linfusion_models::onnx::proto::{GraphProto, ModelProto, NodeProto, TensorProto};
 use linfusion_models::onnx::{ElementType, OnnxFile};
 
@@ -28,24 +30,64 @@ impl Sketch {
         initializers.push(tensor_f32("zeros", &[1, 1, TOKENS, TOKENS], &[0.0; 36]));
         initializers.push(tensor_f32("ones", &[1, 1, TOKENS, TOKENS], &[1.0; 36]));
         let mut nodes = Vec::new();
-        for (p, perm) in [("q", [0, 2, 1, 3]), ("k", [0, 2, 3, 1]), ("v", [0, 2, 1, 3])] {
+        for (p, perm) in [
+            ("q", [0, 2, 1, 3]),
+            ("k", [0, 2, 3, 1]),
+            ("v", [0, 2, 1, 3]),
+        ] {
             let n = |s: &str| format!("{p}{s}");
-            nodes.push(node("MatMul", &n("_proj"), &["x", &format!("w{p}")], &[&n("1")], vec![]));
-            nodes.push(node("Reshape", &n("_split"), &[&n("1"), "split"], &[&n("2")], vec![]));
-            nodes.push(node("Transpose", &n("_turn"), &[&n("2")], &[&n("3")], vec![ints("perm", &perm)]));
+            nodes.push(node(
+                "MatMul",
+                &n("_proj"),
+                &["x", &format!("w{p}")],
+                &[&n("1")],
+                vec![],
+            ));
+            nodes.push(node(
+                "Reshape",
+                &n("_split"),
+                &[&n("1"), "split"],
+                &[&n("2")],
+                vec![],
+            ));
+            nodes.push(node(
+                "Transpose",
+                &n("_turn"),
+                &[&n("2")],
+                &[&n("3")],
+                vec![ints("perm", &perm)],
+            ));
         }
         nodes.push(node("MatMul", "scores", &["q3", "k3"], &["s1"], vec![]));
         nodes.push(node("Mul", "scaled", &["s1", "scale"], &["s2"], vec![]));
-        nodes.push(node("Softmax", "softmax", &["s2"], &["p"], vec![int("axis", -1)]));
+        nodes.push(node(
+            "Softmax",
+            "softmax",
+            &["s2"],
+            &["p"],
+            vec![int("axis", -1)],
+        ));
         nodes.push(node("MatMul", "weighted", &["p", "v3"], &["o1"], vec![]));
-        nodes.push(node("Transpose", "turn", &["o1"], &["o2"], vec![ints("perm", &[0, 2, 1, 3])]));
+        nodes.push(node(
+            "Transpose",
+            "turn",
+            &["o1"],
+            &["o2"],
+            vec![ints("perm", &[0, 2, 1, 3])],
+        ));
         nodes.push(node("Reshape", "join", &["o2", "merge"], &["o3"], vec![]));
         nodes.push(node("MatMul", "out", &["o3", "wo"], &["y"], vec![]));
-        Sketch { nodes, initializers }
+        Sketch {
+            nodes,
+            initializers,
+        }
     }
 
     fn at(&mut self, name: &str) -> &mut NodeProto {
-        self.nodes.iter_mut().find(|n| n.name.as_deref() == Some(name)).expect("a node of the sketch")
+        self.nodes
+            .iter_mut()
+            .find(|n| n.name.as_deref() == Some(name))
+            .expect("a node of the sketch")
     }
 
     fn input(&mut self, name: &str, slot: usize, value: &str) -> &mut Self {
@@ -59,7 +101,11 @@ impl Sketch {
     }
 
     fn before(&mut self, name: &str, new: NodeProto) -> &mut Self {
-        let at = self.nodes.iter().position(|n| n.name.as_deref() == Some(name)).expect("a node of the sketch");
+        let at = self
+            .nodes
+            .iter()
+            .position(|n| n.name.as_deref() == Some(name))
+            .expect("a node of the sketch");
         self.nodes.insert(at, new);
         self
     }
@@ -85,7 +131,9 @@ impl Sketch {
         let bytes = buffa_bytes(&model);
         let file = OnnxFile::from_bytes(bytes.into(), None).expect("the sketch is a model");
         let analysis = Analysis::of(&file);
-        let [site] = &analysis.sites[..] else { panic!("{} sites", analysis.sites.len()) };
+        let [site] = &analysis.sites[..] else {
+            panic!("{} sites", analysis.sites.len())
+        };
         (site.kind, site.plain.as_ref().err().cloned())
     }
 }
@@ -118,7 +166,10 @@ fn plain_attention_is_convertible() {
 #[test]
 fn a_mask_of_zeros_means_nothing() {
     convertible(|s| {
-        s.before("softmax", node("Add", "mask", &["s2", "zeros"], &["s3"], vec![]));
+        s.before(
+            "softmax",
+            node("Add", "mask", &["s2", "zeros"], &["s3"], vec![]),
+        );
         s.input("softmax", 0, "s3");
     });
 }
@@ -126,7 +177,10 @@ fn a_mask_of_zeros_means_nothing() {
 #[test]
 fn a_mask_of_zeros_as_first_operand_means_nothing() {
     convertible(|s| {
-        s.before("softmax", node("Add", "mask", &["zeros", "s2"], &["s3"], vec![]));
+        s.before(
+            "softmax",
+            node("Add", "mask", &["zeros", "s2"], &["s3"], vec![]),
+        );
         s.input("softmax", 0, "s3");
     });
 }
@@ -135,8 +189,14 @@ fn a_mask_of_zeros_as_first_operand_means_nothing() {
 fn a_tensor_times_zero_means_nothing() {
     convertible(|s| {
         s.initializers.push(tensor_f32("nought", &[], &[0.0]));
-        s.before("softmax", node("Mul", "beta", &["ones", "nought"], &["z"], vec![]));
-        s.before("softmax", node("Add", "mask", &["s2", "z"], &["s3"], vec![]));
+        s.before(
+            "softmax",
+            node("Mul", "beta", &["ones", "nought"], &["z"], vec![]),
+        );
+        s.before(
+            "softmax",
+            node("Add", "mask", &["s2", "z"], &["s3"], vec![]),
+        );
         s.input("softmax", 0, "s3");
     });
 }
@@ -144,7 +204,10 @@ fn a_tensor_times_zero_means_nothing() {
 #[test]
 fn a_mask_that_means_something_is_kept() {
     kept(Kind::SelfAttention, "mask or bias 'ones'", |s| {
-        s.before("softmax", node("Add", "mask", &["s2", "ones"], &["s3"], vec![]));
+        s.before(
+            "softmax",
+            node("Add", "mask", &["s2", "ones"], &["s3"], vec![]),
+        );
         s.input("softmax", 0, "s3");
     });
 }
@@ -152,7 +215,8 @@ fn a_mask_that_means_something_is_kept() {
 #[test]
 fn keys_of_another_tensor_are_cross_attention() {
     kept(Kind::Cross, "another tensor", |s| {
-        s.input("k_proj", 0, "context").input("v_proj", 0, "context");
+        s.input("k_proj", 0, "context")
+            .input("v_proj", 0, "context");
     });
 }
 
@@ -169,11 +233,17 @@ fn heads_that_are_split_the_other_way_round_are_taken_by_columns() {
     // be read right: the columns are listed, the merge must undo it.
     kept(Kind::SelfAttention, "heads of 'o1' are not merged", |s| {
         for p in ["q", "k", "v"] {
-            s.initializers.retain(|t| t.name.as_deref() != Some("split"));
-            let perm: &[i64] = if p == "k" { &[0, 3, 2, 1] } else { &[0, 3, 1, 2] };
+            s.initializers
+                .retain(|t| t.name.as_deref() != Some("split"));
+            let perm: &[i64] = if p == "k" {
+                &[0, 3, 2, 1]
+            } else {
+                &[0, 3, 1, 2]
+            };
             s.perm(&format!("{p}_turn"), perm);
         }
-        s.initializers.push(tensor_i64("split", &[4], &[0, 0, WIDTH / HEADS, HEADS]));
+        s.initializers
+            .push(tensor_i64("split", &[4], &[0, 0, WIDTH / HEADS, HEADS]));
     });
 }
 
@@ -187,7 +257,8 @@ fn softmax_over_queries_is_no_attention() {
 #[test]
 fn attention_weights_that_somebody_else_reads_are_kept() {
     kept(Kind::Other, "read by 2 nodes", |s| {
-        s.nodes.push(node("Relu", "probe", &["p"], &["probe"], vec![]));
+        s.nodes
+            .push(node("Relu", "probe", &["p"], &["probe"], vec![]));
     });
 }
 
@@ -202,7 +273,10 @@ fn something_between_projection_and_product_is_kept_by_name() {
 #[test]
 fn scaled_values_are_kept() {
     kept(Kind::SelfAttention, "is scaled by 0.5", |s| {
-        s.before("weighted", node("Mul", "odd", &["v3", "scale"], &["v4"], vec![]));
+        s.before(
+            "weighted",
+            node("Mul", "odd", &["v3", "scale"], &["v4"], vec![]),
+        );
         s.input("weighted", 1, "v4");
     });
 }

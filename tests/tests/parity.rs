@@ -20,7 +20,11 @@ fn equals_the_official_code(
     let folder = tempfile::tempdir().unwrap();
     let case = fixtures::path(case);
     let out = folder.path().join("unet.linfusion.onnx");
-    let mut job = request(&case.join("unet.onnx"), &out, WeightsFrom::Path(case.join("linfusion")));
+    let mut job = request(
+        &case.join("unet.onnx"),
+        &out,
+        WeightsFrom::Path(case.join("linfusion")),
+    );
     job.emit = emit;
     let report = convert(&job, &mut |_| {}).unwrap();
     assert_eq!(report.converted, report.model.expected_self.unwrap());
@@ -51,6 +55,12 @@ fn the_original_does_not(#[values("sd15-tiny", "sdxl-tiny")] case: &str) {
     let case = fixtures::path(case);
     let inputs = npz::read(&case.join("inputs.npz")).unwrap();
     let expected = npz::read(&case.join("expected.npz")).unwrap();
-    let found = run(Engine::Tract, &case.join("unet.onnx"), Operators::InProcess, &inputs).unwrap();
+    let found = run(
+        Engine::Tract,
+        &case.join("unet.onnx"),
+        Operators::InProcess,
+        &inputs,
+    )
+    .unwrap();
     assert!(max_difference(&found, &expected) > 100.0 * BOUND);
 }

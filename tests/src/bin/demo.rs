@@ -50,7 +50,11 @@ fn demo() -> Result<bool, Box<dyn Error>> {
     std::fs::create_dir_all(&folder)?;
     let case = fixtures::path("sd15-tiny");
     let (model, out) = (case.join("unet.onnx"), folder.join("unet.linfusion.onnx"));
-    println!("1. convert {} with {}", shown(&model), shown(&case.join("linfusion")));
+    println!(
+        "1. convert {} with {}",
+        shown(&model),
+        shown(&case.join("linfusion"))
+    );
     let mut job = request(&model, &out, WeightsFrom::Path(case.join("linfusion")));
     job.overwrite = Overwrite::Force;
     let report = convert(&job, &mut |_| {})?;
@@ -62,14 +66,23 @@ fn demo() -> Result<bool, Box<dyn Error>> {
         out.display()
     );
     if let Some(v) = &report.verified {
-        println!("   verified before publishing: {} sites within {:.1e} of the reference", v.sites, v.max_relative_error);
+        println!(
+            "   verified before publishing: {} sites within {:.1e} of the reference",
+            v.sites, v.max_relative_error
+        );
     }
 
-    println!("2. compare with the output of the official PyTorch code (max |error|, bound {BOUND:.0e})");
+    println!(
+        "2. compare with the output of the official PyTorch code (max |error|, bound {BOUND:.0e})"
+    );
     let right = compare(&case, &model, &out)?;
 
     println!("3. softmax against linear attention, one UNet step at batch 2, medians");
-    let engine = if has_ort() { Engine::Ort } else { Engine::Tract };
+    let engine = if has_ort() {
+        Engine::Ort
+    } else {
+        Engine::Tract
+    };
     measure(engine, &model, &out, &folder)?;
     Ok(right)
 }
@@ -79,7 +92,10 @@ fn shown(path: &Path) -> String {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     let canonical = |p: &Path| p.canonicalize().unwrap_or_else(|_| p.to_owned());
     let (path, root) = (canonical(path), canonical(&root));
-    path.strip_prefix(&root).unwrap_or(&path).display().to_string()
+    path.strip_prefix(&root)
+        .unwrap_or(&path)
+        .display()
+        .to_string()
 }
 
 fn compare(case: &Path, model: &Path, out: &Path) -> Result<bool, Box<dyn Error>> {
@@ -88,13 +104,24 @@ fn compare(case: &Path, model: &Path, out: &Path) -> Result<bool, Box<dyn Error>
     let mut engines = vec![("tract, our operator", Engine::Tract, Operators::InProcess)];
     if has_ort() {
         engines.push(("ONNX Runtime, function body", Engine::Ort, Operators::None));
-        engines.push(("ONNX Runtime, our operator", Engine::Ort, Operators::InProcess));
+        engines.push((
+            "ONNX Runtime, our operator",
+            Engine::Ort,
+            Operators::InProcess,
+        ));
     } else {
-        println!("   (no libonnxruntime found: tract only; `make ort` fetches one, ORT_DYLIB_PATH names one)");
+        println!(
+            "   (no libonnxruntime found: tract only; `make ort` fetches one, ORT_DYLIB_PATH names one)"
+        );
     }
     let mut table = Table::new();
-    table.load_preset(presets::UTF8_HORIZONTAL_ONLY);
-    table.set_header(["engine", "converted vs official", "original vs official", ""]);
+    table.load_style(presets::UTF8_HORIZONTAL_ONLY);
+    table.set_header([
+        "engine",
+        "converted vs official",
+        "original vs official",
+        "",
+    ]);
     let mut all = true;
     for (name, engine, operators) in engines {
         let converted = max_difference(&run(engine, out, operators.clone(), &inputs)?, &expected);
@@ -102,7 +129,12 @@ fn compare(case: &Path, model: &Path, out: &Path) -> Result<bool, Box<dyn Error>
         let right = converted <= BOUND;
         all &= right;
         let verdict = if right { "ok" } else { "WRONG" };
-        table.add_row([name, &format!("{converted:.1e}"), &format!("{original:.1e} (softmax: another model)"), verdict]);
+        table.add_row([
+            name,
+            &format!("{converted:.1e}"),
+            &format!("{original:.1e} (softmax: another model)"),
+            verdict,
+        ]);
     }
     println!("{table}");
     Ok(all)
@@ -116,7 +148,11 @@ fn measure(engine: Engine, model: &Path, out: &Path, folder: &Path) -> Result<()
     };
     let template = Job {
         model: PathBuf::new(),
-        engine: if engine == Engine::Ort { EngineName::Ort } else { EngineName::Tract },
+        engine: if engine == Engine::Ort {
+            EngineName::Ort
+        } else {
+            EngineName::Tract
+        },
         threads: None,
         operators: OperatorsFrom::InProcess,
         library: None,
@@ -126,14 +162,32 @@ fn measure(engine: Engine, model: &Path, out: &Path, folder: &Path) -> Result<()
         shapes: Vec::new(),
         seed: 0,
     };
-    let worker = WorkerCommand { program: std::env::current_exe()?, arguments: vec!["worker".to_owned()] };
-    let plan = Plan { worker, models: vec![model.to_owned(), out.to_owned()], latents, repeats: 3, template };
+    let worker = WorkerCommand {
+        program: std::env::current_exe()?,
+        arguments: vec!["worker".to_owned()],
+    };
+    let plan = Plan {
+        worker,
+        models: vec![model.to_owned(), out.to_owned()],
+        latents,
+        repeats: 3,
+        template,
+    };
     let report = bench::run(&plan, |_| {})?;
     let mut table = Table::new();
-    table.load_preset(presets::UTF8_HORIZONTAL_ONLY);
-    table.set_header(["image", "softmax ms", "linear ms", "speed-up", "softmax peak MB", "linear peak MB"]);
+    table.load_style(presets::UTF8_HORIZONTAL_ONLY);
+    table.set_header([
+        "image",
+        "softmax ms",
+        "linear ms",
+        "speed-up",
+        "softmax peak MB",
+        "linear peak MB",
+    ]);
     for size in &report.sizes {
-        let [softmax, linear] = &size.results[..] else { continue };
+        let [softmax, linear] = &size.results[..] else {
+            continue;
+        };
         let mega = |b: Option<u64>| b.map_or("?".to_owned(), |b| format!("{:.0}", b as f64 / 1e6));
         table.add_row([
             format!("{0} × {0}", size.pixels),
@@ -147,6 +201,9 @@ fn measure(engine: Engine, model: &Path, out: &Path, folder: &Path) -> Result<()
     println!("{table}");
     let picture = folder.join("step-time.svg");
     plot::write(&report, &picture)?;
-    println!("   measured on {engine}; widths are tiny, so small images are all overhead; plot: {}", picture.display());
+    println!(
+        "   measured on {engine}; widths are tiny, so small images are all overhead; plot: {}",
+        picture.display()
+    );
     Ok(())
 }
