@@ -35,6 +35,15 @@ impl std::ops::AddAssign for Cost {
     }
 }
 
+impl std::iter::Sum for Cost {
+    fn sum<I: Iterator<Item = Self>>(costs: I) -> Self {
+        costs.fold(Cost::default(), |mut sum, c| {
+            sum += c;
+            sum
+        })
+    }
+}
+
 /// Softmax attention as MatMul, Softmax, MatMul: q·kᵀ and p·v are 2·N²·D each a
 /// head; the N×N scores are written, read by Softmax, written and read again.
 #[must_use]

@@ -1,7 +1,7 @@
 //! What was found and done, as data: the JSON of `--report json`, documented in
 //! `docs/report.md`, and the tables of the terminal.
 
-use comfy_table::{ContentArrangement, Table, presets};
+use linfusion_runtime::table::table;
 use serde::Serialize;
 
 use crate::analysis::Analysis;
@@ -44,6 +44,21 @@ pub struct SizeReport {
     /// All self-attention as softmax.
     pub before: Cost,
     /// With the planned sites linear.
+    pub after: Cost,
+    /// The same, site by site.
+    pub sites: Vec<SiteCost>,
+}
+
+/// Attention cost of one self-attention, batch 1.
+#[derive(Clone, Debug, Serialize, PartialEq)]
+pub struct SiteCost {
+    /// [`SiteReport::index`].
+    pub index: usize,
+    /// Tokens at this image size.
+    pub tokens: u64,
+    /// As softmax.
+    pub before: Cost,
+    /// As planned.
     pub after: Cost,
 }
 
@@ -150,6 +165,17 @@ impl ModelReport {
         self.sites.iter().filter(|s| s.kind == kind).count()
     }
 
+    /// The costs at the size that [`SiteReport::tokens`] are given for.
+    fn native_costs(&self) -> &[SiteCost] {
+        let native = self.costs.iter().find(|size| {
+            size.sites.iter().all(|c| {
+                let tokens = self.sites.get(c.index).and_then(|s| s.tokens);
+                tokens.and_then(|t| u64::try_from(t).ok()) == Some(c.tokens)
+            })
+        });
+        native.map_or(&[], |size| &size.sites)
+    }
+
     /// The sites and the cost as tables for a terminal.
     #[must_use]
     pub fn table(&self) -> String {
@@ -159,9 +185,11 @@ impl ModelReport {
             "kind",
             "tokens",
             "heads × dim",
+            "GFLOP",
             "action",
             "reason",
         ]);
+        let native = self.native_costs();
         for s in &self.sites {
             let known = |v: Option<i64>| v.map_or("?".to_owned(), |v| v.to_string());
             sites.add_row([
@@ -170,6 +198,12 @@ impl ModelReport {
                 s.kind.to_string(),
                 known(s.tokens),
                 format!("{} × {}", known(s.heads), known(s.head_dim)),
+                native
+                    .iter()
+                    .find(|c| c.index == s.index)
+                    .map_or(String::new(), |c| {
+                        format!("{} → {}", giga(c.before.flops), giga(c.after.flops))
+                    }),
                 s.action.to_owned(),
                 s.reason.clone(),
             ]);
@@ -196,10 +230,9 @@ impl ModelReport {
                 "linear GFLOP",
                 "softmax GB",
                 "linear GB",
-                "ratio",
+                "FLOP ratio",
             ]);
             for c in &self.costs {
-                let giga = |v: f64| format!("{:.2}", v / 1e9);
                 costs.add_row([
                     format!("{}²", c.pixels),
                     giga(c.before.flops),
@@ -216,13 +249,11 @@ impl ModelReport {
     }
 }
 
-fn table<const N: usize>(header: [&str; N]) -> Table {
-    let mut table = Table::new();
-    table
-        .load_style(presets::UTF8_HORIZONTAL_ONLY)
-        .set_content_arrangement(ContentArrangement::Dynamic);
-    table.set_header(header);
-    table
+/// Billions, three digits.
+fn giga(value: f64) -> String {
+    let giga = value / 1e9;
+    let decimals = (2.0 - giga.max(1e-9).log10().floor()).clamp(0.0, 5.0);
+    format!("{giga:.*}", decimals as usize)
 }
 
 /// A latent pixel is 8 image pixels in every catalogued architecture.
@@ -236,23 +267,23 @@ fn costs(analysis: &Analysis<'_>, actions: &[Action], mid: u64) -> Vec<SizeRepor
     else {
         return Vec::new();
     };
-    let known: Option<Vec<(cost::Shape, bool)>> = analysis
+    let known: Option<Vec<(usize, cost::Shape, bool)>> = analysis
         .sites
         .iter()
         .zip(actions)
         .zip(&analysis.tokens)
         .filter(|((s, _), _)| s.kind == Kind::SelfAttention)
-        .map(|((s, action), tokens)| {
+        .map(|((site, action), tokens)| {
             let size = |v: i64| u64::try_from(v).ok();
-            let element = s.plain.as_ref().map_or(4, |p| element_bytes(p.element));
+            let element = site.plain.as_ref().map_or(4, |p| element_bytes(p.element));
             let shape = cost::Shape {
                 tokens: size((*tokens)?)?,
-                heads: size(s.heads?)?,
-                head_dim: size(s.head_dim?)?,
+                heads: size(site.heads?)?,
+                head_dim: size(site.head_dim?)?,
                 mid,
                 element,
             };
-            Some((shape, *action == Action::Convert))
+            Some((site.index, shape, *action == Action::Convert))
         })
         .collect();
     let Some(known) = known else {
@@ -261,22 +292,32 @@ fn costs(analysis: &Analysis<'_>, actions: &[Action], mid: u64) -> Vec<SizeRepor
     [512u64, 1024, 2048, 4096, 8192, 16384]
         .into_iter()
         .map(|pixels| {
-            let (mut before, mut after) = (Cost::default(), Cost::default());
-            for (shape, convert) in &known {
-                let mut s = *shape;
-                s.tokens =
-                    (s.tokens as f64 * (pixels as f64 / native as f64).powi(2)).round() as u64;
-                before += cost::softmax(s);
-                after += if *convert {
-                    cost::linear(s)
-                } else {
-                    cost::softmax(s)
-                };
-            }
+            let scale = (pixels as f64 / native as f64).powi(2);
+            let sites: Vec<SiteCost> = known
+                .iter()
+                .map(|(index, shape, convert)| {
+                    let shape = cost::Shape {
+                        tokens: (shape.tokens as f64 * scale).round() as u64,
+                        ..*shape
+                    };
+                    let before = cost::softmax(shape);
+                    SiteCost {
+                        index: *index,
+                        tokens: shape.tokens,
+                        before,
+                        after: if *convert {
+                            cost::linear(shape)
+                        } else {
+                            before
+                        },
+                    }
+                })
+                .collect();
             SizeReport {
                 pixels,
-                before,
-                after,
+                before: sites.iter().map(|s| s.before).sum(),
+                after: sites.iter().map(|s| s.after).sum(),
+                sites,
             }
         })
         .collect()

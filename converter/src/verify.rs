@@ -19,7 +19,7 @@ use serde::Serialize;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum Verify {
     /// The structure, and every site's numbers if an engine is there and the
-    /// site is not larger than [`MAX_ELEMENTS`].
+    /// site's input has at most 8 Mi elements.
     #[default]
     Auto,
     /// Nothing.

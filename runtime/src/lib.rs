@@ -6,4 +6,5 @@ pub mod engine;
 pub mod inputs;
 pub mod npz;
 pub mod provenance;
+pub mod table;
 pub mod tensor;

@@ -6,13 +6,13 @@ use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use comfy_table::{Table, presets};
 use linfusion_convert::convert::{WeightsFrom, convert};
 use linfusion_models::fixtures;
 use linfusion_models::onnx::write::Overwrite;
 use linfusion_runtime::bench::{self, EngineName, Job, OperatorsFrom, Plan, WorkerCommand, plot};
 use linfusion_runtime::engine::{Engine, Operators};
 use linfusion_runtime::npz;
+use linfusion_runtime::table::table;
 use linfusion_tests::{has_ort, max_difference, request, run};
 
 /// |error| against the official output that f32 rounding explains here: a plain
@@ -114,9 +114,7 @@ fn compare(case: &Path, model: &Path, out: &Path) -> Result<bool, Box<dyn Error>
             "   (no libonnxruntime found: tract only; `make ort` fetches one, ORT_DYLIB_PATH names one)"
         );
     }
-    let mut table = Table::new();
-    table.load_style(presets::UTF8_HORIZONTAL_ONLY);
-    table.set_header([
+    let mut table = table([
         "engine",
         "converted vs official",
         "original vs official",
@@ -174,9 +172,7 @@ fn measure(engine: Engine, model: &Path, out: &Path, folder: &Path) -> Result<()
         template,
     };
     let report = bench::run(&plan, |_| {})?;
-    let mut table = Table::new();
-    table.load_style(presets::UTF8_HORIZONTAL_ONLY);
-    table.set_header([
+    let mut table = table([
         "image",
         "softmax ms",
         "linear ms",

@@ -11,14 +11,14 @@ use linfusion_models::onnx::write::ExternalData;
 /// Rewrites the self-attention of a diffusion model in ONNX to LinFusion linear
 /// attention. `linfusion-convert unet.onnx` writes `unet.linfusion.onnx`.
 #[derive(Parser, Debug)]
-#[command(name = "linfusion-convert", version, args_conflicts_with_subcommands = true, after_help = EXIT_CODES)]
+#[command(name = "linfusion-convert", version, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true, arg_required_else_help = true, after_help = EXIT_CODES)]
 pub struct Cli {
     /// What to do, if not to convert.
     #[command(subcommand)]
     pub command: Option<Command>,
     /// Converting.
     #[command(flatten)]
-    pub convert: Option<ConvertArgs>,
+    pub convert: ConvertArgs,
 }
 
 const EXIT_CODES: &str = "Exit codes:\n  \
@@ -81,7 +81,9 @@ pub struct SelectionArgs {
 #[derive(Args, Debug)]
 pub struct ConvertArgs {
     /// The model: a UNet, ControlNet or transformer in ONNX.
-    pub model: PathBuf,
+    // Optional to the type, since other commands do without; clap asks for it.
+    #[arg(required = true)]
+    pub model: Option<PathBuf>,
     /// The file to write [default: <MODEL>.linfusion.onnx].
     #[arg(short, long, value_name = "FILE")]
     pub out: Option<PathBuf>,

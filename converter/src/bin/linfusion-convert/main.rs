@@ -28,28 +28,24 @@ fn main() -> ExitCode {
         .with_writer(std::io::stderr)
         .init();
     let cli = Cli::parse();
-    let outcome = match (cli.command, cli.convert) {
-        (Some(Command::Inspect(a)), _) => run_inspect(&a),
-        (Some(Command::Verify(a)), _) => run_verify(&a),
-        (Some(Command::Print(a)), _) => run_print(&a),
-        (Some(Command::Diff(a)), _) => run_diff(&a),
-        (Some(Command::Completions { shell }), _) => {
+    let outcome = match cli.command {
+        Some(Command::Inspect(a)) => run_inspect(&a),
+        Some(Command::Verify(a)) => run_verify(&a),
+        Some(Command::Print(a)) => run_print(&a),
+        Some(Command::Diff(a)) => run_diff(&a),
+        Some(Command::Completions { shell }) => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "linfusion-convert", &mut script);
             print_bytes(&script)
         }
-        (Some(Command::Man), _) => {
+        Some(Command::Man) => {
             let mut page = Vec::new();
             match clap_mangen::Man::new(Cli::command()).render(&mut page) {
                 Ok(()) => print_bytes(&page),
                 Err(e) => Err(Failure::new(1, e)),
             }
         }
-        (None, Some(a)) => run_convert(&a),
-        (None, None) => {
-            let _ = Cli::command().print_help();
-            return ExitCode::from(2);
-        }
+        None => run_convert(&cli.convert),
     };
     // An interruption or an error leaves no scratch file behind.
     clean_up_unfinished();
@@ -154,7 +150,7 @@ fn spinner() -> ProgressBar {
 
 fn run_convert(args: &ConvertArgs) -> Result<(), Failure> {
     let request = Request {
-        model: args.model.clone(),
+        model: args.model.clone().unwrap_or_default(),
         out: args.out.clone(),
         weights: args.weights(),
         emit: args.emit,

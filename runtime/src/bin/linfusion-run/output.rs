@@ -3,10 +3,11 @@
 use std::fmt::Write;
 use std::path::PathBuf;
 
-use comfy_table::{CellAlignment, Table, presets};
+use comfy_table::{CellAlignment, Table};
 use linfusion_runtime::bench::BenchReport;
 use linfusion_runtime::compare::Difference;
 use linfusion_runtime::doctor::Diagnosis;
+use linfusion_runtime::table::table;
 use miette::IntoDiagnostic;
 use serde::Serialize;
 
@@ -35,7 +36,7 @@ pub fn json(value: &impl Serialize) -> miette::Result<String> {
 }
 
 pub fn comparison(comparison: &Comparison) -> String {
-    let mut table = table(&[
+    let mut table = table([
         "output",
         "shape",
         "max |Δ|",
@@ -77,7 +78,7 @@ pub fn comparison(comparison: &Comparison) -> String {
 }
 
 pub fn bench(report: &BenchReport) -> String {
-    let mut table = table(&["pixels", "model", "median ms", "speed-up", "peak MiB"]);
+    let mut table = table(["pixels", "model", "median ms", "speed-up", "peak MiB"]);
     for size in &report.sizes {
         for (model, result) in report.models.iter().zip(&size.results) {
             let name = model.path.file_name().unwrap_or(model.path.as_os_str());
@@ -170,7 +171,7 @@ pub fn diagnosis(diagnosis: &Diagnosis) -> String {
         };
         let _ = writeln!(text, "operator library {}: {state}", library.path.display());
     }
-    let mut table = table(&["a LinFusionAttention node on", "with operators", "without"]);
+    let mut table = table(["a LinFusionAttention node on", "with operators", "without"]);
     for placement in &diagnosis.placements {
         table.add_row([
             &placement.place,
@@ -180,13 +181,6 @@ pub fn diagnosis(diagnosis: &Diagnosis) -> String {
     }
     let _ = writeln!(text, "{table}");
     text
-}
-
-fn table(header: &[&str]) -> Table {
-    let mut table = Table::new();
-    table.load_style(presets::UTF8_HORIZONTAL_ONLY);
-    table.set_header(header.iter().copied());
-    table
 }
 
 fn align_numbers(table: &mut Table, from: usize) {
