@@ -1,19 +1,22 @@
 //! The whole way: open, look, plan, rewrite, write to scratch, verify, publish.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::path::{Path, PathBuf};
 
 use linfusion_models::checkpoint::{
     Checkpoint, CheckpointError, CheckpointModule, MlpWidth, SearchPlaces, discover,
     download_command,
 };
-use linfusion_models::onnx::proto::ModelProto;
-use linfusion_models::onnx::write::{ExternalData, Overwrite, WriteError, WriteOptions, stage};
+use linfusion_models::onnx::proto::{ModelProto, TensorProto};
+use linfusion_models::onnx::write::{
+    ExternalData, Overwrite, Spill, WriteError, WriteOptions, stage,
+};
 use linfusion_models::onnx::{ElementType, OnnxFile, ReadError, make};
 use linfusion_ops::body::BodyError;
 
 use crate::analysis::{Analysis, METADATA_KEY};
 use crate::attention::kind::Kind;
+use crate::graph::collect_names;
 use crate::mapping::{Ambiguous, assign};
 use crate::plan::{Action, Selection, plan};
 use crate::report::{ConvertReport, ModelReport};
@@ -159,6 +162,14 @@ pub enum ConvertError {
     /// A site cannot be rewritten.
     #[error(transparent)]
     Site(#[from] SiteError),
+    /// The new weights cannot be kept beside the output.
+    #[error("'{out}' cannot be written: {source}")]
+    Spill {
+        /// The output.
+        out: String,
+        /// Why: usually the disk is full.
+        source: std::io::Error,
+    },
     /// The output cannot be written.
     #[error(transparent)]
     Write(#[from] WriteError),
@@ -245,10 +256,7 @@ pub fn convert(
     record(&mut model, &report);
 
     progress("writing");
-    let out = request
-        .out
-        .clone()
-        .unwrap_or_else(|| default_output(&request.model));
+    let out = output(request);
     let options = WriteOptions {
         external: request.external,
         overwrite: request.overwrite,
@@ -259,7 +267,14 @@ pub fn convert(
         let before = known_problems(&file);
         let written = staged.open()?;
         let mut tell = |site: &str| progress(&format!("verifying {site}"));
-        let verified: Verified = verify(&written, &before, &converted, request.verify, &mut tell)?;
+        let verified: Verified = verify(
+            &written,
+            &before,
+            &converted,
+            checkpoint.as_ref(),
+            request.verify,
+            &mut tell,
+        )?;
         report.verified = Some(verified);
     }
     let published = staged.publish()?;
@@ -441,14 +456,20 @@ fn patches(
     modules: &[Option<&CheckpointModule>],
     warnings: &mut Vec<String>,
 ) -> Result<(Vec<Patch>, Vec<Converted>), ConvertError> {
+    let mut names = HashSet::new();
+    collect_names(analysis.graph.proto, &mut names);
+    let names: BTreeSet<&str> = names.into_iter().collect();
     let context = Context {
+        names: &names,
         graph: &analysis.graph,
         shapes: &analysis.shapes,
         opset: analysis.opset,
         emit: request.emit,
     };
-    let (mut patches, mut converted) = (Vec::new(), Vec::new());
-    let mut names = HashSet::new();
+    let (mut patches, mut converted) = (Vec::<Patch>::new(), Vec::new());
+    let out = output(request);
+    let mut spill = spill(&out);
+    let mut modules_taken = HashSet::new();
     for (site, action) in analysis.sites.iter().zip(actions.iter_mut()) {
         let (Action::Convert, Ok(plain)) = (&*action, &site.plain) else {
             continue;
@@ -468,17 +489,26 @@ fn patches(
                 .clone()
                 .unwrap_or_else(|| format!("attention_{}", site.index)),
         };
-        let module = if names.insert(module.clone()) {
+        let module = if modules_taken.insert(module.clone()) {
             module
         } else {
             format!("{module}_{}", site.index)
         };
         match patch(&context, plain, &site.anchor, &module, &weights) {
-            Ok(p) => {
+            Ok(mut p) => {
                 for (tensor, n) in &p.overflows {
                     warnings.push(format!("{module}: {n} values of '{tensor}' are infinite in the graph's element type"));
                 }
+                if let Some(spill) = &mut spill {
+                    spill.take(patches.len(), &mut p.initializers, &out)?;
+                }
                 converted.push(Converted {
+                    weights: match &weights {
+                        Weights::Module { module, .. } => Some((*module).clone()),
+                        Weights::Graph => None,
+                    },
+                    tokens: p.tokens.clone(),
+                    projected: p.projected.clone(),
                     module,
                     x: plain.x.to_owned(),
                     x_shape: analysis.shapes.shape(plain.x).unwrap_or(&[]).to_vec(),
@@ -502,7 +532,73 @@ fn patches(
             Err(e) => return Err(e.into()),
         }
     }
+    if let Some(spill) = spill {
+        spill.give_back(&mut patches, &out)?;
+    }
     Ok((patches, converted))
+}
+
+fn output(request: &Request) -> PathBuf {
+    let named = request.out.clone();
+    named.unwrap_or_else(|| default_output(&request.model))
+}
+
+/// New weights on their way to the output, out of memory.
+struct Spilled {
+    file: Spill,
+    /// Patch and initializer of each tensor.
+    tensors: Vec<(usize, usize)>,
+}
+
+/// `None` where the output's folder takes no file: tensors stay in memory then,
+/// and writing the output will say what is wrong.
+fn spill(out: &Path) -> Option<Spilled> {
+    let folder = out.parent().filter(|p| !p.as_os_str().is_empty());
+    let file = Spill::new(folder.unwrap_or(Path::new("."))).ok()?;
+    Some(Spilled {
+        file,
+        tensors: Vec::new(),
+    })
+}
+
+impl Spilled {
+    /// Tensors of fewer bytes stay in memory.
+    const SMALL: usize = 1 << 16;
+
+    fn take(
+        &mut self,
+        patch: usize,
+        tensors: &mut [TensorProto],
+        out: &Path,
+    ) -> Result<(), ConvertError> {
+        for (i, tensor) in tensors.iter_mut().enumerate() {
+            if let Some(bytes) = tensor.raw_data.take_if(|b| b.len() >= Self::SMALL) {
+                self.file.push(&bytes).map_err(|e| spill_error(out, e))?;
+                self.tensors.push((patch, i));
+            }
+        }
+        Ok(())
+    }
+
+    fn give_back(self, patches: &mut [Patch], out: &Path) -> Result<(), ConvertError> {
+        let bytes = self.file.into_bytes().map_err(|e| spill_error(out, e))?;
+        for ((patch, i), bytes) in self.tensors.into_iter().zip(bytes) {
+            let tensor = patches
+                .get_mut(patch)
+                .and_then(|p| p.initializers.get_mut(i));
+            if let Some(tensor) = tensor {
+                tensor.raw_data = Some(bytes);
+            }
+        }
+        Ok(())
+    }
+}
+
+fn spill_error(out: &Path, source: std::io::Error) -> ConvertError {
+    ConvertError::Spill {
+        out: out.display().to_string(),
+        source,
+    }
 }
 
 fn mlp_width(checkpoint: &Checkpoint) -> u64 {

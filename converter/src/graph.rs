@@ -201,6 +201,25 @@ pub fn collect_captures<'m>(graph: &'m GraphProto, into: &mut HashSet<&'m str>) 
     into.extend(graph.output.iter().filter_map(|v| v.name.as_deref()));
 }
 
+/// Every name of a value, node or initializer in `graph` and the graphs inside it.
+pub fn collect_names<'m>(graph: &'m GraphProto, into: &mut HashSet<&'m str>) {
+    let values = graph.input.iter().filter_map(|v| v.name.as_deref());
+    into.extend(values.chain(graph.initializer.iter().map(tensor_name)));
+    into.extend(
+        graph
+            .sparse_initializer
+            .iter()
+            .filter_map(|t| t.values.as_option().map(tensor_name)),
+    );
+    for node in &graph.node {
+        into.extend(node.name.as_deref());
+        into.extend(node.output.iter().map(String::as_str));
+        for sub in subgraphs(node) {
+            collect_names(sub, into);
+        }
+    }
+}
+
 /// The tensor's name, empty if it has none.
 #[must_use]
 pub fn tensor_name(tensor: &TensorProto) -> &str {

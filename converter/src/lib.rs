@@ -13,6 +13,7 @@ pub mod diff;
 pub mod graph;
 pub mod mapping;
 pub mod plan;
+pub mod reference;
 pub mod report;
 pub mod rewrite;
 pub mod shapes;

@@ -5,6 +5,7 @@
 use std::collections::{HashMap, HashSet};
 
 use buffa::Message;
+use linfusion_models::checkpoint::{Checkpoint, CheckpointModule};
 use linfusion_models::onnx::proto::{GraphProto, ModelProto, NodeProto};
 use linfusion_models::onnx::{ElementType, OnnxFile, check_model, is_external, make};
 use linfusion_ops::LinFusionAttentionAttrs;
@@ -12,8 +13,10 @@ use linfusion_ops::reference::linfusion_attention;
 use linfusion_ops::schema::DEFAULT_EPS;
 use linfusion_runtime::engine::{Engine, EngineError, Operators, Session, SessionOptions, library};
 use linfusion_runtime::tensor::{DType, Tensor};
-use ndarray::{ArrayD, IxDyn};
+use ndarray::{Array2, ArrayD, IxDyn};
 use serde::Serialize;
+
+use crate::reference::Module;
 
 /// How much to verify.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -40,16 +43,23 @@ pub struct Converted {
     pub x: String,
     /// Shape of x to run at.
     pub x_shape: Vec<i64>,
+    /// x as `[B, N, C]`.
+    pub tokens: String,
     /// q, k and v of the operator.
     pub qkv: [String; 3],
     /// The operator's output.
     pub attended: String,
     /// The value that the site makes.
     pub target: String,
+    /// The out projection's result as `[B, N, C]`, where it was replaced, and
+    /// whether its bias is in it.
+    pub projected: Option<(String, bool)>,
     /// Heads.
     pub heads: i64,
     /// Element type of x.
     pub element: ElementType,
+    /// Where its weights lie in the checkpoint, if they come from one.
+    pub weights: Option<CheckpointModule>,
 }
 
 /// What verification found.
@@ -74,11 +84,13 @@ pub enum VerifyError {
     Structure(Vec<String>),
     /// A site computes something else.
     #[error(
-        "{module}: the written site is off by {error:.2e} of its largest output, more than {bound:.2e} for {element} (run on {engine})"
+        "{module}: {what} of the written site is off by {error:.2e} of its largest value, more than {bound:.2e} for {element} (run on {engine})"
     )]
     Numbers {
         /// The site.
         module: String,
+        /// Which of its values.
+        what: &'static str,
         /// Relative error found.
         error: f64,
         /// What rounding explains.
@@ -116,6 +128,7 @@ pub fn verify(
     file: &OnnxFile,
     before: &HashSet<String>,
     sites: &[Converted],
+    checkpoint: Option<&Checkpoint>,
     how: Verify,
     progress: &mut dyn FnMut(&str),
 ) -> Result<Verified, VerifyError> {
@@ -136,7 +149,7 @@ pub fn verify(
             ));
             continue;
         }
-        match run_site(file, site, engine) {
+        match run_site(file, site, checkpoint, engine) {
             Ok(error) => {
                 verified.sites += 1;
                 verified.max_relative_error = verified.max_relative_error.max(error);
@@ -167,9 +180,10 @@ pub fn known_problems(file: &OnnxFile) -> HashSet<String> {
 }
 
 /// The converted sites of a written model, from its operator nodes: each is cut
-/// from its own q, k and v, which are run on random input.
+/// from its own q, k and v, which are run on random input. The second list names
+/// those that cannot be read back.
 #[must_use]
-pub fn converted_sites(file: &OnnxFile) -> Vec<Converted> {
+pub fn converted_sites(file: &OnnxFile) -> (Vec<Converted>, Vec<String>) {
     use linfusion_ops::schema::{ATTR_NUM_HEADS, DOMAIN, LINFUSION_ATTENTION};
     let shapes = crate::shapes::Shapes::propagate(
         &file.model,
@@ -177,36 +191,44 @@ pub fn converted_sites(file: &OnnxFile) -> Vec<Converted> {
         &crate::shapes::Probe::TRACE,
     );
     let graph = crate::graph::Graph::new(&file.model.graph);
-    graph
-        .nodes()
-        .filter(|(_, n)| {
-            n.domain.as_deref() == Some(DOMAIN) && n.op_type.as_deref() == Some(LINFUSION_ATTENTION)
+    let site = |n: &NodeProto| {
+        let out = n.output.first()?;
+        // v is a linear layer of x alone; x is what q, k and v have in common.
+        let linear = *crate::attention::projection::roots(&graph, &shapes, n.input.get(2)?)
+            .linears
+            .first()?;
+        Some(Converted {
+            module: crate::graph::label(n)
+                .trim_start_matches('/')
+                .trim_end_matches("/LinFusionAttention")
+                .trim_end_matches(crate::rewrite::site::SUFFIX)
+                .to_owned(),
+            x: linear.source.to_owned(),
+            x_shape: shapes.shape(linear.source)?.to_vec(),
+            tokens: linear.source.to_owned(),
+            qkv: [
+                n.input.first()?.clone(),
+                n.input.get(1)?.clone(),
+                n.input.get(2)?.clone(),
+            ],
+            attended: out.clone(),
+            target: out.clone(),
+            projected: None,
+            heads: crate::graph::attr_int(n, ATTR_NUM_HEADS)?,
+            element: ElementType::from_onnx(shapes.fact(linear.source).element?)?,
+            weights: None,
         })
-        .filter_map(|(_, n)| {
-            let out = n.output.first()?;
-            // v is a linear layer of x alone; x is what q, k and v have in common.
-            let linear = *crate::attention::projection::roots(&graph, &shapes, n.input.get(2)?)
-                .linears
-                .first()?;
-            Some(Converted {
-                module: crate::graph::label(n)
-                    .trim_start_matches('/')
-                    .trim_end_matches("/LinFusionAttention")
-                    .to_owned(),
-                x: linear.source.to_owned(),
-                x_shape: shapes.shape(linear.source)?.to_vec(),
-                qkv: [
-                    n.input.first()?.clone(),
-                    n.input.get(1)?.clone(),
-                    n.input.get(2)?.clone(),
-                ],
-                attended: out.clone(),
-                target: out.clone(),
-                heads: crate::graph::attr_int(n, ATTR_NUM_HEADS)?,
-                element: ElementType::from_onnx(shapes.fact(linear.source).element?)?,
-            })
-        })
-        .collect()
+    };
+    let (mut sites, mut unread) = (Vec::new(), Vec::new());
+    for (_, node) in graph.nodes().filter(|(_, n)| {
+        n.domain.as_deref() == Some(DOMAIN) && n.op_type.as_deref() == Some(LINFUSION_ATTENTION)
+    }) {
+        match site(node) {
+            Some(site) => sites.push(site),
+            None => unread.push(crate::graph::label(node).to_owned()),
+        }
+    }
+    (sites, unread)
 }
 
 fn structure(file: &OnnxFile, before: &HashSet<String>) -> Result<(), VerifyError> {
@@ -254,7 +276,12 @@ impl From<EngineError> for Failure {
     }
 }
 
-fn run_site(file: &OnnxFile, site: &Converted, engine: Engine) -> Result<f64, Failure> {
+fn run_site(
+    file: &OnnxFile,
+    site: &Converted,
+    checkpoint: Option<&Checkpoint>,
+    engine: Engine,
+) -> Result<f64, Failure> {
     let dtype = DType::from_onnx(site.element.onnx())
         .ok_or_else(|| Failure::CannotRun(format!("element type {}", site.element)))?;
     let model = cut(file, site).map_err(Failure::CannotRun)?;
@@ -272,8 +299,11 @@ fn run_site(file: &OnnxFile, site: &Converted, engine: Engine) -> Result<f64, Fa
     let shape =
         shape.ok_or_else(|| Failure::CannotRun(format!("input shape {:?}", site.x_shape)))?;
     let x = Tensor::from_f64(noise(&shape), dtype);
-    let outputs: HashMap<String, Tensor> =
-        session.run(&[(site.x.as_str(), x)])?.into_iter().collect();
+    let mut outputs: HashMap<String, Tensor> = session
+        .run(&[(site.x.as_str(), x.clone())])?
+        .into_iter()
+        .collect();
+    outputs.insert(site.x.clone(), x);
     let get = |name: &String| {
         outputs
             .get(name)
@@ -293,41 +323,101 @@ fn run_site(file: &OnnxFile, site: &Converted, engine: Engine) -> Result<f64, Fa
             engine,
         }));
     }
-    let largest = expected
-        .iter()
-        .fold(f64::MIN_POSITIVE, |m, v| m.max(v.abs()));
-    let error = found
-        .iter()
-        .zip(&expected)
-        .fold(0.0f64, |m, (a, b)| m.max((a - b).abs()))
-        / largest;
     // q, k, v are exact here; what is left is fp32 accumulation over the tokens
     // and one rounding of the output. The error of a sum of n terms of one sign
     // grows at most with n·u, in practice with its root; 8 leaves room for the
     // quotient of two sums.
     let terms = expected.shape().get(1).copied().unwrap_or(1).max(1) as f64;
-    let accumulate = if site.element == ElementType::F64 {
-        f64::EPSILON
-    } else {
-        f64::from(f32::EPSILON)
-    };
-    let round = match site.element {
-        ElementType::F16 => half::f16::EPSILON.to_f64(),
-        ElementType::Bf16 => half::bf16::EPSILON.to_f64(),
-        _ => 0.0,
-    };
+    let (accumulate, round) = epsilons(site.element);
     let bound = 8.0 * accumulate * terms.sqrt().max(4.0) + round;
-    if error > bound {
-        let element = site.element.to_string();
-        return Err(wrong(VerifyError::Numbers {
+    let judge = |what, error: f64, bound: f64| {
+        // Written so that NaN fails.
+        if error <= bound {
+            return Ok(error);
+        }
+        Err(wrong(VerifyError::Numbers {
             module: site.module.clone(),
+            what,
             error,
             bound,
-            element,
+            element: site.element.to_string(),
             engine,
-        }));
+        }))
+    };
+    let error = judge(
+        "the attention",
+        relative(found.iter().zip(&expected)),
+        bound,
+    )?;
+    let (Some(checkpoint), Some(weights)) = (checkpoint, &site.weights) else {
+        return Ok(error);
+    };
+    // The layers around the attention, against the checkpoint itself: they work
+    // token by token, so some tokens tell.
+    let module = Module::new(checkpoint, weights).map_err(|e| Failure::CannotRun(e.to_string()))?;
+    let x = rows(&get(&site.tokens)?);
+    let reference = module.project(x.view());
+    // Up to a handful of layers, each rounding to the element type; weights were
+    // rounded to it as well.
+    let width = (x.ncols().max(1) as f64).sqrt();
+    let bound = 8.0 * accumulate * width.max(4.0) + 16.0 * round;
+    for (what, found, expected) in [
+        ("q", &q, &reference.q),
+        ("k", &k, &reference.k),
+        ("v", &v, &reference.v),
+    ] {
+        judge(what, relative(rows(found).iter().zip(expected)), bound)?;
+    }
+    if let Some((value, bias)) = &site.projected {
+        let expected = module.out(rows(&found).view(), *bias);
+        let found = rows(&get(value)?);
+        judge(
+            "the out projection",
+            relative(found.iter().zip(&expected)),
+            bound,
+        )?;
     }
     Ok(error)
+}
+
+/// Unit roundoff of sums (fp32, or fp64 in a graph of that) and of a stored value.
+fn epsilons(element: ElementType) -> (f64, f64) {
+    match element {
+        ElementType::F64 => (f64::EPSILON, 0.0),
+        ElementType::F16 => (f64::from(f32::EPSILON), half::f16::EPSILON.to_f64()),
+        ElementType::Bf16 => (f64::from(f32::EPSILON), half::bf16::EPSILON.to_f64()),
+        _ => (f64::from(f32::EPSILON), 0.0),
+    }
+}
+
+/// The largest difference over the largest expected magnitude; NaN if any is.
+fn relative<'a>(pairs: impl Iterator<Item = (&'a f64, &'a f64)>) -> f64 {
+    let (mut error, mut largest) = (0.0f64, f64::MIN_POSITIVE);
+    for (found, expected) in pairs {
+        let difference = (found - expected).abs();
+        if difference.is_nan() {
+            return f64::NAN;
+        }
+        error = error.max(difference);
+        largest = largest.max(expected.abs());
+    }
+    error / largest
+}
+
+/// Some rows of `[B, N, C]`, from all over it.
+fn rows(value: &ArrayD<f64>) -> Array2<f64> {
+    const ROWS: usize = 48;
+    let width = value.shape().last().copied().unwrap_or(1).max(1);
+    let total = value.len() / width;
+    let step = total.div_ceil(ROWS).max(1);
+    let picked = (0..total).step_by(step).flat_map(|row| {
+        let start = row * width;
+        start..start + width
+    });
+    // Outputs of a session are contiguous.
+    let flat: Vec<f64> = value.iter().copied().collect();
+    let values: Vec<f64> = picked.filter_map(|i| flat.get(i).copied()).collect();
+    Array2::from_shape_vec((values.len() / width, width), values).unwrap_or_default()
 }
 
 /// The model of one site: from x to its operands and result.
@@ -350,7 +440,8 @@ fn cut(file: &OnnxFile, site: &Converted) -> Result<ModelProto, String> {
     let wanted: Vec<&str> = site
         .qkv
         .iter()
-        .chain([&site.attended, &site.target])
+        .chain([&site.attended, &site.target, &site.tokens])
+        .chain(site.projected.iter().map(|(value, _)| value))
         .map(String::as_str)
         .collect();
     let mut queue = wanted.clone();

@@ -207,7 +207,7 @@ fn inspect_json_has_every_site_once() {
     let out = linfusion(&["inspect", "unet.onnx", "--report", "json"], folder.path());
     assert_eq!(out.status.code(), Some(0), "{}", text(&out.stderr));
     let report: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
-    assert_eq!(report["architecture"], "SD15");
+    assert_eq!(report["architecture"], "sd15");
     let sites = report["sites"].as_array().unwrap();
     assert_eq!(sites.len(), 32);
     for key in [

@@ -1,5 +1,7 @@
 //! The nodes that replace one attention site.
 
+use std::collections::BTreeSet;
+
 use linfusion_models::checkpoint::{
     Checkpoint, CheckpointError, CheckpointModule, MlpPart, MlpWidth, Part,
 };
@@ -24,7 +26,36 @@ pub struct Context<'a, 'm> {
     pub opset: i64,
     /// How the operator is written.
     pub emit: Emit,
+    /// Every name in the model: none may be given a second time.
+    pub names: &'a BTreeSet<&'m str>,
 }
+
+impl Context<'_, '_> {
+    /// `/module`, or that with a suffix under which the model has nothing yet.
+    fn prefix(&self, module: &str) -> String {
+        let below = |prefix: &str| {
+            let folder = format!("{prefix}/");
+            let next = self.names.range(folder.as_str()..).next();
+            next.is_some_and(|n| n.starts_with(&folder))
+        };
+        let mut prefix = format!("/{module}");
+        while below(&prefix) {
+            prefix += SUFFIX;
+        }
+        prefix
+    }
+
+    /// `name`, or that with a suffix if the model has it already.
+    fn fresh(&self, mut name: String) -> String {
+        while self.names.contains(name.as_str()) {
+            name += SUFFIX;
+        }
+        name
+    }
+}
+
+/// Tells new names from those that the model has.
+pub(crate) const SUFFIX: &str = ".linfusion";
 
 /// Where a site's weights come from.
 pub enum Weights<'a> {
@@ -55,6 +86,11 @@ pub struct Patch {
     pub shape_source: String,
     /// q, k, v and the output of the operator, by name.
     pub operands: ([String; 3], String),
+    /// The site's input as `[B, N, C]`.
+    pub tokens: String,
+    /// The out projection's result as `[B, N, C]`, where it was replaced, and
+    /// whether its bias is in it.
+    pub projected: Option<(String, bool)>,
     /// The value that the new nodes make.
     pub target: String,
     /// Weights that left the range of the element type: name and how many values.
@@ -119,7 +155,7 @@ pub fn patch(
         context,
         site,
         element,
-        prefix: format!("/{module}"),
+        prefix: context.prefix(module),
         module,
         nodes: Vec::new(),
         initializers: Vec::new(),
@@ -165,17 +201,34 @@ pub fn patch(
     };
     let attended = b.attention(&qkv)?;
     let mut out = attended.clone();
+    let mut layout = layout;
     if let Weights::Module { checkpoint, module } = weights {
+        if *layout == Layout::Rows {
+            // Before the layer: engines want a 2-D layer as one Gemm.
+            out = b.rows(&out);
+            layout = &Layout::Tokens;
+        }
         out = b.out_projection(&out, checkpoint, module)?;
     }
     b.finish(&out, target, layout)?;
-    let attended = if b.nodes.iter().any(|n| n.output.first() == Some(&attended)) {
-        attended
-    } else {
-        target.to_owned()
+    // The last node was given the replaced value's name.
+    let named = |value: String| {
+        if b.nodes.iter().any(|n| n.output.first() == Some(&value)) {
+            value
+        } else {
+            target.to_owned()
+        }
+    };
+    let attended = named(attended);
+    let later_bias = site.out.as_ref().is_some_and(|o| o.later_bias.is_some());
+    let projected = match weights {
+        Weights::Module { .. } => Some((named(out), !later_bias)),
+        Weights::Graph => None,
     };
     Ok(Patch {
         operands: (qkv, attended),
+        tokens: x,
+        projected,
         target: target.to_owned(),
         nodes: b.nodes,
         initializers: b.initializers,
@@ -301,6 +354,13 @@ impl Builder<'_, '_> {
         })
     }
 
+    /// The attention's `[B, N, H·Dv]` as `[B·N, H·Dv]`.
+    fn rows(&mut self, value: &str) -> String {
+        let width = self.site.heads * self.site.value_dim;
+        let shape = self.ints("out/shape", &[-1, width]);
+        self.op("Reshape", "out", &[value, &shape], vec![])
+    }
+
     /// The first `n` dimensions of x, which must lie as tokens.
     fn leading(&mut self, value: &str, n: i64, step: &str) -> String {
         let shape = self.op("Shape", &format!("{step}/like"), &[value], vec![]);
@@ -400,7 +460,7 @@ impl Builder<'_, '_> {
             match checkpoint.optional_tensor(module, bias)? {
                 None => Ok(product),
                 Some(_) => {
-                    let bias = self.vector(step, bias, checkpoint, module)?;
+                    let bias = self.bias(step, bias, checkpoint, module)?;
                     Ok(self.op("Add", step, &[&product, &bias], vec![]))
                 }
             }
@@ -429,7 +489,7 @@ impl Builder<'_, '_> {
             module,
             1.0,
         )?;
-        let b0 = self.vector(
+        let b0 = self.bias(
             &format!("{step}.0"),
             part(MlpPart::InBias),
             checkpoint,
@@ -454,7 +514,7 @@ impl Builder<'_, '_> {
             module,
             1.0,
         )?;
-        let b3 = self.vector(
+        let b3 = self.bias(
             &format!("{step}.3"),
             part(MlpPart::OutBias),
             checkpoint,
@@ -573,6 +633,28 @@ impl Builder<'_, '_> {
         self.convert(name, part, checkpoint, module, Orientation::Stored, 1.0)
     }
 
+    /// A bias to be added to `[B, N, C]`.
+    fn bias(
+        &mut self,
+        step: &str,
+        part: Part,
+        checkpoint: &Checkpoint,
+        module: &CheckpointModule,
+    ) -> Result<String, SiteError> {
+        let name = self.vector(step, part, checkpoint, module)?;
+        // Where ONNX Runtime has optimized the graph before, its MatMulAddFusion
+        // (seen in 1.24 to 1.32) gives its new shapes names that the first time used up, and
+        // the session fails with "Attempt to replace the existing tensor". It
+        // wants a bias of rank 1.
+        let taken = ["gemm_input_shape", "gemm_output_shape"];
+        if taken.iter().any(|n| self.context.names.contains(n))
+            && let Some(tensor) = self.initializers.last_mut()
+        {
+            tensor.dims.splice(0..0, [1, 1]);
+        }
+        Ok(name)
+    }
+
     fn convert(
         &mut self,
         name: String,
@@ -582,13 +664,9 @@ impl Builder<'_, '_> {
         orientation: Orientation,
         factor: f64,
     ) -> Result<String, SiteError> {
-        // The graph may already have a parameter of that name (an out
-        // projection's bias): the new one stands beside it until pruning.
-        let name = if self.context.graph.initializer(&name).is_some() {
-            format!("{name}.linfusion")
-        } else {
-            name
-        };
+        // The graph may already have a parameter of that name (an out projection's
+        // bias); somebody else may read it.
+        let name = self.context.fresh(name);
         let tensor = checkpoint.tensor(module, part)?;
         let Some(converted) = initializer(&name, &tensor, orientation, factor, self.element) else {
             return Err(self.fail(format!(
@@ -654,14 +732,21 @@ impl Builder<'_, '_> {
         module: &CheckpointModule,
     ) -> Result<String, SiteError> {
         let weight = self.matrix("to_out.0", Part::OutWeight, checkpoint, module, 1.0)?;
-        let bias = self.vector("to_out.0", Part::OutBias, checkpoint, module)?;
         let product = self.op("MatMul", "to_out.0", &[value, &weight], vec![]);
         match self.site.out.as_ref().and_then(|o| o.later_bias) {
             Some((node, slot)) => {
+                let bias = self.vector("to_out.0", Part::OutBias, checkpoint, module)?;
                 self.inputs.push((node, slot, bias));
                 Ok(product)
             }
-            None => Ok(self.op("Add", "to_out.0", &[&product, &bias], vec![])),
+            None => {
+                let bias = if self.site.merged_layout == Layout::Rows {
+                    self.vector("to_out.0", Part::OutBias, checkpoint, module)?
+                } else {
+                    self.bias("to_out.0", Part::OutBias, checkpoint, module)?
+                };
+                Ok(self.op("Add", "to_out.0", &[&product, &bias], vec![]))
+            }
         }
     }
 
@@ -671,14 +756,7 @@ impl Builder<'_, '_> {
         match (layout, rank) {
             (Layout::Tokens, _) => {}
             (Layout::Rows, _) => {
-                let width = self
-                    .context
-                    .shapes
-                    .shape(target)
-                    .and_then(|s| s.last().copied())
-                    .unwrap_or(-1);
-                let shape = self.ints("out/shape", &[-1, width]);
-                self.op("Reshape", "out", &[value, &shape], vec![]);
+                self.rows(value);
             }
             (Layout::ChannelsFirst, 3) => {
                 self.op(

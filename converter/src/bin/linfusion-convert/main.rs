@@ -241,8 +241,9 @@ fn summary(report: &ConvertReport, explain: bool) -> String {
 
 fn run_verify(args: &VerifyArgs) -> Result<(), Failure> {
     let file = OnnxFile::open(&args.model)?;
-    let sites = verify::converted_sites(&file);
-    if sites.is_empty() {
+    let (sites, unread) = verify::converted_sites(&file);
+    let total = sites.len() + unread.len();
+    if total == 0 {
         return Err(Failure::new(
             1,
             format!(
@@ -251,21 +252,26 @@ fn run_verify(args: &VerifyArgs) -> Result<(), Failure> {
             ),
         ));
     }
-    let verified = verify::verify(
+    let mut verified = verify::verify(
         &file,
         &Default::default(),
         &sites,
+        None,
         verify::Verify::Auto,
         &mut |_| {},
     )
     .map_err(|e| Failure::new(6, e))?;
+    let unread = unread.into_iter();
+    verified
+        .skipped
+        .extend(unread.map(|node| format!("{node}: its input cannot be told from the graph")));
     match args.report {
         ReportAs::Json => print_json(&verified),
         ReportAs::Table => print_bytes(
             format!(
                 "structure ok; {} of {} sites run on {}, within {:.1e} of the reference\n{}",
                 verified.sites,
-                sites.len(),
+                total,
                 verified.engine.as_deref().unwrap_or("nothing"),
                 verified.max_relative_error,
                 verified

@@ -9,6 +9,7 @@ mod layout;
 mod pieces;
 mod publish;
 mod scratch;
+mod spill;
 #[cfg(test)]
 mod tests;
 
@@ -28,6 +29,7 @@ use pieces::Sources;
 pub use publish::Published;
 pub use scratch::clean_up_unfinished;
 use scratch::{OutputFolder, Scratch};
+pub use spill::Spill;
 
 /// What becomes of weights that the input keeps in data files.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
