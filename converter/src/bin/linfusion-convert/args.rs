@@ -200,4 +200,7 @@ pub struct DiffArgs {
     pub before: PathBuf,
     /// The converted model.
     pub after: PathBuf,
+    /// How to report on stdout.
+    #[arg(long, value_enum, default_value_t)]
+    pub report: ReportAs,
 }

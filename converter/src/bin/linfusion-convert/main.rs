@@ -301,6 +301,16 @@ fn run_print(args: &PrintArgs) -> Result<(), Failure> {
 
 fn run_diff(args: &DiffArgs) -> Result<(), Failure> {
     let (before, after) = (OnnxFile::open(&args.before)?, OnnxFile::open(&args.after)?);
-    let text = diff::diff(&before.model, &after.model);
-    print_bytes(text.as_bytes())
+    let difference = diff::diff(&before, &after);
+    match args.report {
+        ReportAs::Json => print_json(&difference)?,
+        ReportAs::Table => print_bytes(difference.text().as_bytes())?,
+    }
+    if difference.outside.is_empty() {
+        return Ok(());
+    }
+    Err(Failure {
+        code: 6,
+        message: String::new(),
+    })
 }
