@@ -278,7 +278,7 @@ pub fn convert(
         report.verified = Some(verified);
     }
     let published = staged.publish()?;
-    report.output = Some(published.model.display().to_string());
+    report.output = Some(out.display().to_string());
     report.companions = published
         .companions()
         .map(|p| p.display().to_string())
@@ -286,7 +286,7 @@ pub fn convert(
     if !published.reused.is_empty() && published.data.is_some() {
         report.warnings.push(format!(
             "'{}' needs all of these beside it: {}",
-            published.model.display(),
+            out.display(),
             report.companions.join(", ")
         ));
     }

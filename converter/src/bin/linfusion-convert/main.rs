@@ -28,6 +28,15 @@ fn main() -> ExitCode {
         .with_writer(std::io::stderr)
         .init();
     let cli = Cli::parse();
+    // Runs on a thread of its own. Without it a signal would still leave no output,
+    // but perhaps a hidden scratch file.
+    let handler = ctrlc::set_handler(|| {
+        clean_up_unfinished();
+        std::process::exit(INTERRUPTED);
+    });
+    if let Err(error) = handler {
+        tracing::warn!("signals are not handled: {error}");
+    }
     let outcome = match cli.command {
         Some(Command::Inspect(a)) => run_inspect(&a),
         Some(Command::Verify(a)) => run_verify(&a),
@@ -59,6 +68,9 @@ fn main() -> ExitCode {
         }
     }
 }
+
+/// Exit code after SIGINT, SIGTERM or SIGHUP, as shells have it for the first.
+const INTERRUPTED: i32 = 130;
 
 /// An exit code and what to say.
 struct Failure {
