@@ -40,7 +40,8 @@ pub enum BenchError {
 /// Measures everything in the plan, telling `progress` what is being done.
 ///
 /// # Errors
-/// A model does not run at a size, or a worker dies; workers that are still there are ended.
+/// A model does not run at the smallest size. At a larger one that is a finding, noted in its
+/// [`Measurement`].
 pub fn run(plan: &Plan, mut progress: impl FnMut(&str)) -> Result<BenchReport, BenchError> {
     if plan.models.is_empty() || plan.latents.is_empty() || plan.repeats == 0 {
         return Err(BenchError::Nothing);
@@ -48,10 +49,14 @@ pub fn run(plan: &Plan, mut progress: impl FnMut(&str)) -> Result<BenchReport, B
     let mut latents = plan.latents.clone();
     latents.sort_unstable();
     latents.dedup();
-    let sizes = latents
-        .into_iter()
-        .map(|latent| measure(plan, latent, &mut progress))
-        .collect::<Result<Vec<_>, _>>()?;
+    let mut sizes = Vec::with_capacity(latents.len());
+    for (i, &latent) in latents.iter().enumerate() {
+        let (size, failures) = measure(plan, latent, &mut progress);
+        if let Some(failure) = failures.into_iter().next().filter(|_| i == 0) {
+            return Err(failure);
+        }
+        sizes.push(size);
+    }
     let models = plan
         .models
         .iter()
@@ -63,46 +68,87 @@ pub fn run(plan: &Plan, mut progress: impl FnMut(&str)) -> Result<BenchReport, B
     Ok(BenchReport::new(plan, models, sizes))
 }
 
+/// All models at one size, and why some did not get through.
 fn measure(
     plan: &Plan,
     latent: usize,
     progress: &mut impl FnMut(&str),
-) -> Result<SizeReport, BenchError> {
+) -> (SizeReport, Vec<BenchError>) {
     let pixels = latent.saturating_mul(PIXELS_PER_LATENT);
-    let mut workers = plan
+    let mut turns: Vec<Result<Turn, BenchError>> = plan
         .models
         .iter()
         .map(|model| {
             progress(&format!("{pixels} × {pixels}: loading {}", model.display()));
-            Worker::start(plan, model, latent)
+            let worker = Worker::start(plan, model, latent)?;
+            Ok(Turn {
+                worker,
+                runs_ms: Vec::new(),
+            })
         })
-        .collect::<Result<Vec<_>, _>>()?;
-    let mut runs = vec![Vec::new(); workers.len()];
+        .collect();
     for repeat in 1..=plan.repeats {
         progress(&format!(
             "{pixels} × {pixels}: run {repeat} of {}",
             plan.repeats
         ));
-        for (worker, runs) in workers.iter_mut().zip(&mut runs) {
-            runs.push(worker.run()?);
+        for turn in &mut turns {
+            if let Ok(going) = turn
+                && let Err(failure) = going.take()
+            {
+                // Its process is ended here, and its memory free for the others.
+                *turn = Err(failure);
+            }
         }
     }
-    let mut results = Vec::new();
+    let (mut results, mut failures) = (Vec::new(), Vec::new());
     let mut first_median = None;
-    for (worker, runs_ms) in workers.into_iter().zip(runs) {
-        let median_ms = median(&runs_ms).ok_or(BenchError::Nothing)?;
-        results.push(Measurement {
-            speedup: *first_median.get_or_insert(median_ms) / median_ms,
-            runs_ms,
-            median_ms,
-            peak_rss_bytes: worker.finish()?,
-        });
+    for (i, turn) in turns.into_iter().enumerate() {
+        match turn.and_then(Turn::finish) {
+            Ok((runs_ms, peak_rss_bytes)) => {
+                let median_ms = median(&runs_ms);
+                if i == 0 {
+                    first_median = median_ms;
+                }
+                results.push(Measurement {
+                    speedup: first_median
+                        .zip(median_ms)
+                        .map(|(first, this)| first / this),
+                    runs_ms,
+                    median_ms,
+                    peak_rss_bytes,
+                    failure: None,
+                });
+            }
+            Err(failure) => {
+                results.push(Measurement::failed(&failure));
+                failures.push(failure);
+            }
+        }
     }
-    Ok(SizeReport {
+    let size = SizeReport {
         latent,
         pixels,
         results,
-    })
+    };
+    (size, failures)
+}
+
+/// A worker and what it has measured.
+struct Turn {
+    worker: Worker,
+    runs_ms: Vec<f64>,
+}
+
+impl Turn {
+    fn take(&mut self) -> Result<(), BenchError> {
+        self.runs_ms.push(self.worker.run()?);
+        Ok(())
+    }
+
+    fn finish(self) -> Result<(Vec<f64>, Option<u64>), BenchError> {
+        Ok((self.runs_ms, self.worker.finish()?))
+    }
 }
 
 struct Worker {
@@ -186,9 +232,15 @@ impl Worker {
         let line = match self.answers.next() {
             Some(line) => line.map_err(|e| self.died(e))?,
             None => {
-                // Out of memory is the usual reason.
                 let status = self.process.0.wait().map_err(|e| self.died(e))?;
-                return Err(self.died(std::io::Error::other(format!("it ended with {status}"))));
+                let why = match std::os::unix::process::ExitStatusExt::signal(&status) {
+                    Some(9) => {
+                        "it was killed, which is how a system short of memory ends a process"
+                            .to_owned()
+                    }
+                    _ => format!("it ended with {status}"),
+                };
+                return Err(self.died(std::io::Error::other(why)));
             }
         };
         match serde_json::from_str(&line) {

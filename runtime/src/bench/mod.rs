@@ -84,13 +84,27 @@ pub struct SizeReport {
 pub struct Measurement {
     /// Every run that counts, in milliseconds.
     pub runs_ms: Vec<f64>,
-    /// Their median.
-    pub median_ms: f64,
+    /// Their median; `None` if the model did not get through this size.
+    pub median_ms: Option<f64>,
     /// The largest resident memory of the process, model and all, in bytes; `None` where the system
     /// does not tell.
     pub peak_rss_bytes: Option<u64>,
-    /// Time of the first model ÷ time of this one.
-    pub speedup: f64,
+    /// Time of the first model ÷ time of this one; `None` if either did not get through.
+    pub speedup: Option<f64>,
+    /// Why it did not get through: usually memory.
+    pub failure: Option<String>,
+}
+
+impl Measurement {
+    fn failed(failure: &BenchError) -> Self {
+        Self {
+            runs_ms: Vec::new(),
+            median_ms: None,
+            peak_rss_bytes: None,
+            speedup: None,
+            failure: Some(failure.to_string()),
+        }
+    }
 }
 
 /// Where a model overtakes the first.
@@ -126,7 +140,15 @@ fn crossover(sizes: &[SizeReport], model: usize) -> Option<usize> {
     sizes
         .iter()
         .rev()
-        .take_while(|size| size.results.get(model).is_some_and(|r| r.speedup > 1.0))
+        .take_while(|size| {
+            let median = |i: usize| size.results.get(i).and_then(|r| r.median_ms);
+            match (median(0), median(model)) {
+                (Some(first), Some(this)) => this < first,
+                // What does not get through is slower than what does.
+                (None, Some(_)) => true,
+                _ => false,
+            }
+        })
         .last()
         .map(|size| size.pixels)
 }
@@ -166,25 +188,28 @@ mod tests {
 
     #[test]
     fn a_crossover_holds_to_the_largest_size() {
-        let sizes = |speedups: &[f64]| -> Vec<SizeReport> {
-            speedups
-                .iter()
-                .enumerate()
-                .map(|(i, speedup)| SizeReport {
-                    latent: i,
-                    pixels: i * 8,
-                    results: vec![Measurement {
-                        runs_ms: vec![1.0],
-                        median_ms: 1.0,
-                        peak_rss_bytes: None,
-                        speedup: *speedup,
-                    }],
-                })
-                .collect()
+        let measurement = |median_ms| Measurement {
+            runs_ms: Vec::new(),
+            median_ms,
+            peak_rss_bytes: None,
+            speedup: None,
+            failure: None,
         };
-        assert_eq!(crossover(&sizes(&[0.9, 1.1, 0.9, 1.2, 3.0]), 0), Some(24));
-        assert_eq!(crossover(&sizes(&[2.0, 3.0]), 0), Some(0));
-        assert_eq!(crossover(&sizes(&[2.0, 0.5]), 0), None);
-        assert_eq!(crossover(&[], 0), None);
+        let sizes = |speedups: &[f64]| -> Vec<SizeReport> {
+            let size = |(i, speedup): (usize, &f64)| SizeReport {
+                latent: i,
+                pixels: i * 8,
+                // The first model does not get through where the speed-up is infinite.
+                results: vec![
+                    measurement(speedup.is_finite().then_some(*speedup)),
+                    measurement(Some(1.0)),
+                ],
+            };
+            speedups.iter().enumerate().map(size).collect()
+        };
+        assert_eq!(crossover(&sizes(&[0.9, 1.1, 0.9, 1.2, 3.0]), 1), Some(24));
+        assert_eq!(crossover(&sizes(&[2.0, f64::INFINITY]), 1), Some(0));
+        assert_eq!(crossover(&sizes(&[2.0, 0.5]), 1), None);
+        assert_eq!(crossover(&[], 1), None);
     }
 }

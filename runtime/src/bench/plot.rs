@@ -46,7 +46,7 @@ fn draw(report: &BenchReport, svg: &mut String) -> Result<(), String> {
     let time = Panel {
         title: "one step, median",
         unit: "ms",
-        value: |m| Some(m.median_ms),
+        value: |m| m.median_ms,
     };
     let memory = Panel {
         title: "peak memory of the process",
@@ -160,9 +160,10 @@ mod tests {
     fn the_plot_names_every_model() {
         let measurement = |ms: f64| Measurement {
             runs_ms: vec![ms],
-            median_ms: ms,
+            median_ms: Some(ms),
             peak_rss_bytes: Some(1 << 28),
-            speedup: 1.0,
+            speedup: Some(1.0),
+            failure: None,
         };
         let report = BenchReport {
             engine: "ort".to_owned(),

@@ -85,8 +85,12 @@ pub fn bench(report: &BenchReport) -> String {
             table.add_row([
                 size.pixels.to_string(),
                 name.to_string_lossy().into_owned(),
-                format!("{:.1}", result.median_ms),
-                format!("{:.2} ×", result.speedup),
+                result
+                    .median_ms
+                    .map_or("failed".to_owned(), |ms| format!("{ms:.1}")),
+                result
+                    .speedup
+                    .map_or("–".to_owned(), |s| format!("{s:.2} ×")),
                 result.peak_rss_bytes.map_or("–".to_owned(), |b| {
                     format!("{:.0}", b as f64 / f64::from(1 << 20))
                 }),
@@ -101,6 +105,14 @@ pub fn bench(report: &BenchReport) -> String {
         "{} with {threads} threads on {} processors; median of {} runs, models taking turns\n{table}\n",
         report.engine, report.processors, report.repeats
     );
+    for failure in report
+        .sizes
+        .iter()
+        .flat_map(|size| &size.results)
+        .filter_map(|r| r.failure.as_ref())
+    {
+        let _ = writeln!(text, "failed: {failure}");
+    }
     for crossover in &report.crossovers {
         let Some(model) = report.models.get(crossover.model) else {
             continue;
