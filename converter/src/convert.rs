@@ -253,7 +253,7 @@ pub fn convert(
             }
         })?;
     }
-    record(&mut model, &report);
+    record(&mut model, &report, &converted);
 
     progress("writing");
     let out = output(request);
@@ -278,7 +278,7 @@ pub fn convert(
         report.verified = Some(verified);
     }
     let published = staged.publish()?;
-    report.output = Some(published.model.display().to_string());
+    report.output = Some(out.display().to_string());
     report.companions = published
         .companions()
         .map(|p| p.display().to_string())
@@ -286,7 +286,7 @@ pub fn convert(
     if !published.reused.is_empty() && published.data.is_some() {
         report.warnings.push(format!(
             "'{}' needs all of these beside it: {}",
-            published.model.display(),
+            out.display(),
             report.companions.join(", ")
         ));
     }
@@ -295,6 +295,9 @@ pub fn convert(
         .extend(published.notes.iter().map(ToString::to_string));
     Ok(report)
 }
+
+/// The metadata that lists the converted modules, separated by spaces.
+pub const CONVERTED_KEY: &str = "linfusion.converted";
 
 /// A second probe: values of equal shape under both have equal shape.
 const AGAIN: Probe = Probe {
@@ -610,17 +613,15 @@ fn mlp_width(checkpoint: &Checkpoint) -> u64 {
 }
 
 /// Writes what was done into the model's metadata.
-fn record(model: &mut ModelProto, report: &ConvertReport) {
-    let list = |action: &str| {
-        let sites: Vec<&str> = report
-            .model
-            .sites
-            .iter()
-            .filter(|s| s.kind == Kind::SelfAttention && s.action == action)
-            .map(|s| s.module.as_deref().unwrap_or(&s.anchor))
-            .collect();
-        sites.join(" ")
-    };
+fn record(model: &mut ModelProto, report: &ConvertReport, converted: &[Converted]) {
+    let kept: Vec<&str> = report
+        .model
+        .sites
+        .iter()
+        .filter(|s| s.kind == Kind::SelfAttention && s.action == "keep")
+        .map(|s| s.module.as_deref().unwrap_or(&s.anchor))
+        .collect();
+    let converted: Vec<&str> = converted.iter().map(|c| c.module.as_str()).collect();
     let entries = [
         (
             METADATA_KEY,
@@ -638,8 +639,8 @@ fn record(model: &mut ModelProto, report: &ConvertReport) {
             "linfusion.checkpoint_sha256",
             report.checkpoint_sha256.clone().unwrap_or_default(),
         ),
-        ("linfusion.converted", list("convert")),
-        ("linfusion.kept", list("keep")),
+        (CONVERTED_KEY, converted.join(" ")),
+        ("linfusion.kept", kept.join(" ")),
     ];
     for (key, value) in entries.iter().filter(|(_, v)| !v.is_empty()) {
         model.metadata_props.push(make::metadata(key, value));

@@ -28,7 +28,8 @@ const EXIT_CODES: &str = "Exit codes:\n  \
     3  no LinFusion weights were found (nothing is written)\n  \
     4  fewer sites can be converted than the model has (nothing is written; --allow-partial)\n  \
     5  the model was converted already\n  \
-    6  verification failed (nothing is written), or `diff` found differences outside converted sites";
+    6  verification failed (nothing is written), or `diff` found differences outside converted sites\n  \
+    130  interrupted (nothing is written)";
 
 /// The other commands.
 #[derive(Subcommand, Debug)]
@@ -200,4 +201,7 @@ pub struct DiffArgs {
     pub before: PathBuf,
     /// The converted model.
     pub after: PathBuf,
+    /// How to report on stdout.
+    #[arg(long, value_enum, default_value_t)]
+    pub report: ReportAs,
 }

@@ -28,6 +28,15 @@ fn main() -> ExitCode {
         .with_writer(std::io::stderr)
         .init();
     let cli = Cli::parse();
+    // Runs on a thread of its own. Without it a signal would still leave no output,
+    // but perhaps a hidden scratch file.
+    let handler = ctrlc::set_handler(|| {
+        clean_up_unfinished();
+        std::process::exit(INTERRUPTED);
+    });
+    if let Err(error) = handler {
+        tracing::warn!("signals are not handled: {error}");
+    }
     let outcome = match cli.command {
         Some(Command::Inspect(a)) => run_inspect(&a),
         Some(Command::Verify(a)) => run_verify(&a),
@@ -59,6 +68,9 @@ fn main() -> ExitCode {
         }
     }
 }
+
+/// Exit code after SIGINT, SIGTERM or SIGHUP, as shells have it for the first.
+const INTERRUPTED: i32 = 130;
 
 /// An exit code and what to say.
 struct Failure {
@@ -301,6 +313,16 @@ fn run_print(args: &PrintArgs) -> Result<(), Failure> {
 
 fn run_diff(args: &DiffArgs) -> Result<(), Failure> {
     let (before, after) = (OnnxFile::open(&args.before)?, OnnxFile::open(&args.after)?);
-    let text = diff::diff(&before.model, &after.model);
-    print_bytes(text.as_bytes())
+    let difference = diff::diff(&before, &after);
+    match args.report {
+        ReportAs::Json => print_json(&difference)?,
+        ReportAs::Table => print_bytes(difference.text().as_bytes())?,
+    }
+    if difference.outside.is_empty() {
+        return Ok(());
+    }
+    Err(Failure {
+        code: 6,
+        message: String::new(),
+    })
 }

@@ -105,7 +105,7 @@ pub enum WriteError {
         path: PathBuf,
     },
     /// The output exists.
-    #[error("{path} exists already (hint: choose another name, or force its replacement)")]
+    #[error("{path} exists already (hint: choose another name, or replace it with --force)")]
     Exists {
         /// The file.
         path: PathBuf,
