@@ -194,7 +194,7 @@ pub fn convert(
     refuse_converted(&file.model, &name)?;
     progress("looking for attention");
     let analysis = Analysis::of(&file);
-    let mut actions = plan(&analysis.sites, &analysis.tokens, &request.selection);
+    let mut actions = plan(&analysis, &request.selection);
     refuse_fewer(&name, &analysis, &actions, request.partial)?;
     let checkpoint = open_checkpoint(request, &name, &analysis)?;
     let modules = modules(&analysis, checkpoint.as_ref())?;
@@ -342,26 +342,25 @@ fn refuse_fewer(
     partial: Partial,
 ) -> Result<(), ConvertError> {
     let converted = actions.iter().filter(|a| **a == Action::Convert).count();
+    let stuck: Vec<usize> = (0..actions.len())
+        .filter(|&i| matches!(actions[i], Action::Cannot(_)))
+        .collect();
+    let unread = stuck
+        .iter()
+        .filter(|&&i| analysis.sites[i].kind == Kind::Other)
+        .count();
     let expected = analysis
         .recognised
         .as_ref()
         .map_or(0, |r| r.expected_self())
-        .max(analysis.self_sites().count());
-    let stuck: Vec<usize> = (0..analysis.sites.len())
-        .filter(|&i| {
-            analysis.sites[i].kind == Kind::SelfAttention && analysis.sites[i].plain.is_err()
-        })
-        .collect();
+        .max(analysis.self_sites().count() + unread);
     let missing = analysis.self_sites().count() < expected;
     if converted > 0 && (partial == Partial::Allow || (stuck.is_empty() && !missing)) {
         return Ok(());
     }
     let line = |i: usize| {
         let s = &analysis.sites[i];
-        let reason = match &actions[i] {
-            Action::Keep(reason) => reason.as_str(),
-            Action::Convert => "",
-        };
+        let reason = actions[i].reason().unwrap_or_default();
         format!(
             "  {} [{}]: {reason}",
             s.module.as_deref().unwrap_or(&s.anchor),
@@ -481,7 +480,8 @@ fn patches(
             (None, _) => Weights::Graph,
             (Some(checkpoint), Some(module)) => Weights::Module { checkpoint, module },
             (Some(_), None) => {
-                *action = Action::Keep("the checkpoint has no weights for this module".to_owned());
+                *action =
+                    Action::Cannot("the checkpoint has no weights for this module".to_owned());
                 continue;
             }
         };
@@ -523,7 +523,7 @@ fn patches(
                 });
                 patches.push(p);
             }
-            Err(SiteError::Graph { reason, .. }) => *action = Action::Keep(reason),
+            Err(SiteError::Graph { reason, .. }) => *action = Action::Cannot(reason),
             Err(SiteError::Body(source)) => {
                 let model = request.model.display().to_string();
                 return Err(ConvertError::Opset {
@@ -654,7 +654,7 @@ fn record(model: &mut ModelProto, report: &ConvertReport, converted: &[Converted
 pub fn inspect(model: &Path, selection: &Selection) -> Result<ModelReport, ConvertError> {
     let file = OnnxFile::open(model)?;
     let analysis = Analysis::of(&file);
-    let actions = plan(&analysis.sites, &analysis.tokens, selection);
+    let actions = plan(&analysis, selection);
     Ok(ModelReport::new(
         &model.display().to_string(),
         &analysis,

@@ -2,6 +2,7 @@
 
 use globset::{Glob, GlobSet, GlobSetBuilder};
 
+use crate::analysis::Analysis;
 use crate::attention::kind::Kind;
 use crate::attention::site::Site;
 
@@ -53,28 +54,46 @@ pub fn globs(patterns: &[String]) -> Result<GlobSet, BadPattern> {
 pub enum Action {
     /// Converted to linear attention.
     Convert,
-    /// Left as it is, for this reason.
+    /// Left as it is: it is no self-attention, or the user chose so.
     Keep(String),
+    /// Left as it is because it cannot be converted, or not be read: a shortfall.
+    Cannot(String),
 }
 
-/// Decides for every site; `tokens` are those at the native size, by position.
+impl Action {
+    /// Why the site is left as it is.
+    #[must_use]
+    pub fn reason(&self) -> Option<&str> {
+        match self {
+            Action::Convert => None,
+            Action::Keep(reason) | Action::Cannot(reason) => Some(reason),
+        }
+    }
+}
+
+/// Decides for every site.
 #[must_use]
-pub fn plan(sites: &[Site<'_>], tokens: &[Option<i64>], selection: &Selection) -> Vec<Action> {
+pub fn plan(analysis: &Analysis<'_>, selection: &Selection) -> Vec<Action> {
     let mut ordinal = 0;
-    sites
+    // A catalogued architecture has nothing but self- and cross-attention.
+    let strange = analysis.recognised.is_some();
+    analysis
+        .sites
         .iter()
-        .zip(tokens)
+        .zip(&analysis.tokens)
         .map(|(site, tokens)| {
-            if let Err(reason) = &site.plain {
-                return Action::Keep(reason.clone());
-            }
-            if site.kind != Kind::SelfAttention {
-                return Action::Keep(format!("{}-attention", site.kind));
+            let obstacle = site.plain.as_ref().err();
+            let reason = || obstacle.map_or_else(|| site.kind.to_string(), Clone::clone);
+            match site.kind {
+                Kind::SelfAttention => {}
+                Kind::Other if strange || site.unread => return Action::Cannot(reason()),
+                _ => return Action::Keep(reason()),
             }
             ordinal += 1;
-            match refusal(site, *tokens, selection, ordinal) {
-                Some(reason) => Action::Keep(reason),
-                None => Action::Convert,
+            match (refusal(site, *tokens, selection, ordinal), obstacle) {
+                (Some(chosen), _) => Action::Keep(chosen),
+                (None, Some(obstacle)) => Action::Cannot(obstacle.clone()),
+                (None, None) => Action::Convert,
             }
         })
         .collect()

@@ -124,9 +124,9 @@ impl ModelReport {
             .zip(actions)
             .zip(&analysis.tokens)
             .map(|((site, action), tokens)| {
-                let (action, reason) = match action {
-                    Action::Convert => ("convert", "self-attention, plain".to_owned()),
-                    Action::Keep(reason) => ("keep", reason.clone()),
+                let (action, reason) = match action.reason() {
+                    None => ("convert", "self-attention, plain".to_owned()),
+                    Some(reason) => ("keep", reason.to_owned()),
                 };
                 SiteReport {
                     index: site.index,

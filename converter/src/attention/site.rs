@@ -41,6 +41,9 @@ pub struct Site<'m> {
     pub context_width: Option<i64>,
     /// The strict reading, or why there is none.
     pub plain: Result<Plain<'m>, String>,
+    /// Whether nothing can be said of it: shapes are unknown, or it lies in a
+    /// subgraph or function.
+    pub unread: bool,
     /// Whether something (a mask) makes it more than plain attention.
     pub mask: Option<String>,
 }
@@ -126,6 +129,7 @@ fn unreachable_site<'m>(anchor: &str, place: &str) -> Site<'m> {
         queries: None,
         context_width: None,
         plain: Err(format!("it lies {place}")),
+        unread: true,
         mask: None,
     }
 }
@@ -139,6 +143,9 @@ fn read<'m>(graph: &Graph<'m>, shapes: &Shapes, anchor: NodeId) -> Site<'m> {
                 node: Some(anchor),
                 module: module_of_node(graph, anchor),
                 plain: Err(reason.0),
+                unread: graph
+                    .input(anchor, 0)
+                    .is_none_or(|scores| shapes.shape(scores).is_none()),
                 ..unreachable_site(&name, "")
             };
         }
@@ -187,6 +194,7 @@ fn read<'m>(graph: &Graph<'m>, shapes: &Shapes, anchor: NodeId) -> Site<'m> {
             .map(|axis| (core.q.value, axis)),
         context_width,
         plain: strict,
+        unread: false,
         mask: core.mask.clone(),
     }
 }

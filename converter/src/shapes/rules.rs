@@ -249,7 +249,7 @@ fn standard(node: &NodeProto, inputs: &[&Fact]) -> Option<Vec<Shape>> {
             let x = shape(0)?;
             let b = attr_int(node, "blocksize")?;
             one(Some(vec![
-                x[0],
+                *x.first()?,
                 x.get(1)?.checked_div(b.checked_mul(b)?)?,
                 x.get(2)? * b,
                 x.get(3)? * b,
@@ -514,11 +514,15 @@ fn resize(node: &NodeProto, inputs: &[&Fact]) -> Option<Shape> {
     {
         return Some(sizes.to_vec());
     }
+    // ONNX Runtime's blocked layout has whole factors in an attribute.
+    if let Some(scales) = attr_ints(node, "scales").filter(|s| s.len() == x.len()) {
+        let product = x.iter().zip(scales).map(|(d, s)| d.checked_mul(*s));
+        return product.collect();
+    }
     let scales = inputs.iter().skip(1).rev().find_map(|f| {
         let e = f.elements.as_ref()?;
         (e.len() == x.len() && e.ints().is_none()).then_some(e)
     })?;
-    let _ = node;
     x.iter()
         .enumerate()
         .map(|(i, &d)| Some((d as f64 * scales.float(i)?).floor() as i64))
