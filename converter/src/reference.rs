@@ -138,13 +138,10 @@ impl Reader<'_> {
     }
 
     fn layer(&self, weight: Part, bias: Part) -> Result<Layer, CheckpointError> {
-        let bias = match self.checkpoint.optional_tensor(self.module, bias)? {
-            Some(bias) => Some(bias.to_f64().into()),
-            None => None,
-        };
+        let bias = self.checkpoint.optional_tensor(self.module, bias)?;
         Ok(Layer {
             weight: self.matrix(weight)?,
-            bias,
+            bias: bias.map(|b| b.to_f64().into()),
         })
     }
 
