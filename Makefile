@@ -2,6 +2,7 @@
 # test   everything, on four versions of ONNX Runtime (fetched once into .cache)
 # lint   formatting, clippy, documentation; warnings are errors
 # bench  measurements, into benches/results
+# fuzz   each fuzz target for FUZZ_SECONDS (60); needs cargo-fuzz (cargo install cargo-fuzz)
 # lib    liblinfusion_ops.so, the operators for any ONNX Runtime
 # clean  what cargo and the targets above made; `distclean` also the fetched libraries
 #
@@ -13,7 +14,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
 .DELETE_ON_ERROR:
-.PHONY: demo test lint bench lib ort clean distclean help
+.PHONY: demo test lint bench fuzz lib ort clean distclean help
 
 CARGO ?= cargo
 CACHE := $(CURDIR)/.cache
@@ -55,6 +56,16 @@ bench: lib
 	@export LINFUSION_OPS_LIBRARY='$(LIBRARY)'
 	@mkdir -p benches/results
 	@$(CARGO) bench --workspace --locked
+
+# What it finds goes into fuzz/artifacts. `make test` runs the same targets on seeded
+# mutations, without cargo-fuzz. RUSTC_BOOTSTRAP: the sanitizer's flags on a stable compiler.
+fuzz:
+	@$(CARGO) fuzz --version >/dev/null 2>&1 || { echo "cargo-fuzz is not there: cargo install cargo-fuzz" >&2; exit 1; }
+	@export RUSTC_BOOTSTRAP=1
+	@for target in read convert; do
+	  mkdir -p "fuzz/corpus/$$target"
+	  $(CARGO) fuzz run "$$target" "fuzz/corpus/$$target" "fuzz/seeds/$$target" -- -max_total_time=$${FUZZ_SECONDS:-60} -rss_limit_mb=4096
+	done
 
 lib:
 	@$(CARGO) build --release --locked -p linfusion-ops --target-dir '$(LIBRARY_TARGET)'

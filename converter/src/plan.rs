@@ -114,7 +114,10 @@ fn refusal(
     if selection.only.as_ref().is_some_and(|set| !matches(set)) {
         return Some("not selected by --only".to_owned());
     }
-    if let Some(n) = selection.keep_every.filter(|&n| n > 0 && ordinal % n == 0) {
+    if let Some(n) = selection
+        .keep_every
+        .filter(|&n| n > 0 && ordinal.is_multiple_of(n))
+    {
         return Some(format!("kept by --keep-every {n}"));
     }
     match tokens {

@@ -101,14 +101,15 @@ impl Layer {
 }
 
 impl Mlp {
-    /// Linear, LayerNorm (eps 1e-5), LeakyReLU (slope 0.01), Linear.
+    /// Linear, LayerNorm (eps 1e-5, as ONNX's attribute holds it in f32: in an f64
+    /// graph the difference shows), LeakyReLU (slope 0.01), Linear.
     fn run(&self, x: ArrayView2<'_, f64>) -> Array2<f64> {
         let mut hidden = self.first.run(x);
         for mut row in hidden.axis_iter_mut(Axis(0)) {
             let n = row.len().max(1) as f64;
             let mean = row.sum() / n;
             let variance = row.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / n;
-            let scale = (variance + 1e-5).sqrt().recip();
+            let scale = (variance + f64::from(1e-5_f32)).sqrt().recip();
             row.mapv_inplace(|v| (v - mean) * scale);
         }
         let [weight, bias] = &self.norm;
@@ -137,13 +138,10 @@ impl Reader<'_> {
     }
 
     fn layer(&self, weight: Part, bias: Part) -> Result<Layer, CheckpointError> {
-        let bias = match self.checkpoint.optional_tensor(self.module, bias)? {
-            Some(bias) => Some(bias.to_f64().into()),
-            None => None,
-        };
+        let bias = self.checkpoint.optional_tensor(self.module, bias)?;
         Ok(Layer {
             weight: self.matrix(weight)?,
-            bias,
+            bias: bias.map(|b| b.to_f64().into()),
         })
     }
 

@@ -99,7 +99,7 @@ impl Move {
             }
             "Gather" => {
                 let indices = shapes.fact(proto.input.get(1)?);
-                if indices.shape.as_ref()?.len() > 0 {
+                if !indices.shape.as_ref()?.is_empty() {
                     return None;
                 }
                 let a = axis(attr_int(proto, "axis").unwrap_or(0), from.len())?;

@@ -523,15 +523,25 @@ impl Builder<'_, '_> {
         let h = self.op("MatMul", &layer(0), &[x, &w0], vec![]);
         let h = self.op("Add", &layer(0), &[&h, &b0], vec![]);
         let h = self.layer_norm(&h, &layer(1), &scale, &shift);
-        let h = self.op(
-            "LeakyRelu",
-            &layer(2),
-            &[&h],
-            vec![make::float("alpha", 0.01)],
-        );
+        let h = self.leaky_relu(&h, &layer(2));
         let h = self.op("MatMul", &layer(3), &[&h, &w3], vec![]);
         let h = self.op("Add", &layer(3), &[&h, &b3], vec![]);
         Ok(self.op("Add", step, &[x, &h], vec![]))
+    }
+
+    fn leaky_relu(&mut self, h: &str, step: &str) -> String {
+        const SLOPE: f64 = 0.01;
+        if self.element != ElementType::F64 {
+            let alpha = vec![make::float("alpha", SLOPE as f32)];
+            return self.op("LeakyRelu", step, &[h], alpha);
+        }
+        // ONNX Runtime (seen in 1.32) has no LeakyRelu for f64 on the CPU.
+        let slope = format!("{}/{step}/slope", self.prefix);
+        let bytes = SLOPE.to_le_bytes().to_vec();
+        self.initializers
+            .push(make::tensor(&slope, ElementType::F64, &[], bytes));
+        let lower = self.op("Mul", step, &[h, &slope], vec![]);
+        self.op("Max", step, &[h, &lower], vec![])
     }
 
     fn layer_norm(&mut self, h: &str, step: &str, scale: &str, shift: &str) -> String {

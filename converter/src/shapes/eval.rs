@@ -52,7 +52,7 @@ pub fn decode(element: i32, bytes: &[u8]) -> Option<Elements> {
 
 /// Fills in the elements of `outputs` where they follow from known inputs.
 pub fn evaluate(node: &NodeProto, inputs: &[&Fact], outputs: &mut [Fact]) {
-    if domain(node) != "" || outputs.is_empty() {
+    if !domain(node).is_empty() || outputs.is_empty() {
         return;
     }
     if op(node) == "Split" {

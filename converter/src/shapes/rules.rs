@@ -233,7 +233,7 @@ fn standard(node: &NodeProto, inputs: &[&Fact]) -> Option<Vec<Shape>> {
         "Pad" => {
             let x = shape(0)?;
             let pads = attr_ints(node, "pads").or(ints(1))?;
-            let pad = |i: usize| Some(pads.get(i)?.checked_add(*pads.get(i + x.len())?)?);
+            let pad = |i: usize| pads.get(i)?.checked_add(*pads.get(i + x.len())?);
             one(x
                 .iter()
                 .enumerate()
