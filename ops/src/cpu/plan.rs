@@ -4,9 +4,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::buffer::Buffer;
 use super::element::{Dispatch, Element};
-use super::kernel::{Accumulate, Apply, HeadShape, KEY_BLOCK, Rows};
 use super::panels;
 use super::simd::Accumulator;
+use super::task::{Accumulate, Apply, HeadShape, KEY_BLOCK, Rows};
 use super::{Execution, KernelError, Tensors};
 use crate::schema::{Dims, Layout};
 
@@ -71,6 +71,7 @@ pub(super) fn run<T: Element>(
         shape: HeadShape {
             head_dim: dims.head_dim,
             value_dim: dims.value_dim,
+            lanes: tile.lanes,
             padded_dim,
             panels: &panels,
             width,
@@ -144,6 +145,7 @@ impl Plan<'_> {
                     k: self.rows(k, group, keys, start, self.dims.head_dim),
                     v: self.rows(v, group, keys, start, self.dims.value_dim),
                     rows: end - start,
+                    rows_ahead: keys - start,
                     sums: parts
                         .as_ptr()
                         .add((first * self.splits + split) * self.per_part),
@@ -226,6 +228,7 @@ impl Plan<'_> {
                         head_step: to.head_step,
                     },
                     rows: QUERY_ROWS.min(queries - start),
+                    rows_ahead: queries - start,
                     sums: parts.as_ptr().add(first * self.splits * self.per_part),
                     sums_step: self.splits * self.per_part,
                     eps: T::Number::from_f64(f64::from(eps)),
