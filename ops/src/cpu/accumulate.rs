@@ -26,6 +26,10 @@ where
         unsafe {
             let features = task.scratch;
             let values = features.add(KEY_BLOCK * shape.padded_dim);
+            let in_place = spread(
+                task.v.stride * size_of::<T>(),
+                shape.value_dim * size_of::<T>(),
+            );
             for head in 0..task.heads {
                 let sums = task.sums.add(head * task.sums_step);
                 sums.write_bytes(0, shape.part_len());
@@ -51,7 +55,7 @@ where
                     key_features::<S, T>(k, block, shape.head_dim, to, key_sum);
                     for panel in shape.panels {
                         let (b, b_step) = match S::in_place(v.first.add(panel.first)) {
-                            Some(b) if panel.is_exact(S::Full::LANES) => (b, v.stride),
+                            Some(b) if panel.is_exact(S::Full::LANES) && in_place => (b, v.stride),
                             _ => {
                                 let packed = values.add(panel.offset * KEY_BLOCK);
                                 pack_values::<S, T>(v, block, panel, packed);
@@ -75,6 +79,22 @@ where
             }
         }
     }
+}
+
+/// Whether a block of rows of some bytes, `stride` bytes apart, stays in half of a first-level
+/// cache of 64 sets of eight lines. Rows at a distance of a large power of two compete for few
+/// sets.
+fn spread(stride: usize, bytes: usize) -> bool {
+    const LINE: usize = 64;
+    const SETS: usize = 64;
+    if !stride.is_multiple_of(LINE) {
+        return stride == bytes;
+    }
+    let distance = 1usize << (stride / LINE).trailing_zeros().min(SETS.trailing_zeros());
+    let rows_per_set = (KEY_BLOCK * distance).div_ceil(SETS);
+    // Rows wider than the distance lie over their neighbours.
+    let lines = bytes.div_ceil(LINE) + 1;
+    rows_per_set * lines.div_ceil(distance) <= 4
 }
 
 /// One panel's columns of `rows` rows of v, widened and zero-padded.

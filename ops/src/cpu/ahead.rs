@@ -10,14 +10,18 @@ use super::task::Rows;
 /// Bytes of a cache line.
 const LINE: usize = 64;
 
-/// Runs of bytes at equal distances.
+/// Rows of fewer lines are fetched line by line down the rows, the others along each row.
+const SHORT: usize = 8;
+
+/// Cache lines to fetch: `runs` times `lines` lines.
 #[derive(Clone, Copy)]
 struct Stretch {
     first: *const u8,
-    /// Bytes from one run to the next.
-    stride: usize,
-    /// Bytes of each run.
-    bytes: usize,
+    /// Bytes from one line to the next.
+    step: usize,
+    lines: usize,
+    /// Bytes from the start of one run to the next.
+    run_step: usize,
     /// Runs that are left.
     runs: usize,
 }
@@ -35,27 +39,29 @@ impl Stretch {
         let bytes = size_of::<T>() * width * if side_by_side { heads } else { 1 };
         let stride = size_of::<T>() * rows.stride;
         let first = rows.first.wrapping_add(start * rows.stride).cast();
-        if bytes == stride {
+        let lines = bytes.div_ceil(LINE);
+        let [step, lines, run_step, runs] = if bytes == stride {
             // Rows that touch are one run.
-            return Self {
-                first,
-                stride: 0,
-                bytes: bytes * count,
-                runs: usize::from(count > 0),
-            };
-        }
+            [LINE, (bytes * count).div_ceil(LINE), 0, 1]
+        } else if lines < SHORT {
+            [stride, count, LINE, lines]
+        } else {
+            [LINE, lines, stride, count]
+        };
         Self {
             first,
-            stride,
-            bytes,
-            runs: count,
+            step,
+            lines,
+            run_step,
+            runs: if lines == 0 { 0 } else { runs },
         }
     }
 }
 
-/// The cache lines to fetch, in the order of memory.
+/// The cache lines to fetch, in order.
 pub(super) struct Ahead {
     at: *const u8,
+    step: usize,
     /// Lines that are left of this run.
     left: usize,
     now: Stretch,
@@ -72,6 +78,7 @@ impl Ahead {
     ) -> Self {
         let mut ahead = Self {
             at: a.first.cast(),
+            step: LINE,
             left: 0,
             now: Stretch::new(a, rows, heads, a_width),
             then: Stretch::new(b, rows, heads, b_width),
@@ -85,7 +92,7 @@ impl Ahead {
     pub(super) fn fetch(&mut self) {
         if self.left != 0 {
             prefetch(self.at);
-            self.at = self.at.wrapping_add(LINE);
+            self.at = self.at.wrapping_add(self.step);
             self.left -= 1;
             if self.left == 0 {
                 self.next_run();
@@ -103,10 +110,10 @@ impl Ahead {
         if self.now.runs == 0 {
             return;
         }
-        let into_line = self.now.first.addr() % LINE;
-        self.at = self.now.first.wrapping_sub(into_line);
-        self.left = (into_line + self.now.bytes).div_ceil(LINE);
-        self.now.first = self.now.first.wrapping_add(self.now.stride);
+        self.at = self.now.first;
+        self.step = self.now.step;
+        self.left = self.now.lines;
+        self.now.first = self.now.first.wrapping_add(self.now.run_step);
         self.now.runs -= 1;
     }
 }
@@ -160,8 +167,12 @@ mod tests {
     fn every_line_once_and_in_order() {
         // All heads of packed rows: one run.
         assert_eq!(lines(80, 40, [2, 3], 2, 40), (10..25).collect::<Vec<_>>());
-        // Two of four heads: a run per row.
-        assert_eq!(lines(64, 16, [0, 2], 2, 16), [0, 1, 4, 5]);
+        // Some heads of many: along the rows where they are long, else down the rows.
+        assert_eq!(
+            lines(512, 64, [0, 2], 2, 64),
+            [0, 1, 2, 3, 4, 5, 6, 7, 32, 33, 34, 35, 36, 37, 38, 39]
+        );
+        assert_eq!(lines(64, 16, [0, 3], 2, 16), [0, 4, 8, 1, 5, 9]);
         // One head of its own, whose rows touch.
         assert_eq!(lines(8, 800, [4, 8], 1, 8), [2, 3, 4, 5]);
         // No rows, and rows without columns.

@@ -6,6 +6,10 @@
 use super::simd::{Convert, Simd, Vector};
 use super::task::Rows;
 
+/// Rows that are gone over before the next columns: rows at a distance of a power of two share few
+/// places in the cache, and neighbouring columns share cache lines.
+const ROWS: usize = 16;
+
 /// How a vector's worth of columns is read.
 trait Column<S: Convert<T>, T> {
     type Numbers: Vector<Number = S::Number>;
@@ -120,17 +124,22 @@ pub(super) unsafe fn key_features<S, T>(
     S: Convert<T>,
     T: Copy,
 {
-    // SAFETY: columns at..at + left exist.
+    // SAFETY: columns at..at + left of rows row..row + count exist.
     unsafe {
-        for_columns!(S, T, width, |at, left| key_column(
-            k.first.add(at),
-            k.stride,
-            rows,
-            left,
-            features.first.add(at),
-            features.stride,
-            sum.add(at),
-        ));
+        let mut row = 0;
+        while row < rows {
+            let count = ROWS.min(rows - row);
+            for_columns!(S, T, width, |at, left| key_column(
+                k.first.add(row * k.stride + at),
+                k.stride,
+                count,
+                left,
+                features.first.add(row * features.stride + at),
+                features.stride,
+                sum.add(at),
+            ));
+            row += count;
+        }
     }
 }
 
@@ -192,20 +201,26 @@ pub(super) unsafe fn query_features<S, T>(
     S: Convert<T>,
     T: Copy,
 {
-    // SAFETY: columns at..at + left exist.
+    // SAFETY: columns at..at + left of rows row..row + count exist.
     unsafe {
-        for_columns!(S, T, width, |at, left| query_column(
-            q.first.add(at),
-            q.stride,
-            rows,
-            left,
-            features.first.add(at),
-            features.stride,
-            mean_key.add(at),
-            // The first columns find nothing to add to.
-            (at != 0).then_some(overlaps),
-            overlaps,
-        ));
+        let mut row = 0;
+        while row < rows {
+            let count = ROWS.min(rows - row);
+            let overlaps = overlaps.add(row * S::Full::LANES);
+            for_columns!(S, T, width, |at, left| query_column(
+                q.first.add(row * q.stride + at),
+                q.stride,
+                count,
+                left,
+                features.first.add(row * features.stride + at),
+                features.stride,
+                mean_key.add(at),
+                // The first columns find nothing to add to.
+                (at != 0).then_some(overlaps),
+                overlaps,
+            ));
+            row += count;
+        }
     }
 }
 

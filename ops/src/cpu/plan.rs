@@ -6,7 +6,7 @@ use super::buffer::Buffer;
 use super::element::{Dispatch, Element};
 use super::panels;
 use super::simd::Accumulator;
-use super::task::{Accumulate, Apply, HeadShape, KEY_BLOCK, Rows};
+use super::task::{Accumulate, Apply, HeadShape, KEY_BLOCK, QUERY_BLOCK, Rows};
 use super::{Execution, KernelError, Tensors};
 use crate::schema::{Dims, Layout};
 
@@ -15,8 +15,8 @@ use crate::schema::{Dims, Layout};
 const MAX_PARTS: usize = 128;
 /// Fewest rows of k that are worth a partial result of their own.
 const MIN_KEY_ROWS: usize = 8 * KEY_BLOCK;
-/// Rows of q of one task of phase 2.
-const QUERY_ROWS: usize = 480;
+/// Most rows of q of one task of phase 2.
+const QUERY_ROWS: usize = 10 * QUERY_BLOCK;
 /// Tasks that a phase is cut into at least, if it can be.
 const MIN_TASKS: usize = 16;
 /// Bytes of sums that a task keeps in use: about half of a second-level cache.
@@ -91,18 +91,20 @@ impl Plan<'_> {
     ///
     /// Heads that lie side by side share pages and cache lines; their sums must fit in the
     /// cache, and there should be tasks for several threads. No sum depends on the grouping.
-    fn group<A>(&self, pieces: usize) -> usize {
+    fn group<T: Element>(&self, pieces: usize) -> usize {
         if self.dims.layout == Layout::Heads {
             return 1;
         }
-        let by_cache = GROUP_BYTES / (self.per_part * size_of::<A>());
-        let by_tasks = self.dims.batch * self.dims.heads * pieces / MIN_TASKS;
-        by_cache.min(by_tasks).clamp(1, self.dims.heads)
+        let heads = self.dims.heads;
+        let by_cache = GROUP_BYTES / (self.per_part * size_of::<T::Number>());
+        let by_tasks = self.dims.batch * heads * pieces / MIN_TASKS;
+        let most = by_cache.min(by_tasks).clamp(1, heads);
+        heads.div_ceil(heads.div_ceil(most))
     }
 
     /// Runs `task(batch, first head, heads, piece)` for every row range of every group.
-    fn for_groups<A>(&self, pieces: usize, task: &(dyn Fn(Group, usize) + Sync)) {
-        let size = self.group::<A>(pieces);
+    fn for_groups<T: Element>(&self, pieces: usize, task: &(dyn Fn(Group, usize) + Sync)) {
+        let size = self.group::<T>(pieces);
         let groups = self.dims.heads.div_ceil(size);
         let each = |index: usize| {
             let (group, piece) = (index / pieces, index % pieces);
@@ -155,7 +157,7 @@ impl Plan<'_> {
                 <T as Dispatch>::accumulate(self.execution.isa, task);
             }
         };
-        self.for_groups::<T::Number>(self.splits, &task);
+        self.for_groups::<T>(self.splits, &task);
         if out_of_memory.into_inner() {
             return Err(KernelError::OutOfMemory {
                 elements: scratch_len,
@@ -208,12 +210,14 @@ impl Plan<'_> {
         let out = SendPtr(tensors.out.as_mut_ptr().cast::<T>());
         let q = tensors.q;
         let out_of_memory = AtomicBool::new(false);
+        let pieces = queries.div_ceil(QUERY_ROWS);
+        let piece_rows = queries.div_ceil(pieces).next_multiple_of(QUERY_BLOCK);
         let task = |group: Group, piece: usize| {
             let Ok(scratch) = Buffer::new(scratch_len) else {
                 out_of_memory.store(true, Ordering::Relaxed);
                 return;
             };
-            let start = piece * QUERY_ROWS;
+            let start = (piece * piece_rows).min(queries);
             let first = self.dims.heads * group.batch + group.first;
             // SAFETY: as in phase 1; tasks write disjoint rows of the output.
             unsafe {
@@ -227,7 +231,7 @@ impl Plan<'_> {
                         stride: to.stride,
                         head_step: to.head_step,
                     },
-                    rows: QUERY_ROWS.min(queries - start),
+                    rows: piece_rows.min(queries - start),
                     rows_ahead: queries - start,
                     sums: parts.as_ptr().add(first * self.splits * self.per_part),
                     sums_step: self.splits * self.per_part,
@@ -237,7 +241,7 @@ impl Plan<'_> {
                 <T as Dispatch>::apply(self.execution.isa, task);
             }
         };
-        self.for_groups::<T::Number>(queries.div_ceil(QUERY_ROWS), &task);
+        self.for_groups::<T>(pieces, &task);
         if out_of_memory.into_inner() {
             return Err(KernelError::OutOfMemory {
                 elements: scratch_len,
