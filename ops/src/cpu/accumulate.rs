@@ -34,15 +34,16 @@ where
                 let sums = task.sums.add(head * task.sums_step);
                 sums.write_bytes(0, shape.part_len());
             }
+            let tensors = [(task.k, shape.head_dim), (task.v, shape.value_dim)];
+            if task.rows_before == 0 {
+                Ahead::new(tensors, [0, KEY_BLOCK.min(task.rows)], task.heads).fetch_all();
+            }
             let mut start = 0;
             while start < task.rows {
                 let block = KEY_BLOCK.min(task.rows - start);
                 let next = start + block;
-                let mut ahead = Ahead::new(
-                    [(task.k, shape.head_dim), (task.v, shape.value_dim)],
-                    [next, KEY_BLOCK.min(task.rows_ahead - next)],
-                    task.heads,
-                );
+                let rows = [next, KEY_BLOCK.min(task.rows_ahead - next)];
+                let mut ahead = Ahead::new(tensors, rows, task.heads);
                 for head in 0..task.heads {
                     let k = task.k.block(head, start);
                     let v = task.v.block(head, start);

@@ -100,6 +100,13 @@ impl Ahead {
         }
     }
 
+    /// Fetches all lines.
+    pub(super) fn fetch_all(mut self) {
+        while self.left != 0 {
+            self.fetch();
+        }
+    }
+
     #[cold]
     #[inline(never)]
     fn next_run(&mut self) {

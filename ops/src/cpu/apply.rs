@@ -20,15 +20,16 @@ where
             let features = task.scratch;
             let overlaps = features.add(QUERY_BLOCK * shape.padded_dim);
             let inverse = overlaps.add(QUERY_BLOCK * S::Full::LANES);
+            let tensors = [(task.q, shape.head_dim), (task.out.read(), shape.value_dim)];
+            if task.rows_before == 0 {
+                Ahead::new(tensors, [0, QUERY_BLOCK.min(task.rows)], task.heads).fetch_all();
+            }
             let mut start = 0;
             while start < task.rows {
                 let block = QUERY_BLOCK.min(task.rows - start);
                 let next = start + block;
-                let mut ahead = Ahead::new(
-                    [(task.q, shape.head_dim), (task.out.read(), shape.value_dim)],
-                    [next, QUERY_BLOCK.min(task.rows_ahead - next)],
-                    task.heads,
-                );
+                let rows = [next, QUERY_BLOCK.min(task.rows_ahead - next)];
+                let mut ahead = Ahead::new(tensors, rows, task.heads);
                 for head in 0..task.heads {
                     let q = task.q.block(head, start);
                     let out = task.out.block(head, start);

@@ -13,12 +13,16 @@ use crate::schema::{Dims, Layout};
 /// Most partial results of phase 1 where there are fewer heads than that. A constant, as all
 /// here, so that the order of summation doesn't depend on the machine.
 const MAX_PARTS: usize = 128;
-/// Fewest rows of k that are worth a partial result of their own.
-const MIN_KEY_ROWS: usize = 8 * KEY_BLOCK;
+/// Fewest rows of k that are worth a partial result of their own, and the same per row of that
+/// result: clearing and adding one up costs as much as a few rows of k.
+const MIN_KEY_ROWS: usize = 2 * KEY_BLOCK;
+const MIN_KEY_ROWS_PER_DIM: usize = 4;
 /// Most rows of q of one task of phase 2.
 const QUERY_ROWS: usize = 10 * QUERY_BLOCK;
+/// Fewest rows of q that are worth a task of their own where heads could be taken together.
+const MIN_QUERY_ROWS: usize = 2 * QUERY_BLOCK;
 /// Tasks that a phase is cut into at least, if it can be.
-const MIN_TASKS: usize = 16;
+const MIN_TASKS: usize = 8;
 /// Bytes of sums that a task keeps in use: about half of a second-level cache.
 const GROUP_BYTES: usize = 448 << 10;
 
@@ -46,9 +50,13 @@ pub(super) fn run<T: Element>(
     }
     let tile = T::tile(execution.isa);
     let (panels, width) = panels::cut(dims.value_dim, tile);
+    let min_rows = dims
+        .head_dim
+        .saturating_mul(MIN_KEY_ROWS_PER_DIM)
+        .max(MIN_KEY_ROWS);
     let splits = MAX_PARTS
         .div_ceil(heads)
-        .min(dims.keys.div_ceil(MIN_KEY_ROWS))
+        .min(dims.keys.div_ceil(min_rows))
         .max(1);
     let padded_dim = dims.head_dim.next_multiple_of(tile.lanes);
     let too_large = || KernelError::OutOfMemory {
@@ -147,6 +155,7 @@ impl Plan<'_> {
                     k: self.rows(k, group, keys, start, self.dims.head_dim),
                     v: self.rows(v, group, keys, start, self.dims.value_dim),
                     rows: end - start,
+                    rows_before: start,
                     rows_ahead: keys - start,
                     sums: parts
                         .as_ptr()
@@ -210,7 +219,10 @@ impl Plan<'_> {
         let out = SendPtr(tensors.out.as_mut_ptr().cast::<T>());
         let q = tensors.q;
         let out_of_memory = AtomicBool::new(false);
-        let pieces = queries.div_ceil(QUERY_ROWS);
+        let pieces = MIN_TASKS
+            .div_ceil(self.dims.batch)
+            .min(queries.div_ceil(MIN_QUERY_ROWS))
+            .max(queries.div_ceil(QUERY_ROWS));
         let piece_rows = queries.div_ceil(pieces).next_multiple_of(QUERY_BLOCK);
         let task = |group: Group, piece: usize| {
             let Ok(scratch) = Buffer::new(scratch_len) else {
@@ -232,6 +244,7 @@ impl Plan<'_> {
                         head_step: to.head_step,
                     },
                     rows: piece_rows.min(queries - start),
+                    rows_before: start,
                     rows_ahead: queries - start,
                     sums: parts.as_ptr().add(first * self.splits * self.per_part),
                     sums_step: self.splits * self.per_part,

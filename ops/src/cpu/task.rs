@@ -128,6 +128,8 @@ pub(super) struct Accumulate<'a, T, A> {
     pub(super) k: Rows<*const T>,
     pub(super) v: Rows<*const T>,
     pub(super) rows: usize,
+    /// Rows of the tensors before these, which the task before has probably just done.
+    pub(super) rows_before: usize,
     /// Rows of the tensors from the first of these on, which the next task may take up.
     pub(super) rows_ahead: usize,
     /// Out, per head: Σ φ(k)ᵀv, then Σ φ(k), whose padding holds nothing meaningful.
@@ -148,6 +150,8 @@ pub(super) struct Apply<'a, T, A> {
     pub(super) q: Rows<*const T>,
     pub(super) out: Rows<*mut T>,
     pub(super) rows: usize,
+    /// Rows of the tensors before these, which the task before has probably just done.
+    pub(super) rows_before: usize,
     /// Rows of the tensors from the first of these on, which the next task may take up.
     pub(super) rows_ahead: usize,
     /// Per head: mean of φ(k)ᵀv, panel by panel, then mean of φ(k), whose padding is zero.
