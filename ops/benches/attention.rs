@@ -1,49 +1,146 @@
-//! The kernel itself: time, GFLOP/s and GB/s beside what this machine's multiply-add units and
-//! memory give, by head width and number of tokens.
+//! The operator in ONNX Runtime beside its function body, MatMul+Softmax+MatMul and
+//! com.microsoft.MultiHeadAttention in the same process, run in turn; and beside what this
+//! machine's own matrix product and copy reach, measured in the same run.
 //!
-//! `cargo bench -p linfusion-ops [-- FILTER]`; `LINFUSION_BENCH_TOKENS=256,4096` and
-//! `LINFUSION_BENCH_WIDTHS=40,64` narrow it. On a busy machine `LINFUSION_BENCH_CLOCK=cpu` (Linux)
-//! counts the processor time of the calling thread instead of wall time, with one thread.
+//! `ORT_DYLIB_PATH=…/libonnxruntime.so cargo bench -p linfusion-ops` takes about five minutes and
+//! writes `benches/results/cpu-attention.{md,csv}`. `LINFUSION_BENCH_TOKENS=256,4096`,
+//! `LINFUSION_BENCH_WIDTHS=40,64` and `LINFUSION_BENCH_THREADS=1` narrow it; a narrowed run is
+//! only printed. `LINFUSION_BENCH_CLOCK=cpu` (one thread) counts processor time. `LINFUSION_BENCH_SECONDS` (8) is the longest run of softmax attention that is
+//! waited for.
 
-use std::hint::black_box;
+#[path = "support/host.rs"]
+mod host;
+#[path = "support/machine.rs"]
+mod machine;
+#[path = "support/models.rs"]
+mod models;
+#[path = "../tests/support/onnx_bytes.rs"]
+mod onnx_bytes;
+
+use std::fmt::Write;
 use std::num::NonZeroUsize;
-use std::sync::OnceLock;
-use std::time::{Duration, Instant};
+use std::path::Path;
 
-use half::f16;
+use half::{bf16, f16};
+use host::Host;
 use linfusion_ops::cpu::{
     Element, Execution, Isa, Tensors, Threads, as_output, linfusion_attention,
 };
-use linfusion_ops::{Dims, Layout};
+use linfusion_ops::{Dims, ElementType, Layout};
+use models::{BATCH, Contender, HEADS};
 
-const BATCH: usize = 2;
-const HEADS: usize = 8;
+/// Seconds spent on one cell of the table, all contenders together.
+const CELL_SECONDS: f64 = 2.0;
+/// Most runs of one contender in a cell.
+const MOST_RUNS: usize = 41;
 
 fn main() {
+    // `cargo test --benches` starts benchmarks without this argument.
+    if !std::env::args().any(|argument| argument == "--bench") {
+        return;
+    }
+    if let Err(message) = measure() {
+        eprintln!("attention benchmark: {message}");
+        std::process::exit(1);
+    }
+}
+
+/// What the machine reaches on so many threads.
+#[derive(Clone, Copy)]
+struct Limits {
+    gflops: f64,
+    gbytes: f64,
+}
+
+impl Limits {
+    /// Seconds that the slower of the two resources needs at least.
+    fn seconds(&self, dims: &Dims, element: ElementType) -> f64 {
+        (dims.flops() / self.gflops / 1e9).max(dims.bytes(element) / self.gbytes / 1e9)
+    }
+}
+
+fn measure() -> Result<(), String> {
     let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
     let widths = list("LINFUSION_BENCH_WIDTHS", &[40, 64, 80, 160]);
     let tokens = list("LINFUSION_BENCH_TOKENS", &[256, 1024, 4096, 16384, 65536]);
-    let most = if cpu_clock() { 1 } else { cores.min(2) };
-    for threads in 1..=most {
-        let peak = fma_peak(threads);
-        let copy = copy_bandwidth(threads);
-        println!(
-            "{threads} thread(s): multiply-add peak {peak:.0} GFLOP/s, copy {copy:.1} GB/s, kernels {}",
-            Isa::best()
+    let threads = list("LINFUSION_BENCH_THREADS", &[1, cores.min(2)]);
+    let narrowed = ["WIDTHS", "TOKENS", "THREADS"]
+        .iter()
+        .any(|name| std::env::var_os(format!("LINFUSION_BENCH_{name}")).is_some());
+    let host = Host::from_environment();
+    let runtime = match &host {
+        Ok(host) => format!("ONNX Runtime {}", host.release),
+        Err(reason) => format!("without ONNX Runtime ({reason}): the kernel alone"),
+    };
+    let mut text = format!(
+        "# Attention on the CPU\n\n{}, {cores} cores; {runtime}; kernels {}; \
+         B = {BATCH}, H = {HEADS}, f32; median times.\n\n\
+         Command: `ORT_DYLIB_PATH=… cargo bench -p linfusion-ops --bench attention`\n\n\
+         GFLOP/s and GB/s count the operator's two products and q, k, v and the output once. \
+         \"of limit\" is the time that the machine's own matrix product (MatMul of ONNX Runtime) \
+         or its copy, whichever is slower, would need, over the time taken. ×: how many times \
+         the operator's time.\n",
+        machine::processor(),
+        Isa::best()
+    );
+    print!("{text}");
+    let mut csv = String::from("threads,head_dim,tokens,contender,milliseconds\n");
+    let mut seen = vec![];
+    for threads in threads {
+        if seen.contains(&threads) {
+            continue;
+        }
+        seen.push(threads);
+        let limits = limits(host.as_ref().ok(), threads)?;
+        let head = format!(
+            "\n## {threads} thread{}\n\nMatrix product {:.0} GFLOP/s, copy {:.1} GB/s.\n\n\
+             | D | N | operator ms | body ms | × | softmax ms | × | MultiHeadAttention ms | × | GFLOP/s | GB/s | of limit |\n\
+             |--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|\n",
+            if threads == 1 { "" } else { "s" },
+            limits.gflops,
+            limits.gbytes
         );
-        println!(
-            "{:>5} {:>4} {:>7} {:>10} {:>9} {:>7} {:>9}",
-            "type", "D", "tokens", "ms", "GFLOP/s", "GB/s", "of limit"
-        );
+        print!("{head}");
+        text += &head;
         for &width in &widths {
             for &tokens in &tokens {
-                row::<f32>("f32", width, tokens, threads, peak, copy);
+                let cell = Cell {
+                    threads,
+                    limits,
+                    dims: dims(width, tokens),
+                };
+                let times = match &host {
+                    Ok(host) => cell.contenders(host)?,
+                    Err(_) => vec![(Contender::Operator, Outcome::Seconds(cell.alone::<f32>()))],
+                };
+                let row = cell.row(&times);
+                print!("{row}");
+                text += &row;
+                for (contender, outcome) in &times {
+                    if let Outcome::Seconds(seconds) = outcome {
+                        writeln!(
+                            csv,
+                            "{threads},{width},{tokens},{},{:.4}",
+                            contender.name(),
+                            seconds * 1e3
+                        )
+                        .map_err(|e| e.to_string())?;
+                    }
+                }
             }
         }
-        for &tokens in &tokens {
-            row::<f16>("f16", 64, tokens, threads, peak, copy);
-        }
+        let types = element_types(threads, limits, &widths);
+        print!("{types}");
+        text += &types;
     }
+    if narrowed {
+        return Ok(());
+    }
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../benches/results");
+    std::fs::create_dir_all(&folder)
+        .and_then(|()| std::fs::write(folder.join("cpu-attention.md"), text))
+        .and_then(|()| std::fs::write(folder.join("cpu-attention.csv"), csv))
+        .map_err(|e| format!("{}: {e}", folder.display()))
 }
 
 fn list(variable: &str, default: &[usize]) -> Vec<usize> {
@@ -56,15 +153,8 @@ fn list(variable: &str, default: &[usize]) -> Vec<usize> {
     }
 }
 
-fn row<T: Element + From32>(
-    name: &str,
-    width: usize,
-    tokens: usize,
-    threads: usize,
-    peak: f64,
-    copy: f64,
-) {
-    let dims = Dims {
+fn dims(width: usize, tokens: usize) -> Dims {
+    Dims {
         layout: Layout::Packed,
         batch: BATCH,
         heads: HEADS,
@@ -72,37 +162,196 @@ fn row<T: Element + From32>(
         keys: tokens,
         head_dim: width,
         value_dim: width,
+    }
+}
+
+fn numbers(len: usize, salt: usize) -> Vec<f32> {
+    (0..len)
+        .map(|i| ((i + salt).wrapping_mul(2_654_435_761) % 1000) as f32 / 250.0 - 2.0)
+        .collect()
+}
+
+fn limits(host: Option<&Host>, threads: usize) -> Result<Limits, String> {
+    let gbytes = machine::copy_bandwidth(threads);
+    let Some(host) = host else {
+        let gflops = machine::fma_peak(threads);
+        return Ok(Limits { gflops, gbytes });
     };
-    let len = BATCH * HEADS * tokens * width;
-    let data: Vec<T> = (0..len)
-        .map(|i| T::from32(((i * 2_654_435_761) % 1000) as f32 / 250.0 - 2.0))
-        .collect();
-    let mut out = vec![T::from32(0.0); len];
-    let pool = Threads(NonZeroUsize::new(threads).unwrap_or(NonZeroUsize::MIN));
-    let (k, v) = (data.clone(), data.clone());
-    let seconds = best_time(|| {
-        let tensors = Tensors {
-            q: &data,
-            k: &k,
-            v: &v,
-            out: as_output(&mut out),
-        };
+    let session = host.session(&models::matrix_product(), threads)?;
+    let size = models::PRODUCT;
+    let shape = [1, size as i64, size as i64];
+    let tensors = [0, 1, 2].map(|salt| host.tensor(&shape, numbers(size * size, salt)));
+    let [a, b, c] = tensors;
+    let (a, b, c) = (a?, b?, c?);
+    session.time([&a, &b, &c])?;
+    let seconds = machine::best_time(|| {
+        // The first run went well, and all are the same.
+        let _ = session.time([&a, &b, &c]);
+    });
+    Ok(Limits {
+        gflops: 2.0 * (size as f64).powi(3) / seconds / 1e9,
+        gbytes,
+    })
+}
+
+/// What became of a contender.
+enum Outcome {
+    Seconds(f64),
+    Skipped(&'static str),
+}
+
+/// One line of the table.
+struct Cell {
+    threads: usize,
+    limits: Limits,
+    dims: Dims,
+}
+
+impl Cell {
+    /// Median times of all contenders, run in turn.
+    fn contenders(&self, host: &Host) -> Result<Vec<(Contender, Outcome)>, String> {
+        let (width, tokens) = (self.dims.head_dim, self.dims.queries);
+        let shape = [BATCH as i64, tokens as i64, (HEADS * width) as i64];
+        let len = BATCH * tokens * HEADS * width;
+        let q = host.tensor(&shape, numbers(len, 0))?;
+        let k = host.tensor(&shape, numbers(len, 1))?;
+        let v = host.tensor(&shape, numbers(len, 2))?;
+        let mut found = vec![];
+        let mut running = vec![];
+        for contender in Contender::ALL {
+            if let Some(reason) = self.skip(contender) {
+                found.push((contender, Outcome::Skipped(reason)));
+                continue;
+            }
+            let session = host.session(&models::model(contender, width)?, self.threads)?;
+            // Memory is taken and caches are filled before it counts, unless that takes long.
+            let first = session.time([&q, &k, &v])?;
+            running.push((contender, session, first, vec![]));
+        }
+        for (_, session, first, times) in &mut running {
+            if *first > CELL_SECONDS / 2.0 {
+                times.push(*first);
+            } else {
+                times.push(session.time([&q, &k, &v])?);
+            }
+        }
+        let start = std::time::Instant::now();
+        for _ in 1..MOST_RUNS {
+            let mut ran = false;
+            for (_, session, first, times) in &mut running {
+                if *first <= CELL_SECONDS / 2.0 {
+                    times.push(session.time([&q, &k, &v])?);
+                    ran = true;
+                }
+            }
+            if !ran || start.elapsed().as_secs_f64() > CELL_SECONDS {
+                break;
+            }
+        }
+        for (contender, _, _, times) in running {
+            found.push((contender, Outcome::Seconds(median(times))));
+        }
+        Ok(found)
+    }
+
+    /// Why a contender is not run.
+    fn skip(&self, contender: Contender) -> Option<&'static str> {
+        let heads = (BATCH * HEADS) as f64;
+        let scores = heads * (self.dims.queries as f64).powi(2);
+        let seconds = 4.0 * scores * self.dims.head_dim as f64 / self.limits.gflops / 1e9;
+        let longest = std::env::var("LINFUSION_BENCH_SECONDS")
+            .ok()
+            .and_then(|text| text.parse().ok())
+            .unwrap_or(8.0);
+        match contender {
+            Contender::Operator | Contender::Body => None,
+            // The scores and their softmax.
+            Contender::Softmax if 8.0 * scores > 0.7 * machine::free_memory() => Some("no memory"),
+            _ if seconds > longest => Some("too long"),
+            _ => None,
+        }
+    }
+
+    /// Median time of the kernel without ONNX Runtime.
+    fn alone<T: Element + From32>(&self) -> f64 {
+        let len = BATCH * HEADS * self.dims.queries * self.dims.head_dim;
+        let data = |salt| -> Vec<T> { numbers(len, salt).into_iter().map(T::from32).collect() };
+        let (q, k, v, mut out) = (data(0), data(1), data(2), data(3));
+        let threads = Threads(NonZeroUsize::new(self.threads).unwrap_or(NonZeroUsize::MIN));
         let execution = Execution {
             isa: Isa::best(),
-            pool: &pool,
+            pool: &threads,
         };
-        linfusion_attention(&dims, 1e-4, tensors, execution).expect("sizes fit");
-        black_box(&mut out);
-    });
-    let gflops = dims.flops() / seconds / 1e9;
-    let gbytes = dims.bytes(T::TYPE) / seconds / 1e9;
-    // The time that the slower of the two resources needs at least.
-    let limit = (dims.flops() / peak / 1e9).max(dims.bytes(T::TYPE) / copy / 1e9);
-    println!(
-        "{name:>5} {width:>4} {tokens:>7} {:>10.3} {gflops:>9.1} {gbytes:>7.1} {:>8.0}%",
-        seconds * 1e3,
-        100.0 * limit / seconds
+        let mut times = vec![];
+        let start = std::time::Instant::now();
+        while times.len() < 4 || (times.len() < MOST_RUNS && start.elapsed().as_secs_f64() < 0.5) {
+            let one = machine::now();
+            let tensors = Tensors {
+                q: &q,
+                k: &k,
+                v: &v,
+                out: as_output(&mut out),
+            };
+            linfusion_attention(&self.dims, 1e-4, tensors, execution).expect("sizes fit");
+            times.push(machine::now() - one);
+        }
+        median(times.split_off(1))
+    }
+
+    fn row(&self, times: &[(Contender, Outcome)]) -> String {
+        let of = |wanted| times.iter().find(|(c, _)| *c == wanted).map(|(_, o)| o);
+        let Some(Outcome::Seconds(operator)) = of(Contender::Operator) else {
+            return String::new();
+        };
+        let mut row = format!(
+            "| {} | {} | {:.3} |",
+            self.dims.head_dim,
+            self.dims.queries,
+            operator * 1e3
+        );
+        for contender in [Contender::Body, Contender::Softmax, Contender::Fused] {
+            row += &match of(contender) {
+                Some(Outcome::Seconds(s)) => {
+                    format!(" {:.3} | {:.1} |", s * 1e3, s / operator)
+                }
+                Some(Outcome::Skipped(reason)) => format!(" {reason} | – |"),
+                None => " – | – |".to_owned(),
+            };
+        }
+        row + &format!(
+            " {:.1} | {:.1} | {:.0} % |\n",
+            self.dims.flops() / operator / 1e9,
+            self.dims.bytes(ElementType::F32) / operator / 1e9,
+            100.0 * self.limits.seconds(&self.dims, ElementType::F32) / operator
+        )
+    }
+}
+
+fn median(mut times: Vec<f64>) -> f64 {
+    times.sort_by(f64::total_cmp);
+    times[times.len() / 2]
+}
+
+/// The kernel on f32, f16 and bf16, without ONNX Runtime.
+fn element_types(threads: usize, limits: Limits, widths: &[usize]) -> String {
+    let mut text = String::from(
+        "\nThe kernel by element type, outside ONNX Runtime, N = 4096:\n\n\
+         | D | f32 ms | f16 ms | bf16 ms |\n|--:|--:|--:|--:|\n",
     );
+    for &width in widths {
+        let cell = Cell {
+            threads,
+            limits,
+            dims: dims(width, 4096),
+        };
+        text += &format!(
+            "| {width} | {:.3} | {:.3} | {:.3} |\n",
+            cell.alone::<f32>() * 1e3,
+            cell.alone::<f16>() * 1e3,
+            cell.alone::<bf16>() * 1e3
+        );
+    }
+    text
 }
 
 trait From32 {
@@ -118,128 +367,8 @@ impl From32 for f16 {
         Self::from_f32(value)
     }
 }
-
-/// The shortest of several runs: other work on the machine only ever adds time. By processor time,
-/// whose steps are coarse, the mean.
-fn best_time(mut run: impl FnMut()) -> f64 {
-    run();
-    let (mut best, mut runs) = (f64::INFINITY, 0);
-    let (start, wall) = (now(), Instant::now());
-    while runs < 5 || (wall.elapsed() < Duration::from_millis(500) && runs < 1000) {
-        let one = now();
-        run();
-        best = best.min(now() - one);
-        runs += 1;
+impl From32 for bf16 {
+    fn from32(value: f32) -> Self {
+        Self::from_f32(value)
     }
-    if cpu_clock() {
-        return (now() - start) / f64::from(runs);
-    }
-    best
-}
-
-fn cpu_clock() -> bool {
-    std::env::var("LINFUSION_BENCH_CLOCK").is_ok_and(|clock| clock == "cpu")
-}
-
-/// Seconds since some fixed moment.
-fn now() -> f64 {
-    if cpu_clock() {
-        let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
-        let nanoseconds = text.split(' ').next().and_then(|n| n.parse::<f64>().ok());
-        return nanoseconds.expect("the processor-time clock needs Linux") / 1e9;
-    }
-    static START: OnceLock<Instant> = OnceLock::new();
-    START.get_or_init(Instant::now).elapsed().as_secs_f64()
-}
-
-/// GFLOP/s of independent multiply-adds on registers, on all threads at once.
-fn fma_peak(threads: usize) -> f64 {
-    const ROUNDS: usize = 2_000_000;
-    let per_round = multiply_adds(1);
-    let seconds = best_time(|| {
-        std::thread::scope(|scope| {
-            for _ in 1..threads {
-                scope.spawn(|| black_box(multiply_adds(ROUNDS)));
-            }
-            black_box(multiply_adds(ROUNDS));
-        });
-    });
-    threads as f64 * 2.0 * per_round as f64 * ROUNDS as f64 / seconds / 1e9
-}
-
-/// Runs `rounds` rounds and returns the multiply-adds of one.
-fn multiply_adds(rounds: usize) -> usize {
-    #[cfg(target_arch = "x86_64")]
-    {
-        if is_x86_feature_detected!("avx512f") {
-            // SAFETY: the machine has AVX-512F.
-            return unsafe { multiply_adds_avx512(rounds) };
-        }
-        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-            // SAFETY: the machine has AVX2 and FMA.
-            return unsafe { multiply_adds_avx2(rounds) };
-        }
-    }
-    let mut sums = [1.0f32; 32];
-    for _ in 0..rounds {
-        for s in &mut sums {
-            *s = *s * 0.999 + 0.001;
-        }
-    }
-    black_box(sums).len()
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
-unsafe fn multiply_adds_avx512(rounds: usize) -> usize {
-    use std::arch::x86_64::*;
-    let (a, b) = (
-        _mm512_set1_ps(black_box(0.999)),
-        _mm512_set1_ps(black_box(0.001)),
-    );
-    let mut sums = [_mm512_set1_ps(1.0); 16];
-    for _ in 0..rounds {
-        for s in &mut sums {
-            *s = _mm512_fmadd_ps(*s, a, b);
-        }
-    }
-    black_box(sums).len() * 16
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-unsafe fn multiply_adds_avx2(rounds: usize) -> usize {
-    use std::arch::x86_64::*;
-    let (a, b) = (
-        _mm256_set1_ps(black_box(0.999)),
-        _mm256_set1_ps(black_box(0.001)),
-    );
-    let mut sums = [_mm256_set1_ps(1.0); 12];
-    for _ in 0..rounds {
-        for s in &mut sums {
-            *s = _mm256_fmadd_ps(*s, a, b);
-        }
-    }
-    black_box(sums).len() * 8
-}
-
-/// GB/s of copying, read and written bytes both counted, far beyond the caches.
-fn copy_bandwidth(threads: usize) -> f64 {
-    const BYTES: usize = 256 << 20;
-    let from = vec![1u8; BYTES];
-    let mut to = vec![0u8; BYTES];
-    let part = BYTES / threads;
-    let seconds = best_time(|| {
-        if threads == 1 {
-            to.copy_from_slice(&from);
-        } else {
-            std::thread::scope(|scope| {
-                for (from, to) in from.chunks(part).zip(to.chunks_mut(part)) {
-                    scope.spawn(|| to.copy_from_slice(from));
-                }
-            });
-        }
-        black_box(&mut to);
-    });
-    2.0 * BYTES as f64 / seconds / 1e9
 }

@@ -69,33 +69,40 @@ unsafe impl Simd for Avx2 {
     unsafe fn feature_map(u: V8) -> V8 {
         // SAFETY: as for the trait.
         unsafe {
-            let zero = _mm256_setzero_ps();
-            // min and max return their second operand where one is NaN, so NaN goes through.
-            let x = _mm256_min_ps(zero, u.0);
-            let x = _mm256_max_ps(_mm256_set1_ps(exp32::LOWEST), x);
+            // What becomes of numbers above zero, infinity included, is blended out at the end.
+            // max returns its second operand where one is NaN, so NaN goes through.
+            let x = _mm256_max_ps(_mm256_set1_ps(exp32::LOWEST), u.0);
             let n = _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(
                 _mm256_mul_ps(x, _mm256_set1_ps(exp32::LOG2_E)),
             );
             let r = _mm256_fnmadd_ps(n, _mm256_set1_ps(exp32::LN2_HI), x);
             let r = _mm256_fnmadd_ps(n, _mm256_set1_ps(exp32::LN2_LO), r);
-            let mut p = _mm256_set1_ps(exp32::P[0]);
-            for &c in &exp32::P[1..] {
-                p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(c));
+            let mut y = _mm256_set1_ps(exp32::COEFFICIENTS[0]);
+            for &c in &exp32::COEFFICIENTS[1..] {
+                y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(c));
             }
-            let one = _mm256_set1_ps(1.0);
-            let y = _mm256_add_ps(_mm256_fmadd_ps(p, _mm256_mul_ps(r, r), r), one);
             // 2ⁿ in two factors: n reaches -151, beyond the normal exponents.
             let n = _mm256_cvtps_epi32(n);
             let low = _mm256_srai_epi32::<1>(n);
             let high = _mm256_sub_epi32(n, low);
             let exp = _mm256_mul_ps(_mm256_mul_ps(y, power_of_two(low)), power_of_two(high));
-            let positive = _mm256_cmp_ps::<_CMP_GT_OQ>(u.0, zero);
-            V8(_mm256_blendv_ps(exp, _mm256_add_ps(u.0, one), positive))
+            let positive = _mm256_cmp_ps::<_CMP_GT_OQ>(u.0, _mm256_setzero_ps());
+            V8(_mm256_blendv_ps(
+                exp,
+                _mm256_add_ps(u.0, _mm256_set1_ps(1.0)),
+                positive,
+            ))
         }
     }
 
     #[inline(always)]
-    unsafe fn lower_half(v: V8) -> V8 {
+    unsafe fn feature_map_half(u: V8) -> V8 {
+        // SAFETY: as for the trait.
+        unsafe { Self::feature_map(u) }
+    }
+
+    #[inline(always)]
+    unsafe fn extend_half(v: V8) -> V8 {
         v
     }
 
@@ -165,6 +172,11 @@ macro_rules! convert {
             unsafe fn read_part(from: *const $t, count: usize) -> V8 {
                 // SAFETY: as for the trait.
                 unsafe { Whole::read(widen_part(from, count, $zero).as_ptr()) }
+            }
+            #[inline(always)]
+            unsafe fn read_half(from: *const $t, count: usize) -> V8 {
+                // SAFETY: as for the trait.
+                unsafe { Self::read_part(from, count) }
             }
             #[inline(always)]
             unsafe fn write(v: V8, to: *mut $t) {

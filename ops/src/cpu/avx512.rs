@@ -110,31 +110,50 @@ unsafe impl Simd for Avx512 {
     unsafe fn feature_map(u: V16) -> V16 {
         // SAFETY: as for the trait.
         unsafe {
-            let zero = _mm512_setzero_ps();
-            // min and max return their second operand where one is NaN, so NaN goes through.
-            let x = _mm512_min_ps(zero, u.0);
-            let x = _mm512_max_ps(_mm512_set1_ps(exp32::LOWEST), x);
+            // What becomes of numbers above zero, infinity included, is masked out at the end.
+            // max returns its second operand where one is NaN, so NaN goes through.
+            let x = _mm512_max_ps(_mm512_set1_ps(exp32::LOWEST), u.0);
             let n = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(
                 _mm512_mul_ps(x, _mm512_set1_ps(exp32::LOG2_E)),
             );
             let r = _mm512_fnmadd_ps(n, _mm512_set1_ps(exp32::LN2_HI), x);
             let r = _mm512_fnmadd_ps(n, _mm512_set1_ps(exp32::LN2_LO), r);
-            let mut p = _mm512_set1_ps(exp32::P[0]);
-            for &c in &exp32::P[1..] {
-                p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
+            let mut y = _mm512_set1_ps(exp32::COEFFICIENTS[0]);
+            for &c in &exp32::COEFFICIENTS[1..] {
+                y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(c));
             }
-            let one = _mm512_set1_ps(1.0);
-            let y = _mm512_add_ps(_mm512_fmadd_ps(p, _mm512_mul_ps(r, r), r), one);
             let exp = _mm512_scalef_ps(y, n);
-            let positive = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(u.0, zero);
-            V16(_mm512_mask_add_ps(exp, positive, u.0, one))
+            let positive = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(u.0, _mm512_setzero_ps());
+            V16(_mm512_mask_add_ps(exp, positive, u.0, _mm512_set1_ps(1.0)))
         }
     }
 
     #[inline(always)]
-    unsafe fn lower_half(v: V16) -> V8 {
+    unsafe fn feature_map_half(u: V8) -> V8 {
         // SAFETY: as for the trait.
-        V8(unsafe { _mm512_castps512_ps256(v.0) })
+        unsafe {
+            // What becomes of numbers above zero, infinity included, is masked out at the end.
+            // max returns its second operand where one is NaN, so NaN goes through.
+            let x = _mm256_max_ps(_mm256_set1_ps(exp32::LOWEST), u.0);
+            let n = _mm256_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(
+                _mm256_mul_ps(x, _mm256_set1_ps(exp32::LOG2_E)),
+            );
+            let r = _mm256_fnmadd_ps(n, _mm256_set1_ps(exp32::LN2_HI), x);
+            let r = _mm256_fnmadd_ps(n, _mm256_set1_ps(exp32::LN2_LO), r);
+            let mut y = _mm256_set1_ps(exp32::COEFFICIENTS[0]);
+            for &c in &exp32::COEFFICIENTS[1..] {
+                y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(c));
+            }
+            let exp = _mm256_scalef_ps(y, n);
+            let positive = _mm256_cmp_ps_mask::<_CMP_GT_OQ>(u.0, _mm256_setzero_ps());
+            V8(_mm256_mask_add_ps(exp, positive, u.0, _mm256_set1_ps(1.0)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn extend_half(v: V8) -> V16 {
+        // SAFETY: as for the trait.
+        V16(unsafe { _mm512_zextps256_ps512(v.0) })
     }
 
     #[inline(always)]
@@ -180,6 +199,15 @@ unsafe impl Convert<f32> for Avx512 {
         V16(unsafe { _mm512_maskz_loadu_ps(mask16(count), from) })
     }
     #[inline(always)]
+    unsafe fn read_half(from: *const f32, count: usize) -> V8 {
+        // SAFETY: as for the trait.
+        V8(unsafe { _mm256_maskz_loadu_ps(mask8(count), from) })
+    }
+    #[inline(always)]
+    fn in_place(from: *const f32) -> Option<*const f32> {
+        Some(from)
+    }
+    #[inline(always)]
     unsafe fn write(v: V16, to: *mut f32) {
         // SAFETY: as for the trait.
         unsafe { _mm512_storeu_ps(to, v.0) }
@@ -209,6 +237,11 @@ unsafe impl Convert<f16> for Avx512 {
     unsafe fn read_part(from: *const f16, count: usize) -> V16 {
         // SAFETY: as for the trait.
         V16(unsafe { _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask16(count), from.cast())) })
+    }
+    #[inline(always)]
+    unsafe fn read_half(from: *const f16, count: usize) -> V8 {
+        // SAFETY: as for the trait.
+        V8(unsafe { _mm256_cvtph_ps(_mm_maskz_loadu_epi16(mask8(count), from.cast())) })
     }
     #[inline(always)]
     unsafe fn write(v: V16, to: *mut f16) {
@@ -266,6 +299,14 @@ unsafe impl Convert<bf16> for Avx512 {
             let narrow = _mm256_maskz_loadu_epi16(mask16(count), from.cast());
             let wide = _mm512_cvtepu16_epi32(narrow);
             V16(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn read_half(from: *const bf16, count: usize) -> V8 {
+        // SAFETY: as for the trait.
+        unsafe {
+            let wide = _mm256_cvtepu16_epi32(_mm_maskz_loadu_epi16(mask8(count), from.cast()));
+            V8(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide)))
         }
     }
     #[inline(always)]

@@ -3,7 +3,7 @@
 use half::{bf16, f16};
 
 use super::isa::Isa;
-use super::kernel::{Accumulate, Apply};
+use super::task::{Accumulate, Apply};
 use crate::schema::ElementType;
 
 /// An element type that the CPU kernels run on: `f32`, `f16`, `bf16` and `f64`.

@@ -7,10 +7,10 @@ use std::sync::OnceLock;
 use half::{bf16, f16};
 
 use super::element::Dispatch;
-use super::kernel::{Accumulate, Apply, On};
 use super::lanes::Portable;
 use super::panels::TileShape;
 use super::simd::Simd;
+use super::task::{Accumulate, Apply, On};
 
 #[cfg(target_arch = "x86_64")]
 use super::{

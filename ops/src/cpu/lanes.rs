@@ -79,7 +79,12 @@ macro_rules! portable {
                 Lanes(u.0.map($map::<FUSED>))
             }
             #[inline(always)]
-            unsafe fn lower_half(v: Self::Full) -> Self::Half {
+            unsafe fn feature_map_half(u: Self::Half) -> Self::Half {
+                // SAFETY: as for the trait.
+                unsafe { Self::feature_map(u) }
+            }
+            #[inline(always)]
+            unsafe fn extend_half(v: Self::Half) -> Self::Full {
                 v
             }
             #[inline(always)]
@@ -111,6 +116,11 @@ macro_rules! portable {
                     *lane = unsafe { *from.add(i) }.widen();
                 }
                 Lanes(lanes)
+            }
+            #[inline(always)]
+            unsafe fn read_half(from: *const T, count: usize) -> Self::Half {
+                // SAFETY: as for the trait.
+                unsafe { Self::read_part(from, count) }
             }
             #[inline(always)]
             unsafe fn write(v: Self::Full, to: *mut T) {
@@ -209,11 +219,10 @@ fn feature_map_f32<const FUSED: bool>(u: f32) -> f32 {
     let n = rounded - ROUND32;
     let r = fma32::<FUSED>(n, -exp32::LN2_HI, x);
     let r = fma32::<FUSED>(n, -exp32::LN2_LO, r);
-    let mut p = exp32::P[0];
-    for &c in &exp32::P[1..] {
-        p = fma32::<FUSED>(p, r, c);
+    let mut y = exp32::COEFFICIENTS[0];
+    for &c in &exp32::COEFFICIENTS[1..] {
+        y = fma32::<FUSED>(y, r, c);
     }
-    let y = fma32::<FUSED>(p, r * r, r) + 1.0;
     // 2ⁿ in two factors: n reaches -151, beyond the normal exponents.
     let n = (rounded.to_bits() as i32).wrapping_sub(ROUND32.to_bits() as i32);
     let half = n >> 1;

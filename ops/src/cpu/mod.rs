@@ -4,19 +4,24 @@
 //! the result has the same bits for any number of threads. It differs between instruction sets
 //! and between element types by rounding only.
 
+mod accumulate;
+mod ahead;
+mod apply;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod buffer;
+mod columns;
 mod element;
 mod isa;
-mod kernel;
 mod lanes;
 mod panels;
 mod plan;
 mod pool;
 mod simd;
+mod task;
+mod tile;
 #[cfg(target_arch = "x86_64")]
 mod wide64;
 

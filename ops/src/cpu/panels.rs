@@ -43,6 +43,11 @@ pub(super) struct Panel {
 }
 
 impl Panel {
+    /// Whether the value columns fill the register columns of so many lanes.
+    pub(super) fn is_exact(&self, lanes: usize) -> bool {
+        self.columns == self.full * lanes + if self.half { lanes / 2 } else { 0 }
+    }
+
     /// Register columns, a half one counted as one.
     pub(super) fn register_columns(&self) -> usize {
         self.full + usize::from(self.half)

@@ -4,21 +4,25 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::buffer::Buffer;
 use super::element::{Dispatch, Element};
-use super::kernel::{Accumulate, Apply, HeadShape, KEY_BLOCK, Rows};
 use super::panels;
 use super::simd::Accumulator;
+use super::task::{Accumulate, Apply, HeadShape, KEY_BLOCK, QUERY_BLOCK, Rows};
 use super::{Execution, KernelError, Tensors};
 use crate::schema::{Dims, Layout};
 
 /// Most partial results of phase 1 where there are fewer heads than that. A constant, as all
 /// here, so that the order of summation doesn't depend on the machine.
 const MAX_PARTS: usize = 128;
-/// Fewest rows of k that are worth a partial result of their own.
-const MIN_KEY_ROWS: usize = 8 * KEY_BLOCK;
-/// Rows of q of one task of phase 2.
-const QUERY_ROWS: usize = 480;
+/// Fewest rows of k that are worth a partial result of their own, and the same per row of that
+/// result: clearing and adding one up costs as much as a few rows of k.
+const MIN_KEY_ROWS: usize = 2 * KEY_BLOCK;
+const MIN_KEY_ROWS_PER_DIM: usize = 4;
+/// Most rows of q of one task of phase 2.
+const QUERY_ROWS: usize = 10 * QUERY_BLOCK;
+/// Fewest rows of q that are worth a task of their own where heads could be taken together.
+const MIN_QUERY_ROWS: usize = 2 * QUERY_BLOCK;
 /// Tasks that a phase is cut into at least, if it can be.
-const MIN_TASKS: usize = 16;
+const MIN_TASKS: usize = 8;
 /// Bytes of sums that a task keeps in use: about half of a second-level cache.
 const GROUP_BYTES: usize = 448 << 10;
 
@@ -46,9 +50,13 @@ pub(super) fn run<T: Element>(
     }
     let tile = T::tile(execution.isa);
     let (panels, width) = panels::cut(dims.value_dim, tile);
+    let min_rows = dims
+        .head_dim
+        .saturating_mul(MIN_KEY_ROWS_PER_DIM)
+        .max(MIN_KEY_ROWS);
     let splits = MAX_PARTS
         .div_ceil(heads)
-        .min(dims.keys.div_ceil(MIN_KEY_ROWS))
+        .min(dims.keys.div_ceil(min_rows))
         .max(1);
     let padded_dim = dims.head_dim.next_multiple_of(tile.lanes);
     let too_large = || KernelError::OutOfMemory {
@@ -71,6 +79,7 @@ pub(super) fn run<T: Element>(
         shape: HeadShape {
             head_dim: dims.head_dim,
             value_dim: dims.value_dim,
+            lanes: tile.lanes,
             padded_dim,
             panels: &panels,
             width,
@@ -90,18 +99,20 @@ impl Plan<'_> {
     ///
     /// Heads that lie side by side share pages and cache lines; their sums must fit in the
     /// cache, and there should be tasks for several threads. No sum depends on the grouping.
-    fn group<A>(&self, pieces: usize) -> usize {
+    fn group<T: Element>(&self, pieces: usize) -> usize {
         if self.dims.layout == Layout::Heads {
             return 1;
         }
-        let by_cache = GROUP_BYTES / (self.per_part * size_of::<A>());
-        let by_tasks = self.dims.batch * self.dims.heads * pieces / MIN_TASKS;
-        by_cache.min(by_tasks).clamp(1, self.dims.heads)
+        let heads = self.dims.heads;
+        let by_cache = GROUP_BYTES / (self.per_part * size_of::<T::Number>());
+        let by_tasks = self.dims.batch * heads * pieces / MIN_TASKS;
+        let most = by_cache.min(by_tasks).clamp(1, heads);
+        heads.div_ceil(heads.div_ceil(most))
     }
 
     /// Runs `task(batch, first head, heads, piece)` for every row range of every group.
-    fn for_groups<A>(&self, pieces: usize, task: &(dyn Fn(Group, usize) + Sync)) {
-        let size = self.group::<A>(pieces);
+    fn for_groups<T: Element>(&self, pieces: usize, task: &(dyn Fn(Group, usize) + Sync)) {
+        let size = self.group::<T>(pieces);
         let groups = self.dims.heads.div_ceil(size);
         let each = |index: usize| {
             let (group, piece) = (index / pieces, index % pieces);
@@ -144,6 +155,8 @@ impl Plan<'_> {
                     k: self.rows(k, group, keys, start, self.dims.head_dim),
                     v: self.rows(v, group, keys, start, self.dims.value_dim),
                     rows: end - start,
+                    rows_before: start,
+                    rows_ahead: keys - start,
                     sums: parts
                         .as_ptr()
                         .add((first * self.splits + split) * self.per_part),
@@ -153,7 +166,7 @@ impl Plan<'_> {
                 <T as Dispatch>::accumulate(self.execution.isa, task);
             }
         };
-        self.for_groups::<T::Number>(self.splits, &task);
+        self.for_groups::<T>(self.splits, &task);
         if out_of_memory.into_inner() {
             return Err(KernelError::OutOfMemory {
                 elements: scratch_len,
@@ -206,12 +219,17 @@ impl Plan<'_> {
         let out = SendPtr(tensors.out.as_mut_ptr().cast::<T>());
         let q = tensors.q;
         let out_of_memory = AtomicBool::new(false);
+        let pieces = MIN_TASKS
+            .div_ceil(self.dims.batch)
+            .min(queries.div_ceil(MIN_QUERY_ROWS))
+            .max(queries.div_ceil(QUERY_ROWS));
+        let piece_rows = queries.div_ceil(pieces).next_multiple_of(QUERY_BLOCK);
         let task = |group: Group, piece: usize| {
             let Ok(scratch) = Buffer::new(scratch_len) else {
                 out_of_memory.store(true, Ordering::Relaxed);
                 return;
             };
-            let start = piece * QUERY_ROWS;
+            let start = (piece * piece_rows).min(queries);
             let first = self.dims.heads * group.batch + group.first;
             // SAFETY: as in phase 1; tasks write disjoint rows of the output.
             unsafe {
@@ -225,7 +243,9 @@ impl Plan<'_> {
                         stride: to.stride,
                         head_step: to.head_step,
                     },
-                    rows: QUERY_ROWS.min(queries - start),
+                    rows: piece_rows.min(queries - start),
+                    rows_before: start,
+                    rows_ahead: queries - start,
                     sums: parts.as_ptr().add(first * self.splits * self.per_part),
                     sums_step: self.splits * self.per_part,
                     eps: T::Number::from_f64(f64::from(eps)),
@@ -234,7 +254,7 @@ impl Plan<'_> {
                 <T as Dispatch>::apply(self.execution.isa, task);
             }
         };
-        self.for_groups::<T::Number>(queries.div_ceil(QUERY_ROWS), &task);
+        self.for_groups::<T>(pieces, &task);
         if out_of_memory.into_inner() {
             return Err(KernelError::OutOfMemory {
                 elements: scratch_len,

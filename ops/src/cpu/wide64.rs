@@ -85,7 +85,12 @@ macro_rules! doubles {
                 }
             }
             #[inline(always)]
-            unsafe fn lower_half(v: $vector) -> $vector {
+            unsafe fn feature_map_half(u: $vector) -> $vector {
+                // SAFETY: as for the trait.
+                unsafe { Self::feature_map(u) }
+            }
+            #[inline(always)]
+            unsafe fn extend_half(v: $vector) -> $vector {
                 v
             }
             #[inline(always)]
@@ -122,6 +127,11 @@ macro_rules! doubles {
                 }
                 // SAFETY: all lanes are there.
                 unsafe { $vector::load(lanes.as_ptr()) }
+            }
+            #[inline(always)]
+            unsafe fn read_half(from: *const f64, count: usize) -> $vector {
+                // SAFETY: as for the trait.
+                unsafe { Self::read_part(from, count) }
             }
             #[inline(always)]
             unsafe fn write(v: $vector, to: *mut f64) {

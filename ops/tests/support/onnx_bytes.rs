@@ -11,9 +11,18 @@ pub enum Form {
     /// The node alone.
     Op,
     /// The node and the model-local function.
+    #[allow(dead_code, reason = "the benchmark doesn't build it")]
     Function(BodyFunction),
     /// The body's nodes in place of the node.
     Inlined(BodyFunction),
+    /// Another operator with the same inputs, output and `num_heads`.
+    #[allow(dead_code, reason = "only the benchmark builds it")]
+    Other {
+        /// Its type.
+        op_type: String,
+        /// Its domain, at version 1.
+        domain: String,
+    },
 }
 
 /// A model with inputs q, k, v and the output out; every dimension but the widths is symbolic.
@@ -193,8 +202,12 @@ impl OneNode {
             name: "eps".into(),
             value: AttributeValue::Float(eps),
         }));
+        let (op_type, domain) = match &self.form {
+            Form::Other { op_type, domain } => (op_type.as_str(), domain.as_str()),
+            _ => (LINFUSION_ATTENTION, DOMAIN),
+        };
         let site = BodyNode {
-            op_type: LINFUSION_ATTENTION.into(),
+            op_type: op_type.into(),
             inputs: ["q", "k", "v"].map(String::from).to_vec(),
             outputs: vec!["out".into()],
             attributes,
@@ -202,7 +215,7 @@ impl OneNode {
         let mut graph = Message::default();
         graph = match &self.form {
             Form::Inlined(body) => graph.each(&body.nodes, |m, n| m.message(1, node(n, "", ""))),
-            Form::Op | Form::Function(_) => graph.message(1, node(&site, "the_site", DOMAIN)),
+            _ => graph.message(1, node(&site, "the_site", domain)),
         };
         graph = graph
             .text(2, "one_node")
@@ -216,7 +229,8 @@ impl OneNode {
             .message(7, graph)
             .message(8, opset_import("", self.opset));
         if !matches!(self.form, Form::Inlined(_)) {
-            model = model.message(8, opset_import(DOMAIN, OPSET_VERSION));
+            let version = if domain == DOMAIN { OPSET_VERSION } else { 1 };
+            model = model.message(8, opset_import(domain, version));
         }
         if let Form::Function(body) = &self.form {
             model = model.message(25, function(body, self.opset));
