@@ -183,7 +183,7 @@ mod tests {
         // One head of its own, whose rows touch.
         assert_eq!(lines(8, 800, [4, 8], 1, 8), [2, 3, 4, 5]);
         // No rows, and rows without columns.
-        assert_eq!(lines(80, 40, [2, 0], 2, 40), []);
-        assert_eq!(lines(0, 0, [0, 4], 2, 0), []);
+        assert_eq!(lines(80, 40, [2, 0], 2, 40), [0usize; 0]);
+        assert_eq!(lines(0, 0, [0, 4], 2, 0), [0usize; 0]);
     }
 }
