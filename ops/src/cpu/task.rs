@@ -118,7 +118,7 @@ impl<T> Rows<*mut T> {
 
 /// Phase 1 for some rows of some heads.
 ///
-/// Safety of `Kernel::run`: `k` and `v` must have `rows` readable rows of D and Dv elements for
+/// Safety of [`super::simd::Kernel::run`]: `k` and `v` must have `rows` readable rows of D and Dv elements for
 /// each of `heads` heads, `sums` room for `shape.part_len()` numbers at each of `heads` multiples
 /// of `sums_step`, and `scratch` for `shape.accumulate_scratch()`; nobody else may use those
 /// meanwhile.
@@ -141,7 +141,7 @@ pub(super) struct Accumulate<'a, T, A> {
 
 /// Phase 2 for some rows of some heads.
 ///
-/// Safety of `Kernel::run`: `q` must have `rows` readable rows of D elements for each of `heads`
+/// Safety of [`super::simd::Kernel::run`]: `q` must have `rows` readable rows of D elements for each of `heads`
 /// heads, `out` as many writable ones of Dv that nobody else uses meanwhile, `sums` must hold what
 /// its comment says, and `scratch` must be room for `shape.apply_scratch()` numbers of its own.
 pub(super) struct Apply<'a, T, A> {
