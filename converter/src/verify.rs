@@ -8,6 +8,7 @@ use buffa::Message;
 use linfusion_models::checkpoint::{Checkpoint, CheckpointModule};
 use linfusion_models::onnx::proto::{GraphProto, ModelProto, NodeProto};
 use linfusion_models::onnx::{ElementType, OnnxFile, check_model, is_external, make};
+use linfusion_models::random::SplitMix64;
 use linfusion_ops::LinFusionAttentionAttrs;
 use linfusion_ops::reference::linfusion_attention;
 use linfusion_ops::schema::DEFAULT_EPS;
@@ -510,11 +511,6 @@ fn cut(file: &OnnxFile, site: &Converted) -> Result<ModelProto, String> {
 
 /// Noise in −2 … 2, the same at every run.
 fn noise(shape: &[usize]) -> ArrayD<f64> {
-    let mut state = 0x9e37_79b9_7f4a_7c15u64;
-    ArrayD::from_shape_simple_fn(IxDyn(shape), || {
-        state = state
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1_442_695_040_888_963_407);
-        ((state >> 33) as f64 / f64::from(1u32 << 31)) * 4.0 - 2.0
-    })
+    let mut random = SplitMix64::new(0);
+    ArrayD::from_shape_simple_fn(IxDyn(shape), || 2.0 * random.symmetric())
 }

@@ -4,3 +4,4 @@ pub mod checkpoint;
 #[cfg(feature = "fixtures")]
 pub mod fixtures;
 pub mod onnx;
+pub mod random;

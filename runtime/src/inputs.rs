@@ -4,6 +4,7 @@
 //! lost the names, from the rank: images are `[batch, channels, height, width]`, texts
 //! `[batch, tokens, width]`. Equal symbols always get equal sizes.
 
+use linfusion_models::random::SplitMix64;
 use std::collections::HashMap;
 
 use ndarray::{ArrayD, IxDyn};
@@ -104,7 +105,7 @@ pub fn make(ports: &[Port], request: &Request) -> Result<Vec<(String, Tensor)>, 
         });
     }
     let mut sizes = Sizes::new(ports, request);
-    let mut random = Random(request.seed);
+    let mut random = SplitMix64::new(request.seed);
     ports
         .iter()
         .map(|port| {
@@ -241,7 +242,7 @@ fn is_image(port: &Port) -> bool {
 /// 16 GiB of f32: more than any input of a diffusion graph.
 const MAX_ELEMENTS: usize = 1 << 32;
 
-fn values(port: &Port, shape: &[usize], random: &mut Random) -> Result<Tensor, InputsError> {
+fn values(port: &Port, shape: &[usize], random: &mut SplitMix64) -> Result<Tensor, InputsError> {
     let too_large = || InputsError::TooLarge {
         name: port.name.clone(),
         shape: shape.to_vec(),
@@ -266,30 +267,6 @@ fn values(port: &Port, shape: &[usize], random: &mut Random) -> Result<Tensor, I
     let values: Vec<f64> = (0..count).map(|_| draw()).collect();
     let array = ArrayD::from_shape_vec(IxDyn(shape), values).map_err(|_| too_large())?;
     Ok(Tensor::from_f64(array, port.dtype))
-}
-
-/// SplitMix64 (Steele, Lea and Flood 2014): small, and the same on every machine.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
-    }
-
-    /// In (0, 1].
-    fn unit(&mut self) -> f64 {
-        ((self.next() >> 11) + 1) as f64 / (1_u64 << 53) as f64
-    }
-
-    /// Mean 0, standard deviation 1 (Box and Muller 1958).
-    fn normal(&mut self) -> f64 {
-        let radius = (-2.0 * self.unit().ln()).sqrt();
-        radius * (std::f64::consts::TAU * self.unit()).cos()
-    }
 }
 
 #[cfg(test)]

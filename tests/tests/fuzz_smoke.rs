@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use buffa::Message;
 use linfusion_models::onnx::OnnxFile;
 use linfusion_models::onnx::proto::{AttributeProto, ModelProto};
+use linfusion_models::random::SplitMix64;
 
 #[path = "../../fuzz/src/targets.rs"]
 mod targets;
@@ -66,7 +67,7 @@ fn mutate(
             .into();
     let mut failures = Vec::new();
     for case in 0..cases {
-        let mut random = Random(case);
+        let mut random = Random(SplitMix64::new(case));
         let mut data = seeds[random.below(seeds.len())].clone();
         if case % 3 == 0 {
             change_bytes(&mut data, seeds, &mut random);
@@ -86,20 +87,15 @@ fn mutate(
     reached
 }
 
-/// SplitMix64.
-struct Random(u64);
+struct Random(SplitMix64);
 
 impl Random {
     fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
+        self.0.bits()
     }
 
     fn below(&mut self, end: usize) -> usize {
-        (self.next() % end.max(1) as u64) as usize
+        self.0.below(end)
     }
 
     fn pick<T: Clone>(&mut self, from: &[T]) -> Option<T> {

@@ -3,6 +3,7 @@
 //! Values are drawn as PyTorch initialises its layers: uniform in ±1/√fan_in for linear layers, near one
 //! for the LayerNorm's weight. The same modules and seed give the same bytes.
 
+use crate::random::SplitMix64;
 use std::collections::HashMap;
 use std::path::Path;
 
@@ -64,7 +65,7 @@ pub fn write_checkpoint(
     std::fs::write(&config_path, config).map_err(|e| io(&config_path, e))?;
 
     let tensors_path = folder.join("diffusion_pytorch_model.safetensors");
-    let mut random = SplitMix(options.seed);
+    let mut random = SplitMix64::new(options.seed);
     let mut tensors = Vec::new();
     for (index, module) in modules.iter().enumerate() {
         for part in Part::ALL.iter().filter(|p| p.is_required(module.mid)) {
@@ -112,7 +113,7 @@ fn config_json(modules: &[SynthModule]) -> String {
     format!("{config:#}\n")
 }
 
-fn draw(part: Part, module: &SynthModule, count: usize, random: &mut SplitMix) -> Vec<f64> {
+fn draw(part: Part, module: &SynthModule, count: usize, random: &mut SplitMix64) -> Vec<f64> {
     let mid = match module.mid {
         MlpWidth::Identity => module.dim,
         MlpWidth::Width(width) => width,
@@ -149,22 +150,4 @@ fn encode(values: &[f64], dtype: FloatType) -> Vec<u8> {
         }
     }
     bytes
-}
-
-/// SplitMix64 (Steele, Lea and Flood 2014): small, seedable, and the same on every machine.
-struct SplitMix(u64);
-
-impl SplitMix {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
-    }
-
-    /// Uniform in [-1, 1).
-    fn symmetric(&mut self) -> f64 {
-        (self.next() >> 11) as f64 * (2.0 / (1_u64 << 53) as f64) - 1.0
-    }
 }

@@ -211,10 +211,11 @@ impl Worker {
             Some(requests) => requests.write_all(b"\n").and_then(|()| requests.flush()),
             None => Err(std::io::Error::other("it was told to finish")),
         };
-        sent.map_err(|e| self.died(e))?;
-        match self.answer()? {
-            Answer::Ran(ms) => Ok(ms),
-            other => Err(self.unexpected(&other)),
+        match (self.answer()?, sent) {
+            (Answer::Ran(ms), Ok(())) => Ok(ms),
+            // Where the process is gone, its answer has said how it ended.
+            (_, Err(e)) => Err(self.died(e)),
+            (other, Ok(())) => Err(self.unexpected(&other)),
         }
     }
 
