@@ -90,10 +90,6 @@ fn mutate(
 struct Random(SplitMix64);
 
 impl Random {
-    fn next(&mut self) -> u64 {
-        self.0.bits()
-    }
-
     fn below(&mut self, end: usize) -> usize {
         self.0.below(end)
     }

@@ -2,6 +2,10 @@
 
 pub mod library;
 mod ort;
+#[cfg(feature = "tract")]
+mod tract;
+#[cfg(not(feature = "tract"))]
+#[path = "without_tract.rs"]
 mod tract;
 
 use std::fmt;
