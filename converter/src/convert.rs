@@ -18,7 +18,7 @@ use crate::analysis::{Analysis, METADATA_KEY};
 use crate::attention::kind::Kind;
 use crate::graph::collect_names;
 use crate::mapping::{Ambiguous, assign};
-use crate::plan::{Action, Selection, plan};
+use crate::plan::{Action, Selection, UnmatchedPattern, plan};
 use crate::report::{ConvertReport, ModelReport};
 use crate::rewrite::site::{Context, Weights, patch};
 use crate::rewrite::{Emit, Patch, SiteError, apply, declare_operator};
@@ -159,6 +159,19 @@ pub enum ConvertError {
     /// Sites and checkpoint cannot be brought together.
     #[error(transparent)]
     Ambiguous(#[from] Ambiguous),
+    /// A pattern matches nothing.
+    #[error(transparent)]
+    Pattern(#[from] UnmatchedPattern),
+    /// Sites have different element types.
+    #[error(
+        "'{model}' has self-attention in {found}: one function in the file has one type\nhint: --emit standard, or --only for the sites of one type"
+    )]
+    MixedTypes {
+        /// The model.
+        model: String,
+        /// The types.
+        found: String,
+    },
     /// A site cannot be rewritten.
     #[error(transparent)]
     Site(#[from] SiteError),
@@ -194,6 +207,7 @@ pub fn convert(
     refuse_converted(&file.model, &name)?;
     progress("looking for attention");
     let analysis = Analysis::of(&file);
+    request.selection.check(&analysis.sites)?;
     let mut actions = plan(&analysis, &request.selection);
     refuse_fewer(&name, &analysis, &actions, request.partial)?;
     let checkpoint = open_checkpoint(request, &name, &analysis)?;
@@ -238,6 +252,13 @@ pub fn convert(
     }
     progress("rewriting");
     let element = converted.first().map_or(ElementType::F32, |c| c.element);
+    let types: BTreeSet<&str> = converted.iter().map(|c| c.element.name()).collect();
+    if types.len() > 1 && request.emit == Emit::Function {
+        return Err(ConvertError::MixedTypes {
+            model: name,
+            found: types.into_iter().collect::<Vec<_>>().join(" and "),
+        });
+    }
     let again = Shapes::propagate(&file.model, &|t| file.tensor_bytes(t).ok(), &AGAIN);
     let mut model = file.model.clone();
     let pruned = apply(&mut model, patches, &analysis.shapes, &again);
@@ -654,6 +675,7 @@ fn record(model: &mut ModelProto, report: &ConvertReport, converted: &[Converted
 pub fn inspect(model: &Path, selection: &Selection) -> Result<ModelReport, ConvertError> {
     let file = OnnxFile::open(model)?;
     let analysis = Analysis::of(&file);
+    selection.check(&analysis.sites)?;
     let actions = plan(&analysis, selection);
     Ok(ModelReport::new(
         &model.display().to_string(),

@@ -1,10 +1,44 @@
 //! What is done with each site: converted, or kept and why.
 
+use std::collections::HashSet;
+
 use globset::{Glob, GlobSet, GlobSetBuilder};
 
 use crate::analysis::Analysis;
 use crate::attention::kind::Kind;
 use crate::attention::site::Site;
+
+/// A pattern of `--keep` or `--only` that no site matches.
+#[derive(Debug, thiserror::Error)]
+#[error("pattern {} of {option} matches no attention of the model (hint: `inspect` lists the module paths)", .index + 1)]
+pub struct UnmatchedPattern {
+    /// The option.
+    pub option: &'static str,
+    /// Position among its patterns.
+    pub index: usize,
+}
+
+impl Selection {
+    /// Whether every pattern matches something.
+    ///
+    /// # Errors
+    /// [`UnmatchedPattern`]: a mistyped `--keep` would convert what it names.
+    pub fn check(&self, sites: &[Site<'_>]) -> Result<(), UnmatchedPattern> {
+        let sets = [("--keep", Some(&self.keep)), ("--only", self.only.as_ref())];
+        for (option, set) in sets.into_iter().filter_map(|(o, s)| Some((o, s?))) {
+            let names = |s: &Site<'_>| [s.module.clone().unwrap_or_default(), s.anchor.clone()];
+            let matched: HashSet<usize> = sites
+                .iter()
+                .flat_map(names)
+                .flat_map(|name| set.matches(name))
+                .collect();
+            if let Some(index) = (0..set.len()).find(|i| !matched.contains(i)) {
+                return Err(UnmatchedPattern { option, index });
+            }
+        }
+        Ok(())
+    }
+}
 
 /// Which sites the user wants converted.
 #[derive(Clone, Debug, Default)]
@@ -86,7 +120,9 @@ pub fn plan(analysis: &Analysis<'_>, selection: &Selection) -> Vec<Action> {
             let reason = || obstacle.map_or_else(|| site.kind.to_string(), Clone::clone);
             match site.kind {
                 Kind::SelfAttention => {}
-                Kind::Other if strange || site.unread => return Action::Cannot(reason()),
+                Kind::Other if strange || site.unread || site.attends => {
+                    return Action::Cannot(reason());
+                }
                 _ => return Action::Keep(reason()),
             }
             ordinal += 1;

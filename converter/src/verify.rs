@@ -11,7 +11,7 @@ use linfusion_models::onnx::{ElementType, OnnxFile, check_model, is_external, ma
 use linfusion_models::random::SplitMix64;
 use linfusion_ops::LinFusionAttentionAttrs;
 use linfusion_ops::reference::linfusion_attention;
-use linfusion_ops::schema::DEFAULT_EPS;
+use linfusion_ops::schema::{DEFAULT_EPS, DOMAIN};
 use linfusion_runtime::engine::{Engine, EngineError, Operators, Session, SessionOptions, library};
 use linfusion_runtime::tensor::{DType, Tensor};
 use ndarray::{Array2, ArrayD, IxDyn};
@@ -185,7 +185,7 @@ pub fn known_problems(file: &OnnxFile) -> HashSet<String> {
 /// those that cannot be read back.
 #[must_use]
 pub fn converted_sites(file: &OnnxFile) -> (Vec<Converted>, Vec<String>) {
-    use linfusion_ops::schema::{ATTR_NUM_HEADS, DOMAIN, LINFUSION_ATTENTION};
+    use linfusion_ops::schema::{ATTR_NUM_HEADS, LINFUSION_ATTENTION};
     let shapes = crate::shapes::Shapes::propagate(
         &file.model,
         &|t| file.tensor_bytes(t).ok(),
@@ -287,8 +287,20 @@ fn run_site(
         .ok_or_else(|| Failure::CannotRun(format!("element type {}", site.element)))?;
     let model = cut(file, site).map_err(Failure::CannotRun)?;
     let bytes = model.encode_to_vec();
+    // The function body, as any engine runs it; where the file has only the
+    // operator, the operator.
+    let has_body = (file.model.functions.iter()).any(|f| f.domain.as_deref() == Some(DOMAIN));
+    let uses_operator = model
+        .graph
+        .node
+        .iter()
+        .any(|n| n.domain.as_deref() == Some(DOMAIN));
     let options = SessionOptions {
-        operators: Operators::None,
+        operators: if uses_operator && !has_body {
+            Operators::InProcess
+        } else {
+            Operators::None
+        },
         ..SessionOptions::default()
     };
     let mut session = Session::from_bytes(engine, &bytes, &options)?;

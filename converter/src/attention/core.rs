@@ -1,6 +1,9 @@
 //! Anchors (Softmax and the attention operators) and the canonical form of the
 //! attention around each.
 
+use linfusion_models::onnx::proto::NodeProto;
+
+use super::plain::from_integer;
 use crate::graph::{Graph, NodeId, attr_float, attr_int, attr_str, domain, input, op};
 use crate::shapes::{Shapes, einsum_terms};
 
@@ -124,7 +127,7 @@ pub fn anchors(graph: &Graph<'_>) -> Vec<NodeId> {
 
 /// Whether a node is a Softmax or an attention operator.
 #[must_use]
-pub fn is_anchor(node: &linfusion_models::onnx::proto::NodeProto) -> bool {
+pub fn is_anchor(node: &NodeProto) -> bool {
     match domain(node) {
         "" => matches!(op(node), "Softmax" | "Attention"),
         "com.microsoft" => matches!(
@@ -188,7 +191,9 @@ fn products<'m>(
         return not("Softmax without an input");
     };
     let scores_shape = shape_of(shapes, input)?;
-    let axis = attr_int(node, "axis").unwrap_or(-1);
+    // Before opset 13 the default is 1, and all axes from there on together.
+    let default = if shapes.opset() < 13 { 1 } else { -1 };
+    let axis = attr_int(node, "axis").unwrap_or(default);
     if axis != -1 && axis != scores_shape.len() as i64 - 1 {
         return not(format!(
             "Softmax over axis {axis} of {scores_shape:?}, not over the last one"
@@ -239,20 +244,40 @@ fn scores<'m>(
             });
         }
         value = match (domain(node), op(node)) {
-            (_, "Cast" | "Identity" | "Reshape" | "Squeeze" | "Unsqueeze" | "Clip" | "Dropout")
-            | (_, "QuantizeLinear" | "DequantizeLinear") => match input(node, 0) {
-                Some(v) => v,
-                None => {
-                    return not(format!(
-                        "{} '{}' without an input",
-                        op(node),
+            (_, "Reshape" | "Squeeze" | "Unsqueeze") => same_rows(shapes, node)?,
+            (_, "Clip") => {
+                if !is_whole_range(shapes, node) {
+                    mask = Some(format!(
+                        "the scores are clipped by '{}'",
                         crate::graph::label(node)
                     ));
                 }
-            },
+                input(node, 0).ok_or_else(|| NotAttention("Clip without an input".into()))?
+            }
+            (_, "Cast" | "Identity" | "Dropout" | "QuantizeLinear" | "DequantizeLinear")
+                if is_inference(shapes, node) =>
+            {
+                match input(node, 0) {
+                    Some(v) => v,
+                    None => {
+                        return not(format!(
+                            "{} '{}' without an input",
+                            op(node),
+                            crate::graph::label(node)
+                        ));
+                    }
+                }
+            }
             (_, "Mul" | "Div") => {
                 let (data, other) = split_small(shapes, node)?;
-                let factor = shapes.fact(other).scalar().unwrap_or(1.0);
+                let known = shapes.fact(other).scalar();
+                // What undoes quantization is known at run time only.
+                if shapes.is_default(other) || (known.is_none() && !from_integer(graph, data)) {
+                    mask = Some(format!(
+                        "the scores are scaled by '{other}', which is known at run time only"
+                    ));
+                }
+                let factor = known.unwrap_or(1.0);
                 scale *= if op(node) == "Mul" {
                     factor
                 } else {
@@ -450,16 +475,21 @@ fn weighted_sum<'m>(
         };
         let node = graph.node(reader);
         match op(node) {
+            "Reshape" | "Squeeze" | "Unsqueeze" => {
+                same_rows(shapes, node)?;
+                value = node.output.first().map_or("", String::as_str);
+            }
+            "Where" if is_nan_to_zero(graph, shapes, node, value) => {
+                value = node.output.first().map_or("", String::as_str);
+            }
             "Cast"
             | "Identity"
-            | "Reshape"
             | "Dropout"
             | "QuantizeLinear"
             | "DequantizeLinear"
-            | "Where"
-            | "Squeeze"
-            | "Unsqueeze"
-            | "DynamicQuantizeLinear" => {
+            | "DynamicQuantizeLinear"
+                if is_inference(shapes, node) =>
+            {
                 value = node.output.first().map_or("", String::as_str);
             }
             "Einsum" => return einsum_sum(graph, shapes, reader, value),
@@ -547,7 +577,7 @@ fn einsum_sum<'m>(
 /// Splits a two-input node into (data, one-element operand).
 fn split_small<'m>(
     shapes: &Shapes,
-    node: &'m linfusion_models::onnx::proto::NodeProto,
+    node: &'m NodeProto,
 ) -> Result<(&'m str, &'m str), NotAttention> {
     if let (Some(a), Some(b)) = (input(node, 0), input(node, 1)) {
         if shapes.fact(b).count() == Some(1) {
@@ -563,12 +593,61 @@ fn split_small<'m>(
     ))
 }
 
+/// The input of a node that folds the scores, if it leaves their rows whole.
+fn same_rows<'m>(shapes: &Shapes, node: &'m NodeProto) -> Result<&'m str, NotAttention> {
+    let row = |v: Option<&str>| v.and_then(|v| shapes.shape(v)?.last().copied());
+    match (input(node, 0), node.output.first()) {
+        (Some(from), Some(to)) if row(Some(from)).is_some() && row(Some(from)) == row(Some(to)) => {
+            Ok(from)
+        }
+        _ => not(format!(
+            "'{}' folds the rows of the scores",
+            crate::graph::label(node)
+        )),
+    }
+}
+
+/// Whether a Clip only keeps infinities out: its bounds are those of a type, the
+/// narrowest of which is fp16.
+fn is_whole_range(shapes: &Shapes, node: &NodeProto) -> bool {
+    const HALF: f64 = 65_000.0;
+    let bound = |slot: usize, name: &str| {
+        let stored = crate::graph::attribute(node, name).and_then(|a| a.f);
+        match input(node, slot) {
+            Some(v) => shapes.fact(v).scalar(),
+            None => Some(stored.map_or(f64::INFINITY, |f| f64::from(f).abs())),
+        }
+    };
+    let wide = |v: Option<f64>| v.is_some_and(|v| v.abs() >= HALF);
+    wide(bound(1, "min")) && wide(bound(2, "max"))
+}
+
+/// Whether a Dropout (or any other node) does nothing but pass its input on.
+fn is_inference(shapes: &Shapes, node: &NodeProto) -> bool {
+    op(node) != "Dropout"
+        || input(node, 2).is_none_or(|training| shapes.fact(training).scalar() == Some(0.0))
+}
+
+/// `Where(IsNaN(p), 0, p)`: how PyTorch keeps a row that is masked as a whole.
+fn is_nan_to_zero(graph: &Graph<'_>, shapes: &Shapes, node: &NodeProto, weights: &str) -> bool {
+    let (Some(condition), Some(then), Some(other)) =
+        (input(node, 0), input(node, 1), input(node, 2))
+    else {
+        return false;
+    };
+    let asks = graph.producer(condition).is_some_and(|p| {
+        let n = graph.node(p.node);
+        op(n) == "IsNaN" && input(n, 0) == Some(weights)
+    });
+    asks && other == weights && is_zero(graph, shapes, then)
+}
+
 /// Splits an Add on the scores into (scores, what is added): the scores are the
 /// operand that a product makes.
 fn addends<'m>(
     graph: &Graph<'m>,
     shapes: &Shapes,
-    node: &'m linfusion_models::onnx::proto::NodeProto,
+    node: &'m NodeProto,
 ) -> Result<(&'m str, &'m str), NotAttention> {
     let (Some(a), Some(b)) = (input(node, 0), input(node, 1)) else {
         return not(format!("'{}' lacks an input", crate::graph::label(node)));
@@ -577,15 +656,50 @@ fn addends<'m>(
     Ok(if is_score(a) { (a, b) } else { (b, a) })
 }
 
+/// Whether a product lies above the anchor and one below: attention, or close to it.
+#[must_use]
+pub fn between_products(graph: &Graph<'_>, anchor: NodeId) -> bool {
+    let Some(scores) = graph.input(anchor, 0) else {
+        return false;
+    };
+    let below = || {
+        let mut values: Vec<&str> = graph
+            .node(anchor)
+            .output
+            .iter()
+            .map(String::as_str)
+            .collect();
+        for _ in 0..8 {
+            let readers = values.iter().flat_map(|v| graph.readers(v));
+            let nodes: Vec<_> = readers.map(|p| graph.node(p.node)).collect();
+            if nodes.iter().any(|n| is_product(n)) {
+                return true;
+            }
+            let outputs = nodes.iter().flat_map(|n| n.output.iter());
+            values = outputs.map(String::as_str).take(64).collect();
+        }
+        false
+    };
+    scores_above(graph, scores, 12) && below()
+}
+
+fn is_product(node: &NodeProto) -> bool {
+    matches!(
+        op(node),
+        "MatMul" | "FusedMatMul" | "TransposeMatMul" | "Einsum" | "MatMulInteger" | "QLinearMatMul"
+    )
+}
+
 /// Whether a product of two activations lies directly above `value`.
 fn scores_above(graph: &Graph<'_>, value: &str, budget: usize) -> bool {
     let Some(port) = graph.producer(value) else {
         return false;
     };
     let node = graph.node(port.node);
+    if is_product(node) {
+        return true;
+    }
     match op(node) {
-        "MatMul" | "FusedMatMul" | "TransposeMatMul" | "Einsum" | "MatMulInteger"
-        | "QLinearMatMul" => true,
         "Mul" | "Add" | "Sub" | "Where" if budget > 0 => node
             .input
             .iter()
@@ -603,7 +717,7 @@ fn scores_above(graph: &Graph<'_>, value: &str, budget: usize) -> bool {
 }
 
 /// `scores − max(scores)`: softmax does not see it.
-fn is_row_max(graph: &Graph<'_>, node: &linfusion_models::onnx::proto::NodeProto) -> bool {
+fn is_row_max(graph: &Graph<'_>, node: &NodeProto) -> bool {
     let (Some(data), Some(other)) = (input(node, 0), input(node, 1)) else {
         return false;
     };
@@ -616,6 +730,9 @@ fn is_row_max(graph: &Graph<'_>, node: &linfusion_models::onnx::proto::NodeProto
 /// Whether a value is zero everywhere: a stored tensor of zeros, or anything
 /// times zero (what is left of `baddbmm` with beta 0).
 fn is_zero(graph: &Graph<'_>, shapes: &Shapes, value: &str) -> bool {
+    if shapes.is_default(value) {
+        return false;
+    }
     let fact = shapes.fact(value);
     if let Some(e) = &fact.elements {
         return (0..e.len()).all(|i| e.float(i) == Some(0.0));
@@ -652,10 +769,7 @@ fn is_zero(graph: &Graph<'_>, shapes: &Shapes, value: &str) -> bool {
     }
 }
 
-fn named_mask(
-    node: &linfusion_models::onnx::proto::NodeProto,
-    slots: &[(usize, &str)],
-) -> Option<String> {
+fn named_mask(node: &NodeProto, slots: &[(usize, &str)]) -> Option<String> {
     slots
         .iter()
         .find_map(|&(slot, what)| input(node, slot).map(|v| format!("{what} '{v}'")))

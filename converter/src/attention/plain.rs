@@ -66,6 +66,8 @@ pub struct OutProjection<'m> {
     pub later_bias: Option<(NodeId, usize)>,
     /// Output width.
     pub width: i64,
+    /// Why the layer cannot be replaced as a whole, if so.
+    pub obstacle: Option<String>,
 }
 
 /// A self-attention that can be rewritten.
@@ -531,7 +533,7 @@ fn is_vector(shapes: &Shapes, value: &str) -> bool {
 }
 
 /// Whether `value` is an integer product, cast to float.
-fn from_integer(graph: &Graph<'_>, value: &str) -> bool {
+pub(super) fn from_integer(graph: &Graph<'_>, value: &str) -> bool {
     graph.producer(value).is_some_and(|p| {
         let node = graph.node(p.node);
         op(node) == "MatMulInteger"
@@ -727,7 +729,7 @@ fn out_projection<'m>(
             _ => return None,
         }
     };
-    let mut result = graph.node(node).output.first()?.as_str();
+    let result = graph.node(node).output.first()?.as_str();
     let width = {
         let shape = shapes.shape(result)?;
         if *layout == Layout::ChannelsFirst {
@@ -736,48 +738,108 @@ fn out_projection<'m>(
             *shape.last()?
         }
     };
-    let mut later_bias = None;
-    // Down to the bias, through what undoes quantization.
+    let mut out = OutProjection {
+        node,
+        result,
+        layout: layout.clone(),
+        later_bias: None,
+        width,
+        obstacle: None,
+    };
+    if !has_bias(graph.node(node)) {
+        find_bias(graph, shapes, &mut out);
+    }
+    Some(out)
+}
+
+/// Whether a linear layer adds its bias itself.
+fn has_bias(node: &linfusion_models::onnx::proto::NodeProto) -> bool {
+    let slot = match op(node) {
+        "Gemm" | "FusedGemm" | "Conv" | "FusedConv" | "NhwcConv" => 2,
+        "DynamicQuantizeMatMul" => 4,
+        "MatMulNBits" => 5,
+        "MatMulIntegerToFloat" | "QGemm" => 6,
+        "QLinearConv" => 8,
+        _ => return false,
+    };
+    input(node, slot).is_some()
+}
+
+/// Walks down from the product to the layer's bias, through what undoes
+/// quantization: [`OutProjection::result`] becomes the sum.
+fn find_bias<'m>(graph: &Graph<'m>, shapes: &Shapes, out: &mut OutProjection<'m>) {
+    let (mut value, mut shared, mut moved) = (out.result, false, false);
     for _ in 0..8 {
-        let [reader] = graph.readers(result) else {
-            break;
+        let readers: Vec<_> = graph
+            .readers(value)
+            .iter()
+            .filter(|p| !matches!(op(graph.node(p.node)), "Shape" | "Size"))
+            .collect();
+        shared |= graph.is_observed(value) || readers.len() > 1;
+        let is_bias = |node: &linfusion_models::onnx::proto::NodeProto| {
+            matches!(op(node), "Add" | "BiasAdd")
+                && node.input.iter().any(|v| {
+                    v != value && shapes.fact(v).constant && {
+                        let shape = shapes.shape(v).unwrap_or(&[]);
+                        is_vector(shapes, v) && shape.iter().product::<i64>() == out.width
+                    }
+                })
         };
-        if graph.is_observed(result) {
-            break;
+        let bias = readers.iter().find(|p| is_bias(graph.node(p.node)));
+        if let Some(reader) = bias {
+            let below = graph.node(reader.node);
+            if shared || moved {
+                out.obstacle = Some(format!(
+                    "the bias that '{}' adds to '{}' cannot be replaced with the layer: {}",
+                    label(below),
+                    out.result,
+                    if shared {
+                        "something else reads the product"
+                    } else {
+                        "elements are moved in between"
+                    }
+                ));
+            } else if let Some(sum) = below.output.first() {
+                out.result = sum;
+            }
+            return;
         }
+        let Some(reader) = readers.first().filter(|_| readers.len() == 1) else {
+            return;
+        };
         let below = graph.node(reader.node);
         if matches!(
             op(below),
             "SkipLayerNormalization" | "SkipSimplifiedLayerNormalization"
         ) {
-            let bias = if op(below) == "SkipLayerNormalization" {
+            let slot = if op(below) == "SkipLayerNormalization" {
                 4
             } else {
                 3
             };
-            if reader.slot < 2 && input(below, bias).is_some() {
-                later_bias = Some((reader.node, bias));
+            if reader.slot < 2 && !shared && !moved && input(below, slot).is_some() {
+                out.later_bias = Some((reader.node, slot));
             }
-            break;
+            return;
         }
-        let next = match between(graph, shapes, reader.node, 0) {
-            Ok(Between::Computes(_)) => true,
-            Ok(Between::Moves(Move::Same, _)) => !shapes.fact(result).element.is_some_and(is_float),
-            _ => false,
+        let Some(next) = below
+            .output
+            .first()
+            .filter(|_| reader.slot == 0 || op(below) == "Mul")
+        else {
+            return;
         };
-        if !next {
-            break;
+        match between(graph, shapes, reader.node, 0) {
+            Ok(Between::Computes(_)) if !shared && !moved => out.result = next,
+            Ok(Between::Moves(Move::Same, _)) => {
+                // From integers back to numbers: part of the layer.
+                if !shapes.fact(value).element.is_some_and(is_float) && !shared && !moved {
+                    out.result = next;
+                }
+            }
+            Ok(Between::Moves(..)) => moved = true,
+            _ => return,
         }
-        result = below.output.first()?;
-        if matches!(op(below), "Add" | "BiasAdd") {
-            break;
-        }
+        value = next;
     }
-    Some(OutProjection {
-        node,
-        result,
-        layout: layout.clone(),
-        later_bias,
-        width,
-    })
 }

@@ -5,7 +5,7 @@ use std::collections::{HashMap, HashSet};
 
 use linfusion_models::onnx::proto::{GraphProto, ModelProto};
 
-use super::core::{Core, Role, anchors, core, is_anchor};
+use super::core::{Core, Role, anchors, between_products, core, is_anchor};
 use super::kind::{Kind, flow};
 use super::names::{
     attention_module, is_layer, scope_of_metadata, scope_of_node_name, scope_of_parameter,
@@ -44,6 +44,9 @@ pub struct Site<'m> {
     /// Whether nothing can be said of it: shapes are unknown, or it lies in a
     /// subgraph or function.
     pub unread: bool,
+    /// Whether it lies between two products, as attention does, whatever else
+    /// stands in the way of reading it.
+    pub attends: bool,
     /// Whether something (a mask) makes it more than plain attention.
     pub mask: Option<String>,
 }
@@ -130,6 +133,7 @@ fn unreachable_site<'m>(anchor: &str, place: &str) -> Site<'m> {
         context_width: None,
         plain: Err(format!("it lies {place}")),
         unread: true,
+        attends: true,
         mask: None,
     }
 }
@@ -146,6 +150,7 @@ fn read<'m>(graph: &Graph<'m>, shapes: &Shapes, anchor: NodeId) -> Site<'m> {
                 unread: graph
                     .input(anchor, 0)
                     .is_none_or(|scores| shapes.shape(scores).is_none()),
+                attends: between_products(graph, anchor),
                 ..unreachable_site(&name, "")
             };
         }
@@ -195,6 +200,7 @@ fn read<'m>(graph: &Graph<'m>, shapes: &Shapes, anchor: NodeId) -> Site<'m> {
         context_width,
         plain: strict,
         unread: false,
+        attends: true,
         mask: core.mask.clone(),
     }
 }

@@ -107,6 +107,25 @@ fn reroot_shapes(
     orphans
 }
 
+/// Before IR version 4 every stored tensor must be listed as an input as well, and
+/// new ones are not: raises the version, and takes the stored tensors off the
+/// inputs, where from then on a caller could replace them.
+fn raise_ir(model: &mut ModelProto, version: i64) {
+    let old = model.ir_version.unwrap_or(0);
+    if old < 4 {
+        let graph = model.graph.get_or_insert_default();
+        let stored: HashSet<String> = graph
+            .initializer
+            .iter()
+            .filter_map(|t| t.name.clone())
+            .collect();
+        graph
+            .input
+            .retain(|v| !stored.contains(v.name.as_deref().unwrap_or("")));
+    }
+    model.ir_version = Some(old.max(version));
+}
+
 /// Adds the operator's domain and, for [`Emit::Function`], its function.
 ///
 /// # Errors
@@ -117,6 +136,8 @@ pub fn declare_operator(
     opset: i64,
     element: ElementType,
 ) -> Result<(), linfusion_ops::body::BodyError> {
+    // Model-local functions came with IR version 8.
+    raise_ir(model, if emit == Emit::Function { 8 } else { 4 });
     if emit == Emit::Standard {
         return Ok(());
     }
@@ -131,10 +152,6 @@ pub fn declare_operator(
     if emit == Emit::Function {
         let function: FunctionProto = emit::function(opset, element)?;
         model.functions.push(function);
-        // Model-local functions came with IR version 8.
-        if model.ir_version.unwrap_or(0) < 8 {
-            model.ir_version = Some(8);
-        }
     }
     Ok(())
 }

@@ -173,6 +173,11 @@ pub fn patch(
             )));
         }
     };
+    if let (Weights::Module { .. }, Some(obstacle)) =
+        (weights, site.out.as_ref().and_then(|o| o.obstacle.as_ref()))
+    {
+        return Err(fail(obstacle.clone()));
+    }
     let port = context
         .graph
         .producer(target)
@@ -189,6 +194,13 @@ pub fn patch(
         return Err(fail(format!(
             "'{}' has several outputs",
             label(context.graph.node(port.node))
+        )));
+    }
+    let made = context.shapes.fact(target).element;
+    if made != Some(site.element) {
+        return Err(b.fail(format!(
+            "'{target}' has element type {made:?}, x '{}' has {}: types change inside the attention module",
+            site.x, site.element
         )));
     }
     let x = b.tokens(site.x, &site.x_layout, "x")?;

@@ -10,7 +10,7 @@ mod rules;
 pub use rules::einsum_terms;
 pub mod value;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use bytes::Bytes;
 use linfusion_models::onnx::proto::{
@@ -32,6 +32,8 @@ pub type TensorReader<'a> = &'a dyn Fn(&TensorProto) -> Option<Bytes>;
 /// The facts of every value of a graph, by name.
 pub struct Shapes {
     facts: HashMap<String, Fact>,
+    opset: i64,
+    defaults: HashSet<String>,
 }
 
 static UNKNOWN: Fact = Fact {
@@ -67,7 +69,32 @@ impl Shapes {
         };
         probe.bind(graph, &mut env.symbols, &mut env.facts);
         env.graph(graph);
-        Shapes { facts: env.facts }
+        // From IR version 4 on, a stored tensor that is also an input is a default.
+        let inputs: HashSet<&str> = (graph.input.iter())
+            .filter(|_| model.ir_version.unwrap_or(0) >= 4)
+            .filter_map(|v| v.name.as_deref())
+            .collect();
+        let stored = graph.initializer.iter().map(tensor_name);
+        Shapes {
+            facts: env.facts,
+            opset: crate::rewrite::default_opset(model).unwrap_or(0),
+            defaults: stored
+                .filter(|n| inputs.contains(n))
+                .map(str::to_owned)
+                .collect(),
+        }
+    }
+
+    /// Opset of the default domain; 0 if the model imports none.
+    #[must_use]
+    pub fn opset(&self) -> i64 {
+        self.opset
+    }
+
+    /// Whether `value` is stored in the model, but a caller may give another.
+    #[must_use]
+    pub fn is_default(&self, value: &str) -> bool {
+        self.defaults.contains(value)
     }
 
     /// What is known of `value`; an empty fact if nothing is.

@@ -16,7 +16,8 @@ fn left_out(model: &str) -> EngineError {
     EngineError::Load {
         engine: Engine::Tract,
         model: model.to_owned(),
-        message: "this program was built without tract (hint: name a libonnxruntime in ORT_DYLIB_PATH)"
-            .to_owned(),
+        message:
+            "this program was built without tract (hint: name a libonnxruntime in ORT_DYLIB_PATH)"
+                .to_owned(),
     }
 }

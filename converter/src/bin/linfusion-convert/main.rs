@@ -94,6 +94,7 @@ impl From<ConvertError> for Failure {
             ConvertError::Fewer { .. } => 4,
             ConvertError::AlreadyConverted { .. } => 5,
             ConvertError::Verify(_) => 6,
+            ConvertError::Pattern(_) => 2,
             _ => 1,
         };
         Failure::new(code, error)
