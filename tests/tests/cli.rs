@@ -167,8 +167,13 @@ fn wrong_inputs_have_messages_and_codes() {
         ),
         (
             &["unet.onnx", "--only", "nothing", "--weights", "none"],
-            4,
+            2,
             "--only",
+        ),
+        (
+            &["unet.onnx", "--keep", "*", "--weights", "none"],
+            4,
+            "kept by --keep",
         ),
         (
             &[

@@ -3,6 +3,7 @@
 
 use linfusion_convert::analysis::Analysis;
 use linfusion_convert::attention::kind::Kind;
+use linfusion_convert::attention::site::Site;
 use linfusion_models::onnx::make::{
     Dim, int, ints, node, opset, string, tensor_f32, tensor_i64, value_info,
 };
@@ -18,6 +19,9 @@ const HEADS: i64 = 2;
 struct Sketch {
     nodes: Vec<NodeProto>,
     initializers: Vec<TensorProto>,
+    opset: i64,
+    /// Stored tensors that are inputs as well.
+    defaults: Vec<&'static str>,
 }
 
 impl Sketch {
@@ -80,6 +84,8 @@ impl Sketch {
         Sketch {
             nodes,
             initializers,
+            opset: 17,
+            defaults: Vec::new(),
         }
     }
 
@@ -112,19 +118,29 @@ impl Sketch {
 
     /// Kind, whether it is convertible, and the reason if not.
     fn read(&self) -> (Kind, Option<String>) {
+        self.with_site(|site| (site.kind, site.plain.as_ref().err().cloned()))
+    }
+
+    fn with_site<T>(&self, look: impl FnOnce(&Site<'_>) -> T) -> T {
         let dims = [2, TOKENS, WIDTH].map(Dim::Fixed);
         let x = |name| value_info(name, ElementType::F32, &dims);
         let graph = GraphProto {
             name: Some("sketch".to_owned()),
             node: self.nodes.clone(),
             initializer: self.initializers.clone(),
-            input: vec![x("x"), x("context"), value_info("t", ElementType::F32, &[])],
+            input: [x("x"), x("context"), value_info("t", ElementType::F32, &[])]
+                .into_iter()
+                .chain(self.defaults.iter().map(|n| {
+                    let mask = [1, 1, TOKENS, TOKENS].map(Dim::Fixed);
+                    value_info(n, ElementType::F32, &mask)
+                }))
+                .collect(),
             output: vec![x("y")],
             ..GraphProto::default()
         };
         let model = ModelProto {
             ir_version: Some(8),
-            opset_import: vec![opset("", 17)],
+            opset_import: vec![opset("", self.opset)],
             graph: graph.into(),
             ..ModelProto::default()
         };
@@ -134,7 +150,7 @@ impl Sketch {
         let [site] = &analysis.sites[..] else {
             panic!("{} sites", analysis.sites.len())
         };
-        (site.kind, site.plain.as_ref().err().cloned())
+        look(site)
     }
 }
 
@@ -301,4 +317,136 @@ fn an_einsum_over_the_wrong_letter_is_no_product_of_queries_and_keys() {
         // Sums over the query: what is left is indexed by channel.
         scores.attribute = vec![string("equation", "bhid,bhjd->bhj")];
     });
+}
+
+#[test]
+fn a_scale_that_only_the_caller_knows_is_kept() {
+    kept(Kind::SelfAttention, "known at run time only", |s| {
+        s.input("scaled", 1, "t");
+    });
+}
+
+#[test]
+fn a_mask_that_the_caller_may_replace_is_kept() {
+    kept(Kind::SelfAttention, "'zeros' is added", |s| {
+        s.defaults.push("zeros");
+        s.before(
+            "softmax",
+            node("Add", "mask", &["s2", "zeros"], &["s3"], vec![]),
+        );
+        s.input("softmax", 0, "s3");
+    });
+}
+
+fn clip(s: &mut Sketch, bound: f32) {
+    s.initializers.push(tensor_f32("low", &[], &[-bound]));
+    s.initializers.push(tensor_f32("high", &[], &[bound]));
+    let clip = node("Clip", "clip", &["s2", "low", "high"], &["s3"], vec![]);
+    s.before("softmax", clip).input("softmax", 0, "s3");
+}
+
+#[test]
+fn scores_that_are_clipped_are_kept() {
+    kept(Kind::SelfAttention, "clipped by 'clip'", |s| clip(s, 50.0));
+}
+
+#[test]
+fn a_clip_at_the_ends_of_a_type_means_nothing() {
+    convertible(|s| clip(s, 65504.0));
+}
+
+fn replaced_where_nan(s: &mut Sketch, of: &str) {
+    s.initializers.push(tensor_f32("nought", &[], &[0.0]));
+    s.before("weighted", node("IsNaN", "asks", &[of], &["bad"], vec![]));
+    let replace = node("Where", "replace", &["bad", "nought", "p"], &["p2"], vec![]);
+    s.before("weighted", replace).input("weighted", 0, "p2");
+}
+
+#[test]
+fn zeros_for_rows_of_nan_mean_nothing() {
+    convertible(|s| replaced_where_nan(s, "p"));
+}
+
+#[test]
+fn attention_weights_that_are_masked_are_kept() {
+    kept(Kind::Other, "followed by Where 'replace'", |s| {
+        replaced_where_nan(s, "s2");
+    });
+}
+
+#[test]
+fn a_softmax_over_queries_and_keys_together_is_kept() {
+    kept(Kind::Other, "folds the rows", |s| {
+        s.initializers.push(tensor_i64("flat", &[3], &[0, 0, -1]));
+        let square = [0, 0, TOKENS, TOKENS];
+        s.initializers.push(tensor_i64("square", &[4], &square));
+        s.before(
+            "softmax",
+            node("Reshape", "fold", &["s2", "flat"], &["s3"], vec![]),
+        );
+        s.input("softmax", 0, "s3");
+        s.before(
+            "weighted",
+            node("Reshape", "unfold", &["p", "square"], &["p2"], vec![]),
+        );
+        s.input("weighted", 0, "p2");
+    });
+}
+
+#[test]
+fn before_opset_13_a_softmax_without_axis_is_not_over_the_last() {
+    kept(Kind::Other, "over axis 1", |s| {
+        s.opset = 12;
+        s.at("softmax").attribute.clear();
+    });
+}
+
+/// What the rewrite would replace, and why it would not, after a bias was put
+/// below the out projection through `between`.
+fn out_projection(between: &[(&str, &str)], observed: bool) -> (String, Option<String>) {
+    let mut s = Sketch::new();
+    s.initializers.push(tensor_f32("bo", &[WIDTH], &[0.1; 8]));
+    s.initializers.push(tensor_i64("rows", &[2], &[-1, WIDTH]));
+    s.at("out").output = vec!["product".to_owned()];
+    let mut value = "product".to_owned();
+    for (op, with) in between {
+        let next = format!("{value}_{op}");
+        let inputs: Vec<&str> = [value.as_str(), *with]
+            .into_iter()
+            .filter(|v| !v.is_empty())
+            .collect();
+        s.nodes.push(node(op, &next, &inputs, &[&next], vec![]));
+        value = next;
+    }
+    if observed {
+        s.nodes
+            .push(node("Relu", "probe", &["product"], &["probed"], vec![]));
+    }
+    s.nodes
+        .push(node("Add", "bias", &[&value, "bo"], &["y"], vec![]));
+    s.with_site(|site| {
+        let out = site.plain.as_ref().unwrap().out.as_ref().unwrap();
+        (out.result.to_owned(), out.obstacle.clone())
+    })
+}
+
+#[test]
+fn the_out_projections_bias_belongs_to_it() {
+    assert_eq!(out_projection(&[], false), ("y".to_owned(), None));
+    assert_eq!(
+        out_projection(&[("Identity", "")], false),
+        ("y".to_owned(), None)
+    );
+}
+
+#[test]
+fn an_out_projection_whose_bias_stands_apart_is_not_replaced() {
+    for (between, observed, says) in [
+        (&[("Reshape", "rows")][..], false, "elements are moved"),
+        (&[][..], true, "something else reads the product"),
+    ] {
+        let (_, obstacle) = out_projection(between, observed);
+        let obstacle = obstacle.expect(says);
+        assert!(obstacle.contains(says), "{obstacle}");
+    }
 }
