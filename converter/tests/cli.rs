@@ -7,14 +7,12 @@ use assert_cmd::Command;
 use linfusion_models::fixtures;
 
 fn linfusion(args: &[&str], folder: &Path) -> Output {
-    // The converter is another package's binary, built beside this test.
-    let exe = Path::new(env!("CARGO_BIN_EXE_demo")).with_file_name("linfusion-convert");
-    Command::new(exe)
+    Command::new(env!("CARGO_BIN_EXE_linfusion-convert"))
         .args(args)
         .current_dir(folder)
         .env("HF_HUB_CACHE", folder.join("no-cache"))
         .output()
-        .expect("linfusion-convert is built by `cargo test --workspace`")
+        .expect("linfusion-convert starts")
 }
 
 fn text(bytes: &[u8]) -> String {
