@@ -1,7 +1,9 @@
 //! Rewriting: each planned site becomes a patch, all patches are applied to the
 //! model at once, and what only the old nodes used is removed.
 
+mod builder;
 pub mod emit;
+mod module;
 mod prune;
 pub mod site;
 mod weights;
