@@ -11,6 +11,7 @@ pub mod convert;
 pub mod cost;
 pub mod diff;
 pub mod graph;
+pub mod grid;
 pub mod mapping;
 pub mod plan;
 pub mod reference;

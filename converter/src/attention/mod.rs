@@ -3,9 +3,11 @@
 //! form means ([`site::Site`]) and what it is turned into are later steps.
 
 pub mod core;
+pub mod exact;
 pub mod kind;
 pub mod layout;
 pub mod names;
 pub mod plain;
 pub mod projection;
 pub mod site;
+pub mod stream;

@@ -192,10 +192,10 @@ pub fn plain<'m>(
 }
 
 /// Sizes of the `[batch, tokens, …]` matrices of one site.
-struct Matrix {
-    batch: i64,
-    tokens: i64,
-    heads: i64,
+pub(super) struct Matrix {
+    pub batch: i64,
+    pub tokens: i64,
+    pub heads: i64,
 }
 
 impl Matrix {
@@ -226,7 +226,7 @@ impl Matrix {
     }
 
     /// How a matrix of `batch × tokens` rows lies in `shape`, with its width.
-    fn layout(&self, shape: &[i64], channels_first: bool) -> Option<(Layout, i64)> {
+    pub fn layout(&self, shape: &[i64], channels_first: bool) -> Option<(Layout, i64)> {
         let (b, n) = (self.batch, self.tokens);
         Some(match *shape {
             [x, y, c] if x == b && y == n && !channels_first => (Layout::Tokens, c),
@@ -243,7 +243,7 @@ impl Matrix {
     }
 
     /// Sampled (batch, token) pairs: the corners and a few inside.
-    fn rows(&self) -> Vec<(i64, i64)> {
+    pub fn rows(&self) -> Vec<(i64, i64)> {
         let (b, n) = (self.batch, self.tokens);
         let mut rows: Vec<(i64, i64)> = [0, 1, n / 3, n / 2 + 1, n - 1]
             .into_iter()
@@ -314,7 +314,11 @@ fn source_matrix<'m>(
     ))
 }
 
-fn head_channels(core: &Core<'_>, operand: &Operand<'_>, heads: i64) -> Result<i64, String> {
+pub(super) fn head_channels(
+    core: &Core<'_>,
+    operand: &Operand<'_>,
+    heads: i64,
+) -> Result<i64, String> {
     if let Some(d) = operand.size(Role::Channel) {
         return Ok(d);
     }
@@ -374,7 +378,7 @@ fn merged_taps<'m>(
 }
 
 /// A node between a linear layer and the attention.
-enum Between<'m> {
+pub(super) enum Between<'m> {
     /// Moves elements.
     Moves(Move, &'m str),
     /// Multiplies by a known number (the attention's scale).
@@ -385,7 +389,7 @@ enum Between<'m> {
 
 /// Reads an operand off the graph: walks up to its linear layer and checks that
 /// what lies between only moves and scales. Returns the tap and the scale.
-fn tap<'m>(
+pub(super) fn tap<'m>(
     graph: &Graph<'m>,
     shapes: &Shapes,
     operand: &Operand<'m>,
@@ -476,7 +480,7 @@ fn tap<'m>(
 }
 
 /// What the node at `id` does between a linear layer and the attention.
-fn between<'m>(
+pub(super) fn between<'m>(
     graph: &Graph<'m>,
     shapes: &Shapes,
     id: NodeId,
@@ -607,7 +611,7 @@ fn columns(
 }
 
 /// Walks down from the attention to where its heads are merged.
-fn merge<'m>(
+pub(super) fn merge<'m>(
     graph: &Graph<'m>,
     shapes: &Shapes,
     core: &Core<'m>,
@@ -695,7 +699,7 @@ fn merges(
 }
 
 /// The linear layer that reads the merged output, if it is all that reads it.
-fn out_projection<'m>(
+pub(super) fn out_projection<'m>(
     graph: &Graph<'m>,
     shapes: &Shapes,
     merged: &'m str,

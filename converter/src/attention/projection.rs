@@ -122,7 +122,7 @@ fn joins_on_tokens(node: &NodeProto, rank: usize) -> bool {
 }
 
 /// The inputs that carry data, not sizes or indices.
-fn data_inputs(node: &NodeProto) -> Vec<&str> {
+pub(super) fn data_inputs(node: &NodeProto) -> Vec<&str> {
     let only_first = matches!(
         op(node),
         "Reshape"
