@@ -1,4 +1,4 @@
-//! The meaning of the operator in plain `f64` arithmetic, for tests and for checking results.
+//! The meaning of the operators in plain `f64` arithmetic, for tests and for checking results.
 //!
 //! Written for clarity, not for speed: every sum is taken in order, in `f64`, whatever the
 //! element type of the input.
@@ -6,7 +6,9 @@
 use half::{bf16, f16};
 use ndarray::{Array, ArrayD, ArrayView, ArrayViewD, Dimension, Ix3, Ix4, IxDyn};
 
-use crate::schema::{Dims, Layout, LinFusionAttentionAttrs, ShapeError};
+use crate::schema::{
+    Dims, GridAxis, Layout, LinFusionAttentionAttrs, ShapeError, WindowAttentionAttrs, WindowDims,
+};
 
 /// An element that the reference can read and write.
 pub trait ReferenceElement: Copy {
@@ -105,6 +107,79 @@ where
                         .map(|(i, f)| f * sums[[i, j]])
                         .sum();
                     out[[b, h, n, j]] = sum / (norm + f64::from(attrs.eps));
+                }
+            }
+        }
+    }
+    Ok(in_layout(out, &dims))
+}
+
+/// The output of `WindowAttention` in `f64`; q, k, v and the grid as in [`WindowDims::new`].
+///
+/// # Errors
+/// [`ShapeError`] when shapes, grid and attributes don't fit together.
+pub fn window_attention<Q, K, V>(
+    q: ArrayViewD<'_, Q>,
+    k: ArrayViewD<'_, K>,
+    v: ArrayViewD<'_, V>,
+    grid: [i64; 2],
+    attrs: &WindowAttentionAttrs,
+) -> Result<ArrayD<f64>, ShapeError>
+where
+    Q: ReferenceElement,
+    K: ReferenceElement,
+    V: ReferenceElement,
+{
+    let w = WindowDims::new(q.shape(), k.shape(), v.shape(), grid, attrs)?;
+    let dims = Dims {
+        layout: w.layout,
+        batch: w.batch,
+        heads: w.heads,
+        queries: w.tokens(),
+        keys: w.tokens(),
+        head_dim: w.head_dim,
+        value_dim: w.value_dim,
+    };
+    let scale = match attrs.scale.filter(|s| *s != 0.0) {
+        Some(scale) => f64::from(scale),
+        None => 1.0 / (w.head_dim as f64).sqrt(),
+    };
+    let q = by_head(q, &dims, dims.head_dim);
+    let k = by_head(k, &dims, dims.head_dim);
+    let v = by_head(v, &dims, dims.value_dim);
+    let (image, text) = (w.image_start(attrs.text), w.text_start(attrs.text));
+    let keys_of = |query: usize| -> Vec<usize> {
+        if !(image..image + w.rows * w.cols).contains(&query) {
+            return (0..w.tokens()).collect();
+        }
+        let (y, x) = ((query - image) / w.cols, (query - image) % w.cols);
+        let mut keys: Vec<usize> = (text..text + w.text).collect();
+        for row in attrs.key_range(GridAxis::Rows, y, w.rows) {
+            for col in attrs.key_range(GridAxis::Cols, x, w.cols) {
+                if attrs.reaches(row.abs_diff(y), col.abs_diff(x)) {
+                    keys.push(image + row * w.cols + col);
+                }
+            }
+        }
+        keys
+    };
+    let mut out = Array::<f64, Ix4>::zeros((w.batch, w.heads, w.tokens(), w.value_dim));
+    for n in 0..w.tokens() {
+        let keys = keys_of(n);
+        for b in 0..w.batch {
+            for h in 0..w.heads {
+                let score = |&m: &usize| -> f64 {
+                    let dot = |i: usize| q[[b, h, n, i]] * k[[b, h, m, i]];
+                    scale * (0..w.head_dim).map(dot).sum::<f64>()
+                };
+                let scores: Vec<f64> = keys.iter().map(score).collect();
+                let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                let weights: Vec<f64> = scores.iter().map(|s| (s - largest).exp()).collect();
+                let total: f64 = weights.iter().sum();
+                for (&m, weight) in keys.iter().zip(&weights) {
+                    for j in 0..w.value_dim {
+                        out[[b, h, n, j]] += weight / total * v[[b, h, m, j]];
+                    }
                 }
             }
         }

@@ -1,6 +1,6 @@
-//! Names, attributes, element types and the shape rule of `LinFusionAttention`.
+//! Names, attributes, element types and the shape rules of the operators.
 //!
-//! Per head, with φ(u) = elu(u) + 1 (that is `u + 1` for u > 0 and `exp(u)` otherwise):
+//! `LinFusionAttention`, per head, with φ(u) = elu(u) + 1 (that is `u + 1` for u > 0 and `exp(u)` otherwise):
 //!
 //! ```text
 //! out[n] = φ(q[n]) · (Σ_m φ(k[m])ᵀ v[m] / M) / (φ(q[n]) · Σ_m φ(k[m]) / M + eps)
@@ -17,14 +17,20 @@ use std::fmt;
 use thiserror::Error;
 
 mod shapes;
+mod window;
 
 pub use shapes::{Dims, ShapeError};
+pub use window::{
+    ATTR_BORDER, ATTR_RADIUS, ATTR_SCALE, ATTR_TEXT, ATTR_WINDOW, Border, GridAxis, MAX_WINDOW,
+    TextSide, WINDOW_ATTENTION, WINDOW_INPUT_NAMES, Window, WindowAttentionAttrs, WindowDims,
+    WindowSpec,
+};
 
 /// The operators' domain.
 pub const DOMAIN: &str = "ai.linfusion";
 /// The version of [`DOMAIN`] that this crate implements, for `opset_import`.
 pub const OPSET_VERSION: i64 = 1;
-/// The operator's name.
+/// The name of linear attention.
 pub const LINFUSION_ATTENTION: &str = "LinFusionAttention";
 /// Name of the required `int` attribute that holds the number of heads.
 pub const ATTR_NUM_HEADS: &str = "num_heads";
@@ -136,6 +142,23 @@ pub enum AttrError {
     /// `eps` is not a positive finite number.
     #[error("attribute `eps` must be positive and finite, found {0} (the usual value is 1e-4)")]
     Eps(f32),
+    /// `scale` is no finite number.
+    #[error("attribute `scale` must be finite, found {0} (0 stands for 1/sqrt(D))")]
+    Scale(f32),
+    /// `window` has a side out of range.
+    #[error("attribute `window` must have sides from 1 to {MAX_WINDOW}, found {rows}x{cols}")]
+    Window {
+        /// Rows.
+        rows: usize,
+        /// Columns.
+        cols: usize,
+    },
+    /// `radius` is out of range.
+    #[error("attribute `radius` must be from 1 to {MAX_WINDOW}, found {0}")]
+    Radius(usize),
+    /// A circle can't be shifted inside.
+    #[error("attribute `border` must be `truncate` for a circular window, found `clamp`")]
+    CircleClamp,
 }
 
 /// The attributes of one `LinFusionAttention` node.

@@ -76,6 +76,18 @@ pub enum ShapeError {
         /// The input's shape.
         shape: Vec<usize>,
     },
+    /// The image does not lie in the tokens.
+    #[error(
+        "input `grid`: expected rows and columns of at least 1 with rows * columns <= {tokens}, the number of tokens of input `q`, found {grid:?}, q of shape {shape:?}"
+    )]
+    Grid {
+        /// Rows and columns.
+        grid: [i64; 2],
+        /// Tokens, text and image.
+        tokens: usize,
+        /// q's shape.
+        shape: Vec<usize>,
+    },
     /// A tensor would hold more elements than the address space.
     #[error("the tensor `{tensor}` of shape {shape:?} has more elements than can be addressed")]
     TooLarge {
