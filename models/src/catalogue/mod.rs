@@ -1,4 +1,4 @@
-//! The diffusion architectures that LinFusion is made for: which self-attentions they have, and where.
+//! The diffusion architectures: which attentions they have that may be converted, and where.
 //!
 //! Everything is generated from block patterns: a UNet has attention at some of its resolution levels,
 //! `layers_per_block` transformers in every such down block, one in the middle and one more in every up
@@ -6,13 +6,14 @@
 
 mod order;
 mod recognise;
+mod transformer;
 
 pub use self::order::{canonical_module, execution_order};
 pub use self::recognise::{Evidence, Recognition, SiteEvidence, Variant, recognise};
 
 use std::fmt;
 
-/// An architecture with a known layout of self-attentions.
+/// An architecture with a known layout of attentions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Architecture {
     /// Stable Diffusion 1.x UNet: 16 self-attentions, 8 heads everywhere.
@@ -23,6 +24,28 @@ pub enum Architecture {
     Sdxl,
     /// ControlNet for Stable Diffusion 1.x: 7 self-attentions, the encoder's and the middle one.
     ControlNet,
+    /// PixArt-α and -Σ: 28 blocks of self-attention, 16 × 72, with cross-attention beside.
+    PixArt,
+    /// DiT-XL/2: 28 self-attentions, 16 × 72, class-conditional.
+    Dit,
+    /// SiT-XL/2: the same with `blocks.{i}.attn`.
+    Sit,
+    /// Stable Diffusion 3 medium: 24 attentions over image and text, 24 × 64.
+    Sd3,
+    /// Stable Diffusion 3.5 medium: the same, the first 13 blocks with a self-attention of the image
+    /// beside.
+    Sd35,
+    /// FLUX.1: 19 double and 38 single blocks over text and image, 24 × 128.
+    Flux,
+}
+
+/// What an attention that may be converted attends to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum SiteKind {
+    /// The image to itself.
+    SelfAttention,
+    /// Text and image to both.
+    Joint,
 }
 
 impl fmt::Display for Architecture {
@@ -37,7 +60,7 @@ pub struct Structure {
     /// Transformers in a down block; an up block has one more.
     pub layers_per_block: usize,
     /// One entry for each level that has attention, outermost first; for architectures whose middle block
-    /// is a level of its own, that is the last.
+    /// is a level of its own, that is the last. Transformers have one for each kind of block.
     pub levels: Vec<Level>,
     /// Width of the text embedding that cross-attention reads.
     pub context_width: usize,
@@ -56,9 +79,11 @@ pub struct Level {
     pub layers: usize,
 }
 
-/// One self-attention of a model.
+/// One attention of a model.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CatalogueSite {
+    /// What attends to what.
+    pub kind: SiteKind,
     /// PyTorch path, e.g. `down_blocks.0.attentions.0.transformer_blocks.0.attn1`.
     pub module: String,
     /// Channels in and out.
@@ -67,7 +92,7 @@ pub struct CatalogueSite {
     pub heads: usize,
     /// Channels a head.
     pub head_dim: usize,
-    /// Tokens at the native image size.
+    /// Image tokens at the native size.
     pub tokens: usize,
     /// Resolution level: the latent's height and width are halved this many times.
     pub level: u32,
@@ -134,7 +159,25 @@ const CONTROL_NET: &[Block] = &[
 
 impl Architecture {
     /// Every architecture of the catalogue.
-    pub const ALL: [Self; 4] = [Self::Sd15, Self::Sd21, Self::Sdxl, Self::ControlNet];
+    pub const ALL: [Self; 10] = [
+        Self::Sd15,
+        Self::Sd21,
+        Self::Sdxl,
+        Self::ControlNet,
+        Self::PixArt,
+        Self::Dit,
+        Self::Sit,
+        Self::Sd3,
+        Self::Sd35,
+        Self::Flux,
+    ];
+    /// Those that are UNets, or half of one.
+    pub const UNETS: [Self; 4] = [Self::Sd15, Self::Sd21, Self::Sdxl, Self::ControlNet];
+
+    /// Whether it is a transformer over patches of 2 × 2 latent pixels.
+    pub fn is_transformer(self) -> bool {
+        !Self::UNETS.contains(&self)
+    }
 
     /// Short name, as reports print it.
     pub fn name(self) -> &'static str {
@@ -143,6 +186,12 @@ impl Architecture {
             Self::Sd21 => "sd21",
             Self::Sdxl => "sdxl",
             Self::ControlNet => "controlnet",
+            Self::PixArt => "pixart",
+            Self::Dit => "dit",
+            Self::Sit => "sit",
+            Self::Sd3 => "sd3",
+            Self::Sd35 => "sd35",
+            Self::Flux => "flux",
         }
     }
 
@@ -175,6 +224,11 @@ impl Architecture {
                 96,
             ),
             Self::Sdxl => (vec![level(640, 10, 2), level(1280, 20, 10)], 2048, 128),
+            Self::PixArt => (vec![level(1152, 16, 28)], 1152, 128),
+            Self::Dit | Self::Sit => (vec![level(1152, 16, 28)], 0, 32),
+            Self::Sd3 => (vec![level(1536, 24, 24)], 0, 128),
+            Self::Sd35 => (vec![level(1536, 24, 24), level(1536, 24, 13)], 0, 128),
+            Self::Flux => (vec![level(3072, 24, 19), level(3072, 24, 38)], 0, 128),
         };
         Structure {
             layers_per_block: 2,
@@ -184,14 +238,17 @@ impl Architecture {
         }
     }
 
-    /// The self-attentions of the published full-size model, in execution order.
+    /// The attentions of the published full-size model, in execution order.
     pub fn native_sites(self) -> Vec<CatalogueSite> {
         self.sites(&self.native())
     }
 
-    /// The self-attentions of a model with this structure, in execution order. Levels that the structure
+    /// The attentions of a model with this structure, in execution order. Levels that the structure
     /// lacks have no sites.
     pub fn sites(self, structure: &Structure) -> Vec<CatalogueSite> {
+        if self.is_transformer() {
+            return transformer::sites(self, structure);
+        }
         let mut sites = Vec::new();
         for block in self.blocks() {
             let Some(level) = structure.levels.get(block.level) else {
@@ -201,6 +258,7 @@ impl Architecture {
             for transformer in 0..block.transformers.count(structure.layers_per_block) {
                 for layer in 0..level.layers {
                     sites.push(CatalogueSite {
+                        kind: SiteKind::SelfAttention,
                         module: format!(
                             "{}.attentions.{transformer}.transformer_blocks.{layer}.attn1",
                             block.path
@@ -222,6 +280,7 @@ impl Architecture {
             Self::Sd15 | Self::Sd21 => SD,
             Self::Sdxl => SDXL,
             Self::ControlNet => CONTROL_NET,
+            Self::PixArt | Self::Dit | Self::Sit | Self::Sd3 | Self::Sd35 | Self::Flux => &[],
         }
     }
 
@@ -259,6 +318,12 @@ mod tests {
             (Architecture::Sd21, 16, 1024),
             (Architecture::Sdxl, 70, 2048),
             (Architecture::ControlNet, 7, 768),
+            (Architecture::PixArt, 28, 1152),
+            (Architecture::Dit, 28, 0),
+            (Architecture::Sit, 28, 0),
+            (Architecture::Sd3, 24, 0),
+            (Architecture::Sd35, 37, 0),
+            (Architecture::Flux, 57, 0),
         ];
         for (architecture, count, context) in cases {
             assert_eq!(architecture.native_sites().len(), count, "{architecture}");
@@ -292,7 +357,7 @@ mod tests {
 
     #[test]
     fn sites_come_in_execution_order() {
-        for architecture in Architecture::ALL {
+        for architecture in Architecture::UNETS {
             let modules: Vec<_> = architecture
                 .native_sites()
                 .into_iter()

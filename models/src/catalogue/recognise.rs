@@ -1,14 +1,23 @@
 //! Which architecture a graph is, from the self-attentions that were found in it.
 
-use super::{Architecture, CatalogueSite, Level, Structure, canonical_module, execution_order};
+use super::{
+    Architecture, CatalogueSite, Level, SiteKind, Structure, canonical_module, execution_order,
+    transformer,
+};
 
 /// What was found in a graph.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Evidence {
     /// The self-attentions, in the order in which the graph runs them.
     pub self_sites: Vec<SiteEvidence>,
+    /// The attentions over text and image, in the same order.
+    pub joint_sites: Vec<SiteEvidence>,
     /// Width of the tensor that cross-attentions take their keys from; `None` without cross-attention.
     pub context_width: Option<usize>,
+    /// Whether nothing but the patch embedding is a spatial convolution.
+    pub transformer: bool,
+    /// Whether text tokens come before the image's, where both attend.
+    pub text_first: bool,
 }
 
 /// What is known of one self-attention.
@@ -32,7 +41,7 @@ pub struct Recognition {
     /// The fitted numbers. Widths and heads that the evidence lacks are the native ones; `native_latent`
     /// is always the native one.
     pub structure: Structure,
-    /// Every self-attention that the model must have, in execution order.
+    /// Every attention that the model must have and that may be converted, in execution order.
     pub sites: Vec<CatalogueSite>,
 }
 
@@ -48,7 +57,16 @@ pub enum Variant {
 impl Recognition {
     /// How many self-attentions the model must have.
     pub fn expected_self(&self) -> usize {
-        self.sites.len()
+        self.expected(SiteKind::SelfAttention)
+    }
+
+    /// How many attentions over text and image the model must have.
+    pub fn expected_joint(&self) -> usize {
+        self.expected(SiteKind::Joint)
+    }
+
+    fn expected(&self, kind: SiteKind) -> usize {
+        self.sites.iter().filter(|s| s.kind == kind).count()
     }
 }
 
@@ -63,7 +81,10 @@ const MAX_LAYERS_PER_BLOCK: usize = 4;
 /// Without names the widths must grow from level to level and there must be cross-attention: equal blocks
 /// in a row are a transformer, and the same pattern without text is a pixel-space UNet.
 pub fn recognise(evidence: &Evidence) -> Option<Recognition> {
-    if evidence.self_sites.is_empty() {
+    if let Some(transformer) = transformer::recognise(evidence) {
+        return Some(transformer);
+    }
+    if evidence.self_sites.is_empty() || !evidence.joint_sites.is_empty() {
         return None;
     }
     let names: Option<Vec<&str>> = evidence
@@ -83,7 +104,7 @@ pub fn recognise(evidence: &Evidence) -> Option<Recognition> {
         return None;
     }
     let mut best: Option<(Score, Recognition)> = None;
-    for architecture in Architecture::ALL {
+    for architecture in Architecture::UNETS {
         for layout in layouts(architecture, sites.len()) {
             let Some(candidate) = fit(architecture, layout, &sites, evidence.context_width) else {
                 continue;
@@ -235,6 +256,7 @@ fn heads_fit(candidate: &Recognition) -> usize {
         Architecture::Sd21 | Architecture::Sdxl => {
             constant(|level| level.width.checked_div(level.heads))
         }
+        _ => true,
     };
     usize::from(fits)
 }
@@ -254,6 +276,7 @@ mod tests {
                 })
                 .collect(),
             context_width: Some(12),
+            ..Evidence::default()
         }
     }
 
@@ -280,7 +303,7 @@ mod tests {
 
     #[test]
     fn recognises_every_native_model_with_and_without_names() {
-        for architecture in Architecture::ALL {
+        for architecture in Architecture::UNETS {
             let mut evidence = named(&architecture.native_sites());
             evidence.context_width = Some(architecture.native().context_width);
             for evidence in [evidence.clone(), anonymous(evidence)] {
@@ -354,6 +377,7 @@ mod tests {
                 Evidence {
                     self_sites: vec![site(64); 7],
                     context_width: Some(768),
+                    ..Evidence::default()
                 },
             ),
             (

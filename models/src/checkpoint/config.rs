@@ -3,11 +3,12 @@
 use std::collections::HashSet;
 use std::path::Path;
 
+use linfusion_ops::schema::{Border, MAX_WINDOW, Window, WindowSpec};
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::CheckpointError;
 use super::tensors::TensorFile;
+use super::{CheckpointError, SiteAttention};
 
 /// No model has more attention modules or channels; a file that claims so is damaged.
 const MAX_MODULES: usize = 1 << 16;
@@ -24,6 +25,7 @@ pub(super) struct Entry {
     pub dim: usize,
     pub heads: usize,
     pub mid: MidDim,
+    pub attention: SiteAttention,
 }
 
 /// `projection_mid_dim`.
@@ -122,12 +124,80 @@ fn entry(fields: &serde_json::Map<String, Value>) -> Result<Entry, String> {
             }
         },
     };
+    let attention = attention(fields).map_err(|p| format!("`{module_name}`: {p}"))?;
     Ok(Entry {
         module_name,
         dim,
         heads,
         mid,
+        attention,
     })
+}
+
+fn attention(fields: &serde_json::Map<String, Value>) -> Result<SiteAttention, String> {
+    let keys = ["window", "radius", "border"];
+    let given = keys.iter().find(|key| fields.contains_key(**key));
+    match fields.get("attention").map(|v| (v, v.as_str())) {
+        None | Some((_, Some("linear"))) => match given {
+            None => Ok(SiteAttention::Linear),
+            Some(key) => Err(format!(
+                "{key} is given, but attention is linear; expected hybrid or window"
+            )),
+        },
+        Some((_, Some("hybrid"))) => window(fields).map(SiteAttention::Hybrid),
+        Some((_, Some("window"))) => window(fields).map(SiteAttention::Window),
+        Some((other, _)) => Err(format!(
+            "attention is {other}; expected linear, hybrid or window"
+        )),
+    }
+}
+
+fn window(fields: &serde_json::Map<String, Value>) -> Result<Option<WindowSpec>, String> {
+    let side = |value: &Value| {
+        let side = value.as_u64().and_then(|n| usize::try_from(n).ok());
+        side.filter(|n| (1..=MAX_WINDOW).contains(n))
+    };
+    let window = match (fields.get("window"), fields.get("radius")) {
+        (Some(_), Some(_)) => return Err("both window and radius are given".to_owned()),
+        (None, None) => None,
+        (None, Some(value)) => Some(Window::Circle {
+            radius: side(value)
+                .ok_or_else(|| format!("radius is {value}; expected 1 to {MAX_WINDOW}"))?,
+        }),
+        (Some(value), None) => {
+            let sides = match value.as_array().map(Vec::as_slice) {
+                None => side(value).map(|n| (n, n)),
+                Some([rows, cols]) => side(rows).zip(side(cols)),
+                Some(_) => None,
+            };
+            let (rows, cols) = sides.ok_or_else(|| {
+                format!("window is {value}; expected a number or [rows, columns]")
+            })?;
+            Some(Window::Rect { rows, cols })
+        }
+    };
+    let border = match fields.get("border").map(|v| (v, v.as_str())) {
+        None => None,
+        Some((_, Some("clamp"))) => Some(Border::Clamp),
+        Some((_, Some("truncate"))) => Some(Border::Truncate),
+        Some((other, _)) => {
+            return Err(format!("border is {other}; expected clamp or truncate"));
+        }
+    };
+    match (window, border) {
+        (None, None) => Ok(None),
+        (None, Some(_)) => Err("border is given without window or radius".to_owned()),
+        (Some(Window::Circle { .. }), Some(Border::Clamp)) => {
+            Err("border is clamp; a window of a radius is always truncated".to_owned())
+        }
+        (Some(window), border) => Ok(Some(WindowSpec {
+            window,
+            border: border.unwrap_or(match window {
+                Window::Rect { .. } => Border::Clamp,
+                Window::Circle { .. } => Border::Truncate,
+            }),
+        })),
+    }
 }
 
 fn positive(fields: &serde_json::Map<String, Value>, key: &str) -> Result<usize, String> {

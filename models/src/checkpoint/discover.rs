@@ -57,29 +57,30 @@ pub fn discover(
     if pipeline.join("model_index.json").is_file() {
         look_beside(&pipeline, model_path, &mut discovery);
     }
-    if let (Some(cache), Some(repository)) = (&places.hub_cache, architecture.map(hub_repository)) {
+    if let (Some(cache), Some(repository)) =
+        (&places.hub_cache, architecture.and_then(hub_repository))
+    {
         look_in_cache(cache, repository, &mut discovery);
     }
     discovery
 }
 
-/// The published checkpoint for an architecture. A ControlNet copies its UNet's encoder, so it takes the
-/// UNet's checkpoint.
-pub fn hub_repository(architecture: Architecture) -> &'static str {
+/// The published checkpoint for an architecture; none is published for transformers. A ControlNet
+/// copies its UNet's encoder, so it takes the UNet's checkpoint.
+pub fn hub_repository(architecture: Architecture) -> Option<&'static str> {
     match architecture {
-        Architecture::Sd15 | Architecture::ControlNet => "Yuanshi/LinFusion-1-5",
-        Architecture::Sd21 => "Yuanshi/LinFusion-2-1",
-        Architecture::Sdxl => "Yuanshi/LinFusion-XL",
+        Architecture::Sd15 | Architecture::ControlNet => Some("Yuanshi/LinFusion-1-5"),
+        Architecture::Sd21 => Some("Yuanshi/LinFusion-2-1"),
+        Architecture::Sdxl => Some("Yuanshi/LinFusion-XL"),
+        _ => None,
     }
 }
 
 /// The command that puts the published checkpoint where [`discover`] finds it when it is run in the
-/// model's folder.
-pub fn download_command(architecture: Architecture) -> String {
-    format!(
-        "hf download {} --local-dir linfusion",
-        hub_repository(architecture)
-    )
+/// model's folder; `None` where none is published.
+pub fn download_command(architecture: Architecture) -> Option<String> {
+    let repository = hub_repository(architecture)?;
+    Some(format!("hf download {repository} --local-dir linfusion"))
 }
 
 fn look_beside(folder: &Path, model_path: &Path, discovery: &mut Discovery) {

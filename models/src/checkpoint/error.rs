@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::MlpWidth;
+use super::{MlpWidth, SiteAttention};
 
 /// Why a checkpoint cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -70,15 +70,19 @@ pub enum CheckpointError {
         /// The module it belongs to.
         module: String,
     },
-    /// A part of an MLP is there though the MLP is not.
+    /// A tensor is there that such a module does not have.
     #[error(
-        "the checkpoint has tensor `{name}`, but `{module}` has no MLP (its first layer is not there)"
+        "the checkpoint has tensor `{name}`, but `{module}` is of {attention} attention with {mid}, which has no such tensor (hint: `attention` in config.json says linear, hybrid or window; a missing first layer `to_q_.0` means no MLP)"
     )]
     StrayTensor {
         /// Name of the tensor.
         name: String,
         /// The module it belongs to.
         module: String,
+        /// What the config says that the module is.
+        attention: SiteAttention,
+        /// The MLP that its tensors have.
+        mid: MlpWidth,
     },
     /// A tensor has another shape than its module demands.
     #[error("tensor `{name}` of `{module}` has shape {found:?}, expected {expected:?}")]

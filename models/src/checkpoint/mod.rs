@@ -20,6 +20,7 @@ mod tensors;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+use linfusion_ops::schema::WindowSpec;
 use sha2::{Digest, Sha256};
 
 pub use self::discover::{Discovery, SearchPlaces, discover, download_command, hub_repository};
@@ -57,6 +58,30 @@ pub struct CheckpointModule {
     pub heads: usize,
     /// Width of the two MLPs, as the tensors have it.
     pub mid: MlpWidth,
+    /// The form of attention that the weights are for.
+    pub attention: SiteAttention,
+}
+
+/// What a module's weights were learned for. The windows are those that they were learned
+/// with, where the config says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SiteAttention {
+    /// LinFusion attention: the official format.
+    Linear,
+    /// `a ⊙ Window(q, k, v) + b ⊙ LinFusion(q', k', v')`.
+    Hybrid(Option<WindowSpec>),
+    /// Window attention alone.
+    Window(Option<WindowSpec>),
+}
+
+impl std::fmt::Display for SiteAttention {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Linear => "linear",
+            Self::Hybrid(_) => "hybrid",
+            Self::Window(_) => "window",
+        })
+    }
 }
 
 /// What `F_q` and `F_k` are.
@@ -229,7 +254,8 @@ fn check_module(
     entry: config::Entry,
 ) -> Result<CheckpointModule, CheckpointError> {
     let width_tensor = Part::QMlp(MlpPart::InBias).tensor_name(index);
-    let mid = match tensors.shape(&width_tensor) {
+    let has_mlp = !matches!(entry.attention, SiteAttention::Window(_));
+    let mid = match tensors.shape(&width_tensor).filter(|_| has_mlp) {
         None => MlpWidth::Identity,
         Some([width]) => MlpWidth::Width(*width),
         Some(shape) => {
@@ -253,10 +279,11 @@ fn check_module(
         dim: entry.dim,
         heads: entry.heads,
         mid,
+        attention: entry.attention,
     };
     for part in Part::ALL {
         let present = checked_tensor(tensors, &module, *part)?.is_some();
-        if !present && part.is_required(mid) {
+        if !present && part.is_required(&module) {
             return Err(CheckpointError::MissingTensor {
                 name: part.tensor_name(index),
                 module: module.module_name,
@@ -264,7 +291,7 @@ fn check_module(
         }
     }
     // After the shapes: a wrong `dim_n` would otherwise be reported as a wrong width.
-    if stated != mid {
+    if stated != mid && !matches!(module.attention, SiteAttention::Window(_)) {
         return Err(CheckpointError::WidthMismatch {
             module: module.module_name,
             config: stated,
@@ -283,11 +310,13 @@ fn checked_tensor(
     let Some(tensor) = tensors.tensor(&name)? else {
         return Ok(None);
     };
-    let expected = part.shape(module.dim, module.mid).ok_or_else(|| {
-        // A tensor of an MLP that the others say is not there.
+    let expected = part.shape(module).ok_or_else(|| {
+        // A tensor of an MLP that the others say is not there, or of another attention.
         CheckpointError::StrayTensor {
             name: name.clone(),
             module: module.module_name.clone(),
+            attention: module.attention,
+            mid: module.mid,
         }
     })?;
     if tensor.shape == expected {

@@ -8,10 +8,11 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use half::{bf16, f16};
+use linfusion_ops::schema::Window;
 use safetensors::Dtype;
 use safetensors::tensor::{TensorView, serialize_to_file};
 
-use super::{CheckpointError, FloatType, MlpPart, MlpWidth, Part};
+use super::{CheckpointError, CheckpointModule, FloatType, MlpPart, MlpWidth, Part, SiteAttention};
 
 /// A module to invent weights for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -24,6 +25,8 @@ pub struct SynthModule {
     pub heads: usize,
     /// Width of the MLPs.
     pub mid: MlpWidth,
+    /// What the weights are for.
+    pub attention: SiteAttention,
 }
 
 /// How the tensors are written.
@@ -68,8 +71,16 @@ pub fn write_checkpoint(
     let mut random = SplitMix64::new(options.seed);
     let mut tensors = Vec::new();
     for (index, module) in modules.iter().enumerate() {
-        for part in Part::ALL.iter().filter(|p| p.is_required(module.mid)) {
-            let Some(shape) = part.shape(module.dim, module.mid) else {
+        let form = CheckpointModule {
+            index,
+            module_name: module.module_name.clone(),
+            dim: module.dim,
+            heads: module.heads,
+            mid: module.mid,
+            attention: module.attention,
+        };
+        for part in Part::ALL.iter().filter(|p| p.is_required(&form)) {
+            let Some(shape) = part.shape(&form) else {
                 continue;
             };
             let values = draw(*part, module, shape.iter().product(), &mut random);
@@ -101,12 +112,26 @@ fn config_json(modules: &[SynthModule]) -> String {
                 MlpWidth::Width(width) if width == module.dim => serde_json::Value::Null,
                 MlpWidth::Width(width) => serde_json::json!(width),
             };
-            serde_json::json!({
+            let mut entry = serde_json::json!({
                 "module_name": module.module_name,
                 "dim_n": module.dim,
                 "heads": module.heads,
                 "projection_mid_dim": mid,
-            })
+            });
+            if let SiteAttention::Hybrid(spec) | SiteAttention::Window(spec) = module.attention {
+                entry["attention"] = serde_json::json!(module.attention.to_string());
+                match spec.map(|s| (s.window, s.border.name())) {
+                    None => {}
+                    Some((Window::Rect { rows, cols }, border)) => {
+                        entry["window"] = serde_json::json!([rows, cols]);
+                        entry["border"] = serde_json::json!(border);
+                    }
+                    Some((Window::Circle { radius }, _)) => {
+                        entry["radius"] = serde_json::json!(radius);
+                    }
+                }
+            }
+            entry
         })
         .collect();
     let config = serde_json::json!({ "_class_name": "LinFusion", "modules_list": list });
@@ -120,6 +145,7 @@ fn draw(part: Part, module: &SynthModule, count: usize, random: &mut SplitMix64)
     };
     let (centre, fan_in) = match part {
         Part::QMlp(MlpPart::NormWeight) | Part::KMlp(MlpPart::NormWeight) => (1.0, 16),
+        Part::LocalScale | Part::GlobalScale => (0.5, 25),
         Part::QMlp(MlpPart::OutWeight | MlpPart::OutBias)
         | Part::KMlp(MlpPart::OutWeight | MlpPart::OutBias) => (0.0, mid),
         _ => (0.0, module.dim),

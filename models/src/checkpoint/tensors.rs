@@ -13,7 +13,7 @@ use memmap2::Mmap;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::{CheckpointError, MlpWidth};
+use super::{CheckpointError, CheckpointModule, MlpWidth, SiteAttention};
 
 /// One tensor of a module, by its role.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -34,6 +34,26 @@ pub enum Part {
     KBias,
     /// `to_v.bias` `[dim]`, optional.
     VBias,
+    /// `add_q_proj.weight` `[dim, dim]`: the text's projections, optional.
+    AddQWeight,
+    /// `add_k_proj.weight` `[dim, dim]`, optional.
+    AddKWeight,
+    /// `add_v_proj.weight` `[dim, dim]`, optional.
+    AddVWeight,
+    /// `to_add_out.weight` `[dim, dim]`, optional.
+    AddOutWeight,
+    /// `add_q_proj.bias` `[dim]`, optional.
+    AddQBias,
+    /// `add_k_proj.bias` `[dim]`, optional.
+    AddKBias,
+    /// `add_v_proj.bias` `[dim]`, optional.
+    AddVBias,
+    /// `to_add_out.bias` `[dim]`, optional.
+    AddOutBias,
+    /// `local_scale` `[heads]`: factor on the window attention of a hybrid.
+    LocalScale,
+    /// `global_scale` `[heads]`: factor on the linear attention of a hybrid.
+    GlobalScale,
     /// A layer of the query's MLP, `to_q_.*`.
     QMlp(MlpPart),
     /// A layer of the key's MLP, `to_k_.*`.
@@ -68,6 +88,16 @@ impl Part {
         Self::QBias,
         Self::KBias,
         Self::VBias,
+        Self::AddQWeight,
+        Self::AddKWeight,
+        Self::AddVWeight,
+        Self::AddOutWeight,
+        Self::AddQBias,
+        Self::AddKBias,
+        Self::AddVBias,
+        Self::AddOutBias,
+        Self::LocalScale,
+        Self::GlobalScale,
         Self::QMlp(MlpPart::InWeight),
         Self::QMlp(MlpPart::InBias),
         Self::QMlp(MlpPart::NormWeight),
@@ -93,6 +123,16 @@ impl Part {
             Self::QBias => "to_q.bias".to_owned(),
             Self::KBias => "to_k.bias".to_owned(),
             Self::VBias => "to_v.bias".to_owned(),
+            Self::AddQWeight => "add_q_proj.weight".to_owned(),
+            Self::AddKWeight => "add_k_proj.weight".to_owned(),
+            Self::AddVWeight => "add_v_proj.weight".to_owned(),
+            Self::AddOutWeight => "to_add_out.weight".to_owned(),
+            Self::AddQBias => "add_q_proj.bias".to_owned(),
+            Self::AddKBias => "add_k_proj.bias".to_owned(),
+            Self::AddVBias => "add_v_proj.bias".to_owned(),
+            Self::AddOutBias => "to_add_out.bias".to_owned(),
+            Self::LocalScale => "local_scale".to_owned(),
+            Self::GlobalScale => "global_scale".to_owned(),
             Self::QMlp(part) => format!("to_q_.{}", part.suffix()),
             Self::KMlp(part) => format!("to_k_.{}", part.suffix()),
         }
@@ -103,13 +143,24 @@ impl Part {
         format!("{index}.{}", self.suffix())
     }
 
-    /// The shape that the part must have; `None` if a module with this MLP has no such part.
-    pub fn shape(self, dim: usize, mid: MlpWidth) -> Option<Vec<usize>> {
+    /// The shape that the part must have; `None` if such a module has no such part.
+    pub fn shape(self, module: &CheckpointModule) -> Option<Vec<usize>> {
+        let (dim, linear) = (module.dim, module.attention == SiteAttention::Linear);
+        let hybrid = matches!(module.attention, SiteAttention::Hybrid(_));
         Some(match self {
             Self::QWeight | Self::KWeight | Self::VWeight | Self::OutWeight => vec![dim, dim],
             Self::OutBias | Self::QBias | Self::KBias | Self::VBias => vec![dim],
+            Self::AddQWeight | Self::AddKWeight | Self::AddVWeight | Self::AddOutWeight
+                if !linear =>
+            {
+                vec![dim, dim]
+            }
+            Self::AddQBias | Self::AddKBias | Self::AddVBias | Self::AddOutBias if !linear => {
+                vec![dim]
+            }
+            Self::LocalScale | Self::GlobalScale if hybrid => vec![module.heads],
             Self::QMlp(part) | Self::KMlp(part) => {
-                let MlpWidth::Width(mid) = mid else {
+                let MlpWidth::Width(mid) = module.mid else {
                     return None;
                 };
                 match part {
@@ -119,14 +170,21 @@ impl Part {
                     MlpPart::OutBias => vec![dim],
                 }
             }
+            _ => return None,
         })
     }
 
-    pub(super) fn is_required(self, mid: MlpWidth) -> bool {
+    pub(super) fn is_required(self, module: &CheckpointModule) -> bool {
+        let linear = module.attention == SiteAttention::Linear;
         match self {
-            Self::QBias | Self::KBias | Self::VBias => false,
-            Self::QMlp(_) | Self::KMlp(_) => mid != MlpWidth::Identity,
-            _ => true,
+            Self::QMlp(_) | Self::KMlp(_) => module.mid != MlpWidth::Identity,
+            Self::LocalScale | Self::GlobalScale => {
+                matches!(module.attention, SiteAttention::Hybrid(_))
+            }
+            Self::QWeight | Self::KWeight | Self::VWeight | Self::OutWeight | Self::OutBias => {
+                linear
+            }
+            _ => false,
         }
     }
 }

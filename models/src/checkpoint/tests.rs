@@ -3,6 +3,7 @@
 use super::synth::{SynthModule, SynthOptions, write_checkpoint};
 use super::*;
 use bytes::Bytes;
+use linfusion_ops::schema::{Border, Window};
 use proptest::prelude::*;
 
 fn module(name: &str, mid: MlpWidth) -> SynthModule {
@@ -11,6 +12,7 @@ fn module(name: &str, mid: MlpWidth) -> SynthModule {
         dim: 8,
         heads: 2,
         mid,
+        attention: SiteAttention::Linear,
     }
 }
 
@@ -335,6 +337,7 @@ fn the_official_codes_own_checkpoints_open_and_name_their_architecture() {
                 })
                 .collect(),
             context_width: Some(12),
+            ..Evidence::default()
         };
         let found = recognise(&evidence).unwrap();
         assert_eq!(found.architecture, architecture, "{case}");
@@ -345,5 +348,111 @@ fn the_official_codes_own_checkpoints_open_and_name_their_architecture() {
             .collect();
         let expected: Vec<_> = found.sites.iter().map(|s| s.module.clone()).collect();
         assert_eq!(order, expected, "{case}");
+    }
+}
+
+fn rect(rows: usize, cols: usize) -> Option<WindowSpec> {
+    Some(WindowSpec {
+        window: Window::Rect { rows, cols },
+        border: Border::Truncate,
+    })
+}
+
+#[test]
+fn hybrid_and_window_modules_keep_their_windows() {
+    let circle = Some(WindowSpec {
+        window: Window::Circle { radius: 5 },
+        border: Border::Truncate,
+    });
+    let forms = [
+        SiteAttention::Hybrid(rect(3, 5)),
+        SiteAttention::Hybrid(None),
+        SiteAttention::Window(circle),
+        SiteAttention::Linear,
+    ];
+    let modules: Vec<_> = forms
+        .into_iter()
+        .enumerate()
+        .map(|(i, attention)| SynthModule {
+            attention,
+            ..module(&format!("down_blocks.{i}"), MlpWidth::Width(3))
+        })
+        .collect();
+    // Window attention has no MLP: what the config says of one does not matter.
+    let folder = written(&modules, FloatType::F32);
+    let tensors = folder.path().join("diffusion_pytorch_model.safetensors");
+    assert!(tensors.is_file());
+    let error = Checkpoint::open(folder.path()).unwrap_err().to_string();
+    assert!(
+        error.contains("`2.to_q_.0.weight`") && error.contains("window attention"),
+        "{error}"
+    );
+
+    let modules: Vec<_> = modules
+        .into_iter()
+        .map(|m| match m.attention {
+            SiteAttention::Window(_) => SynthModule {
+                mid: MlpWidth::Identity,
+                ..m
+            },
+            _ => m,
+        })
+        .collect();
+    let folder = written(&modules, FloatType::F32);
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    let found: Vec<_> = checkpoint.modules.iter().map(|m| m.attention).collect();
+    assert_eq!(found, forms);
+    let scale = checkpoint
+        .tensor(&checkpoint.modules[0], Part::LocalScale)
+        .unwrap();
+    assert_eq!(scale.shape, [2]);
+    assert!(scale.to_f64().iter().all(|s| (0.3..=0.7).contains(s)));
+    for part in [
+        Part::LocalScale,
+        Part::QWeight,
+        Part::QMlp(MlpPart::InWeight),
+    ] {
+        let none = checkpoint.optional_tensor(&checkpoint.modules[2], part);
+        assert!(none.unwrap().is_none(), "{part:?}");
+    }
+}
+
+#[test]
+fn windows_that_contradict_themselves() {
+    let hybrid = [SynthModule {
+        attention: SiteAttention::Hybrid(rect(3, 5)),
+        ..module("down_blocks.0", MlpWidth::Width(3))
+    }];
+    let cases = [
+        ("\"hybrid\"", "\"linear\"", "attention is linear"),
+        (
+            "\"hybrid\"",
+            "\"softmax\"",
+            "expected linear, hybrid or window",
+        ),
+        ("\"hybrid\"", "\"window\"", "`0.local_scale`"),
+        ("\"truncate\"", "\"wrap\"", "expected clamp or truncate"),
+        (
+            "\"border\"",
+            "\"radius\": 3, \"border\"",
+            "both window and radius",
+        ),
+        ("\"window\": [", "\"radius\": 0, \"w\": [", "radius is 0"),
+        (
+            "\"window\": [",
+            "\"window\": [4, ",
+            "expected a number or [rows, columns]",
+        ),
+        (
+            "\"window\": [",
+            "\"w\": [",
+            "border is given without window",
+        ),
+    ];
+    for (from, to, message) in cases {
+        let folder = written(&hybrid, FloatType::F32);
+        edit_config(folder.path(), from, to);
+        let error = Checkpoint::open(folder.path()).unwrap_err().to_string();
+        assert!(error.contains(message), "{to}: {error}");
     }
 }

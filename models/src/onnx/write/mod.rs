@@ -309,6 +309,21 @@ pub fn stage(
     })
 }
 
+/// Whether `out` could be written: what [`stage`] would refuse before it writes.
+///
+/// # Errors
+/// [`WriteError`], as [`stage`] would give it.
+pub fn check_output(
+    source: Option<&OnnxFile>,
+    out: &Path,
+    options: &WriteOptions,
+) -> Result<(), WriteError> {
+    let (folder_path, name) = split(out)?;
+    let folder = OutputFolder::open(&folder_path)
+        .map_err(|e| WriteError::io("open the folder", &folder_path, e))?;
+    publish::admit(&folder, name, options.overwrite, &inputs(source))
+}
+
 /// The folder and the file name of the output.
 fn split(out: &Path) -> Result<(PathBuf, &OsStr), WriteError> {
     let no_name = || WriteError::NoFileName {
