@@ -3,11 +3,13 @@
 
 use linfusion_models::catalogue::{Evidence, Recognition, SiteEvidence, recognise};
 use linfusion_models::onnx::OnnxFile;
-use linfusion_models::onnx::proto::{GraphProto, TensorProto};
+use linfusion_models::onnx::proto::{GraphProto, NodeProto, TensorProto};
 
 use crate::attention::kind::Kind;
 use crate::attention::site::{Site, find};
-use crate::graph::Graph;
+use crate::attention::stream::TextSide;
+use crate::graph::{Graph, op};
+use crate::grid::{GridSize, Grids};
 use crate::rewrite::default_opset;
 use crate::shapes::{Dim, Probe, Shapes, tensor_type};
 
@@ -17,6 +19,8 @@ pub struct Analysis<'m> {
     pub graph: Graph<'m>,
     /// Shapes at the probe that layouts are traced at.
     pub shapes: Shapes,
+    /// Shapes at a second probe: values of equal shape under both have equal shape.
+    pub again: Shapes,
     /// Shapes at the native size.
     pub native: Shapes,
     /// The sites.
@@ -27,6 +31,10 @@ pub struct Analysis<'m> {
     pub recognised: Option<Recognition>,
     /// Opset of the default domain; 0 if the model imports none.
     pub opset: i64,
+    /// What limits the model whatever its attention is.
+    pub notes: Vec<String>,
+    /// Whether the model is a transformer over patches, not a UNet.
+    pub transformer: bool,
     /// Why no attention of this model is to be converted, if it is no denoiser.
     pub not_a_denoiser: Option<String>,
 }
@@ -38,12 +46,47 @@ impl<'m> Analysis<'m> {
     /// Looks at `file`.
     #[must_use]
     pub fn of(file: &'m OnnxFile) -> Self {
+        Self::with_grid(file, None)
+    }
+
+    /// Looks at `file`, whose image has `stated` rows and columns of tokens where the
+    /// graph itself does not tell.
+    #[must_use]
+    pub fn with_grid(file: &'m OnnxFile, stated: Option<GridSize>) -> Self {
         let model = &file.model;
         let read = |t: &TensorProto| file.tensor_bytes(t).ok();
-        let shapes = Shapes::propagate(model, &read, &Probe::TRACE);
         let graph = Graph::new(&model.graph);
-        let mut sites = find(model, &graph, &shapes);
-        let recognised = recognise(&evidence(&sites));
+        let look = |here: &Probe, there: &Probe| {
+            let shapes = Shapes::propagate(model, &read, here);
+            let again = Shapes::propagate(model, &read, there);
+            let grids = Grids::find(&graph, &shapes, &again, stated);
+            let sites = find(model, &graph, &shapes, &grids);
+            (shapes, again, sites)
+        };
+        let unread = |sites: &[Site<'_>]| {
+            sites
+                .iter()
+                .filter(|s| s.unread && s.node.is_some())
+                .count()
+        };
+        let (mut shapes, mut again, mut sites) = look(&Probe::TRACE, &Probe::AGAIN);
+        let mut notes = Vec::new();
+        if unread(&sites) > 0 {
+            // Sizes of the trace may be all that the graph can run at.
+            for probe in Probe::baked(&graph) {
+                let other = look(&probe, &probe);
+                if unread(&other.2) < unread(&sites) {
+                    (shapes, again, sites) = other;
+                    notes.push(format!(
+                        "constants of the export fix the model to batch {} and {} tokens, whatever its declared sizes say",
+                        probe.batch,
+                        probe.tokens()
+                    ));
+                }
+            }
+        }
+        let transformer = is_transformer(&graph, &shapes, &sites);
+        let recognised = recognise(&evidence(&sites, transformer));
         let side = recognised
             .as_ref()
             .map_or(64, |r| r.structure.native_latent as i64);
@@ -56,9 +99,13 @@ impl<'m> Analysis<'m> {
             }
         }
         name_by_order(&mut sites, recognised.as_ref());
+        notes.extend(baked_positions(&graph, &shapes, &again));
         Analysis {
+            transformer,
+            notes,
             graph,
             shapes,
+            again,
             native,
             sites,
             tokens,
@@ -73,6 +120,13 @@ impl<'m> Analysis<'m> {
         self.sites.iter().filter(|s| s.kind == Kind::SelfAttention)
     }
 
+    /// The attentions that may be converted, in execution order.
+    pub fn own_sites(&self) -> impl Iterator<Item = &Site<'m>> {
+        self.sites
+            .iter()
+            .filter(|s| matches!(s.kind, Kind::SelfAttention | Kind::Joint))
+    }
+
     /// The architecture's name; `unknown` if it is not in the catalogue.
     #[must_use]
     pub fn architecture(&self) -> &'static str {
@@ -82,19 +136,75 @@ impl<'m> Analysis<'m> {
     }
 }
 
-fn evidence(sites: &[Site<'_>]) -> Evidence {
+/// Position tables that were stored for one number of tokens, where the graph's inputs
+/// would allow another.
+fn baked_positions(graph: &Graph<'_>, shapes: &Shapes, again: &Shapes) -> Vec<String> {
+    let mut notes = Vec::new();
+    for (_, node) in graph.nodes().filter(|(_, n)| op(n) == "Add") {
+        let (Some(a), Some(b)) = (node.input.first(), node.input.get(1)) else {
+            continue;
+        };
+        let (table, data) = if shapes.fact(b).constant {
+            (b, a)
+        } else {
+            (a, b)
+        };
+        let rows = |s: &Shapes, v: &str| match s.shape(v) {
+            Some(&[_, rows, _]) => Some(rows),
+            _ => None,
+        };
+        let (Some(stored), Some(here), Some(there)) =
+            (rows(shapes, table), rows(shapes, data), rows(again, data))
+        else {
+            continue;
+        };
+        if shapes.fact(table).constant && stored > 1 && here != there && here != stored {
+            notes.push(format!(
+                "the position table '{table}' was stored for {stored} tokens: the model runs at that size only, whatever its declared sizes say"
+            ));
+        }
+    }
+    notes
+}
+
+/// Whether text and image tokens attend together, or no spatial convolution follows the
+/// first attention.
+fn is_transformer(graph: &Graph<'_>, shapes: &Shapes, sites: &[Site<'_>]) -> bool {
+    if sites.iter().any(|s| s.kind == Kind::Joint) {
+        return true;
+    }
+    let spatial = |node: &NodeProto| {
+        let kernel = || {
+            let shape = shapes.shape(node.input.get(1)?)?;
+            shape.get(2..).map(|k| k.iter().any(|&d| d > 1))
+        };
+        op(node).contains("Conv") && kernel().unwrap_or(true)
+    };
+    let own = sites.iter().filter(|s| s.kind == Kind::SelfAttention);
+    own.filter_map(|s| s.node).min().is_some_and(|first| {
+        let below = graph.nodes().skip_while(|(id, _)| *id <= first);
+        !below.into_iter().any(|(_, node)| spatial(node))
+    })
+}
+
+fn evidence(sites: &[Site<'_>], transformer: bool) -> Evidence {
     let size = |v: Option<i64>| v.and_then(|v| usize::try_from(v).ok());
+    let of = |kind: Kind| {
+        let all = sites.iter().filter(|s| s.kind == kind);
+        all.map(|s| SiteEvidence {
+            module: s.module.clone(),
+            width: size(s.width()),
+            heads: size(s.heads),
+        })
+        .collect()
+    };
+    let mut sides = sites.iter().filter_map(|s| s.image.as_ref().ok()?.text);
     Evidence {
-        self_sites: sites
-            .iter()
-            .filter(|s| s.kind == Kind::SelfAttention)
-            .map(|s| SiteEvidence {
-                module: s.module.clone(),
-                width: size(s.width()),
-                heads: size(s.heads),
-            })
-            .collect(),
+        self_sites: of(Kind::SelfAttention),
+        joint_sites: of(Kind::Joint),
         context_width: sites.iter().find_map(|s| size(s.context_width)),
+        transformer,
+        text_first: sides.next() == Some(TextSide::Prefix),
     }
 }
 
@@ -103,7 +213,7 @@ fn name_by_order(sites: &mut [Site<'_>], recognised: Option<&Recognition>) {
     let Some(r) = recognised else { return };
     let mut own: Vec<&mut Site<'_>> = sites
         .iter_mut()
-        .filter(|s| s.kind == Kind::SelfAttention)
+        .filter(|s| matches!(s.kind, Kind::SelfAttention | Kind::Joint))
         .collect();
     if own.len() == r.sites.len() && own.iter().any(|s| s.module.is_none()) {
         for (site, catalogued) in own.iter_mut().zip(&r.sites) {

@@ -4,26 +4,30 @@ use std::collections::{BTreeSet, HashSet};
 use std::path::{Path, PathBuf};
 
 use linfusion_models::checkpoint::{
-    Checkpoint, CheckpointError, CheckpointModule, MlpWidth, SearchPlaces, discover,
+    Checkpoint, CheckpointError, CheckpointModule, MlpWidth, SearchPlaces, SiteAttention, discover,
     download_command,
 };
 use linfusion_models::onnx::proto::{ModelProto, TensorProto};
 use linfusion_models::onnx::write::{
-    ExternalData, Overwrite, Spill, WriteError, WriteOptions, stage,
+    ExternalData, Overwrite, Spill, WriteError, WriteOptions, check_output, stage,
 };
 use linfusion_models::onnx::{ElementType, OnnxFile, ReadError, make};
-use linfusion_ops::body::BodyError;
+use linfusion_ops::body::{BodyError, WindowVariant};
+use linfusion_ops::schema::{TextSide, WindowSpec};
 
 use crate::analysis::{Analysis, METADATA_KEY};
 use crate::attention::kind::Kind;
+use crate::attention::site::Site;
 use crate::graph::collect_names;
 use crate::mapping::{Ambiguous, assign};
-use crate::plan::{Action, Selection, UnmatchedPattern, plan};
+use crate::plan::{Action, Method, Selection, UnmatchedPattern, plan};
 use crate::report::{ConvertReport, ModelReport};
 use crate::rewrite::site::{Context, Weights, patch};
-use crate::rewrite::{Emit, Patch, SiteError, apply, declare_operator};
-use crate::shapes::{Probe, Shapes};
-use crate::verify::{Converted, Verified, Verify, VerifyError, known_problems, verify};
+use crate::rewrite::{Emit, Patch, SiteError, Used, apply, declare_operators, window};
+use crate::shapes::Shapes;
+use crate::verify::{
+    Converted, CutInput, Feed, Verified, Verify, VerifyError, known_problems, verify,
+};
 
 /// Where the LinFusion weights come from.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -98,8 +102,9 @@ pub enum ConvertError {
          searched: {searched}\n\
          Three ways on:\n\
          \x20 1. linfusion-convert {model} --weights FOLDER-OR-FILE    (a LinFusion checkpoint that you have)\n\
-         \x20 2. {download}, in the folder of the model, then again\n\
-         \x20 3. linfusion-convert {model} --weights none              (untrained: for measuring speed only)"
+         \x20 2. {download}\n\
+         \x20 3. linfusion-convert {model} --weights none              (untrained: for measuring speed only)\n\
+         Window attention alone needs none: --attention window"
     )]
     NoWeights {
         /// The model.
@@ -129,7 +134,7 @@ pub enum ConvertError {
     },
     /// Nothing, or less than expected, can be converted.
     #[error(
-        "{converted} of {expected} self-attentions of '{model}' can be converted; --allow-partial accepts that\n{reasons}"
+        "{converted} of {expected} attentions of '{model}' can be converted; --allow-partial accepts that\n{reasons}"
     )]
     Fewer {
         /// The model.
@@ -159,6 +164,18 @@ pub enum ConvertError {
     /// Sites and checkpoint cannot be brought together.
     #[error(transparent)]
     Ambiguous(#[from] Ambiguous),
+    /// Weights are used for what they were not learned for.
+    #[error(
+        "{module}: the checkpoint's weights are for {learned} attention, --attention asks for {asked}\nhint: without --attention the checkpoint decides"
+    )]
+    OtherAttention {
+        /// The module.
+        module: String,
+        /// What its weights are for.
+        learned: Method,
+        /// What was asked for.
+        asked: Method,
+    },
     /// A pattern matches nothing.
     #[error(transparent)]
     Pattern(#[from] UnmatchedPattern),
@@ -206,14 +223,25 @@ pub fn convert(
     let name = request.model.display().to_string();
     refuse_converted(&file.model, &name)?;
     progress("looking for attention");
-    let analysis = Analysis::of(&file);
+    let analysis = Analysis::with_grid(&file, request.selection.grid);
     request.selection.check(&analysis.sites)?;
     let mut actions = plan(&analysis, &request.selection);
     refuse_fewer(&name, &analysis, &actions, request.partial)?;
-    let checkpoint = open_checkpoint(request, &name, &analysis)?;
+    let checkpoint = match open_checkpoint(request, &name, &analysis) {
+        // Window attention alone does with the graph's own weights.
+        Err(ConvertError::NoWeights { .. })
+            if actions
+                .iter()
+                .filter_map(Action::method)
+                .all(|m| m == Method::Window) =>
+        {
+            None
+        }
+        checkpoint => checkpoint?,
+    };
     let modules = modules(&analysis, checkpoint.as_ref())?;
     let mut warnings = Vec::new();
-    let (patches, converted) = patches(
+    let (patches, converted, used) = patches(
         request,
         &analysis,
         &mut actions,
@@ -224,14 +252,15 @@ pub fn convert(
     refuse_fewer(&name, &analysis, &actions, request.partial)?;
 
     let mid = checkpoint.as_ref().map_or(0, mlp_width);
+    let asked = request.selection.window.unwrap_or_default();
     let mut report = ConvertReport {
-        model: ModelReport::new(&name, &analysis, &actions, mid),
+        model: ModelReport::new(&name, &analysis, &actions, asked, mid),
         output: None,
         companions: Vec::new(),
-        weights: if checkpoint.is_some() {
-            "checkpoint"
-        } else {
-            "none"
+        weights: match (&checkpoint, converted.iter().any(|c| c.linear.is_some())) {
+            (Some(_), _) => "checkpoint",
+            (None, true) => "none",
+            (None, false) => "graph",
         },
         checkpoint: checkpoint.as_ref().map(|c| c.path.display().to_string()),
         checkpoint_sha256: checkpoint.as_ref().map(|c| c.sha256().to_owned()),
@@ -242,12 +271,19 @@ pub fn convert(
         verified: None,
         warnings,
     };
-    if checkpoint.is_none() {
+    if report.weights == "none" {
         report.warnings.push(
             "untrained: --weights none keeps the graph's own projections with F = 0; the file is for measuring speed, its images are garbage".to_owned(),
         );
     }
+    let out = output(request);
+    let options = WriteOptions {
+        external: request.external,
+        overwrite: request.overwrite,
+        ..WriteOptions::default()
+    };
     if request.run == Run::Dry {
+        check_output(Some(&file), &out, &options)?;
         return Ok(report);
     }
     progress("rewriting");
@@ -259,14 +295,13 @@ pub fn convert(
             found: types.into_iter().collect::<Vec<_>>().join(" and "),
         });
     }
-    let again = Shapes::propagate(&file.model, &|t| file.tensor_bytes(t).ok(), &AGAIN);
     let mut model = file.model.clone();
-    let pruned = apply(&mut model, patches, &analysis.shapes, &again);
+    let pruned = apply(&mut model, patches, &analysis.shapes, &analysis.again);
     report.nodes_removed = pruned.nodes;
     report.initializers_removed = pruned.initializers;
     if !converted.is_empty() {
         let opset = analysis.opset;
-        declare_operator(&mut model, request.emit, opset, element).map_err(|source| {
+        declare_operators(&mut model, request.emit, used, opset, element).map_err(|source| {
             ConvertError::Opset {
                 model: name.clone(),
                 opset,
@@ -277,12 +312,6 @@ pub fn convert(
     record(&mut model, &report, &converted);
 
     progress("writing");
-    let out = output(request);
-    let options = WriteOptions {
-        external: request.external,
-        overwrite: request.overwrite,
-        ..WriteOptions::default()
-    };
     let staged = stage(&model, Some(&file), &out, &options)?;
     if request.verify != Verify::Off {
         let before = known_problems(&file);
@@ -320,13 +349,6 @@ pub fn convert(
 /// The metadata that lists the converted modules, separated by spaces.
 pub const CONVERTED_KEY: &str = "linfusion.converted";
 
-/// A second probe: values of equal shape under both have equal shape.
-const AGAIN: Probe = Probe {
-    batch: 3,
-    latent: (48, 32),
-    text: 11,
-};
-
 /// `<stem>.linfusion.onnx` beside the model.
 #[must_use]
 pub fn default_output(model: &Path) -> PathBuf {
@@ -362,7 +384,7 @@ fn refuse_fewer(
     actions: &[Action],
     partial: Partial,
 ) -> Result<(), ConvertError> {
-    let converted = actions.iter().filter(|a| **a == Action::Convert).count();
+    let converted = actions.iter().filter(|a| a.method().is_some()).count();
     let stuck: Vec<usize> = (0..actions.len())
         .filter(|&i| matches!(actions[i], Action::Cannot(_)))
         .collect();
@@ -373,9 +395,9 @@ fn refuse_fewer(
     let expected = analysis
         .recognised
         .as_ref()
-        .map_or(0, |r| r.expected_self())
-        .max(analysis.self_sites().count() + unread);
-    let missing = analysis.self_sites().count() < expected;
+        .map_or(0, |r| r.expected_self() + r.expected_joint())
+        .max(analysis.own_sites().count() + unread);
+    let missing = analysis.own_sites().count() < expected;
     if converted > 0 && (partial == Partial::Allow || (stuck.is_empty() && !missing)) {
         return Ok(());
     }
@@ -390,7 +412,7 @@ fn refuse_fewer(
     };
     let mut shown: Vec<usize> = if stuck.is_empty() {
         (0..analysis.sites.len())
-            .filter(|&i| actions[i] != Action::Convert)
+            .filter(|&i| actions[i].method().is_none())
             .collect()
     } else {
         stuck
@@ -409,7 +431,13 @@ fn refuse_fewer(
         converted,
         expected,
         reasons,
-        report: Box::new(ModelReport::new(name, analysis, actions, 0)),
+        report: Box::new(ModelReport::new(
+            name,
+            analysis,
+            actions,
+            WindowSpec::default(),
+            0,
+        )),
     })
 }
 
@@ -441,9 +469,9 @@ fn open_checkpoint(
                     model: name.to_owned(),
                     architecture: analysis.architecture().to_owned(),
                     searched: list(&found.searched),
-                    download: architecture.map_or_else(
+                    download: architecture.and_then(download_command).map_or_else(
                         || "no checkpoint is published for this architecture".to_owned(),
-                        download_command,
+                        |command| format!("{command}, in the folder of the model, then again"),
                     ),
                 }),
                 many => Err(ConvertError::ManyWeights {
@@ -462,7 +490,7 @@ fn modules<'c>(
 ) -> Result<Vec<Option<&'c CheckpointModule>>, ConvertError> {
     let mut modules = vec![None; analysis.sites.len()];
     if let Some(checkpoint) = checkpoint {
-        let own: Vec<_> = analysis.self_sites().collect();
+        let own: Vec<_> = analysis.own_sites().collect();
         let assigned = assign(&own, checkpoint, analysis.recognised.as_ref())?;
         for (site, module) in own.iter().zip(assigned) {
             modules[site.index] = module;
@@ -478,28 +506,50 @@ fn patches(
     checkpoint: Option<&Checkpoint>,
     modules: &[Option<&CheckpointModule>],
     warnings: &mut Vec<String>,
-) -> Result<(Vec<Patch>, Vec<Converted>), ConvertError> {
+) -> Result<(Vec<Patch>, Vec<Converted>, Used), ConvertError> {
     let mut names = HashSet::new();
     collect_names(analysis.graph.proto, &mut names);
     let names: BTreeSet<&str> = names.into_iter().collect();
-    let context = Context {
+    let mut context = Context {
         names: &names,
         graph: &analysis.graph,
         shapes: &analysis.shapes,
         opset: analysis.opset,
         emit: request.emit,
     };
+    // A function has one form: where text lies is told even where there is none.
+    let mut sides = analysis
+        .sites
+        .iter()
+        .filter_map(|s| s.image.as_ref().ok()?.text);
+    let side = sides.next().unwrap_or(TextSide::Prefix);
+    let mut used = Used::default();
+    let selection = &request.selection;
     let (mut patches, mut converted) = (Vec::<Patch>::new(), Vec::new());
     let out = output(request);
     let mut spill = spill(&out);
     let mut modules_taken = HashSet::new();
     for (site, action) in analysis.sites.iter().zip(actions.iter_mut()) {
-        let (Action::Convert, Ok(plain)) = (&*action, &site.plain) else {
+        let Some(method) = action.method() else {
             continue;
         };
-        let weights = match (checkpoint, modules[site.index]) {
-            (None, _) => Weights::Graph,
-            (Some(checkpoint), Some(module)) => Weights::Module { checkpoint, module },
+        let (method, window, weights) = match (checkpoint, modules[site.index]) {
+            (None, _) => (method, selection.window, Weights::Graph),
+            (Some(checkpoint), Some(module)) => {
+                let (learned, window) = of_module(module, selection.window);
+                if selection.rule(site).is_some() && learned != method {
+                    return Err(ConvertError::OtherAttention {
+                        module: module.module_name.clone(),
+                        learned,
+                        asked: method,
+                    });
+                }
+                (learned, window, Weights::Module { checkpoint, module })
+            }
+            // Window attention alone does with the graph's own weights.
+            (Some(_), None) if method == Method::Window => {
+                (method, selection.window, Weights::Graph)
+            }
             (Some(_), None) => {
                 *action =
                     Action::Cannot("the checkpoint has no weights for this module".to_owned());
@@ -518,8 +568,42 @@ fn patches(
         } else {
             format!("{module}_{}", site.index)
         };
-        match patch(&context, plain, &site.anchor, &module, &weights) {
+        context.emit = request.emit;
+        let made = match (method, &site.plain) {
+            (Method::Linear, Ok(plain)) => patch(&context, plain, &site.anchor, &module, &weights),
+            (Method::Linear, Err(reason)) => Err(SiteError::Graph {
+                anchor: site.anchor.clone(),
+                reason: reason.clone(),
+            }),
+            _ => {
+                let window = window.unwrap_or_default();
+                let text = site.image.as_ref().ok().and_then(|i| i.text);
+                let variant = WindowVariant {
+                    shape: window.window.into(),
+                    border: window.border,
+                    text: text.unwrap_or(side),
+                };
+                if used.window.is_some_and(|first| first != variant) {
+                    context.emit = match request.emit {
+                        Emit::Function => Emit::Standard,
+                        emit => emit,
+                    };
+                }
+                window::patch(&context, site, method, window, side, &module, &weights)
+            }
+        };
+        match made {
             Ok(mut p) => {
+                *action = Action::Convert(method);
+                used.linear |= p.linear.is_some();
+                if let Some(part) = &p.window {
+                    used.window.get_or_insert(WindowVariant::of(&part.attrs));
+                }
+                if context.emit != request.emit {
+                    warnings.push(format!(
+                        "{module}: its window has another form than the first site's; one function has one form, so this site is written in standard operators and our library does not speed it up"
+                    ));
+                }
                 for (tensor, n) in &p.overflows {
                     warnings.push(format!("{module}: {n} values of '{tensor}' are infinite in the graph's element type"));
                 }
@@ -527,20 +611,13 @@ fn patches(
                     spill.take(patches.len(), &mut p.initializers, &out)?;
                 }
                 converted.push(Converted {
-                    weights: match &weights {
-                        Weights::Module { module, .. } => Some((*module).clone()),
-                        Weights::Graph => None,
-                    },
-                    tokens: p.tokens.clone(),
-                    projected: p.projected.clone(),
                     module,
-                    x: plain.x.to_owned(),
-                    x_shape: analysis.shapes.shape(plain.x).unwrap_or(&[]).to_vec(),
-                    qkv: p.operands.0.clone(),
-                    attended: p.operands.1.clone(),
+                    method,
+                    inputs: cut_inputs(&analysis.shapes, site, &p),
+                    linear: p.linear.clone(),
+                    window: p.window.clone(),
                     target: p.target.clone(),
-                    heads: plain.heads,
-                    element: ElementType::from_onnx(plain.element).unwrap_or(ElementType::F32),
+                    element: element_of(site),
                 });
                 patches.push(p);
             }
@@ -559,7 +636,66 @@ fn patches(
     if let Some(spill) = spill {
         spill.give_back(&mut patches, &out)?;
     }
-    Ok((patches, converted))
+    Ok((patches, converted, used))
+}
+
+/// The form of attention that a module's weights were learned for, and its window.
+fn of_module(
+    module: &CheckpointModule,
+    stated: Option<WindowSpec>,
+) -> (Method, Option<WindowSpec>) {
+    match module.attention {
+        SiteAttention::Linear => (Method::Linear, None),
+        SiteAttention::Hybrid(learned) => (Method::Hybrid, stated.or(learned)),
+        SiteAttention::Window(learned) => (Method::Window, stated.or(learned)),
+    }
+}
+
+/// Where verification cuts a site out of the written model.
+fn cut_inputs(shapes: &Shapes, site: &Site<'_>, patch: &Patch) -> Vec<CutInput> {
+    let mut names: Vec<&str> = Vec::new();
+    let stream = site
+        .image
+        .as_ref()
+        .ok()
+        .and_then(|i| i.stream.as_ref().ok());
+    match (&patch.window, &site.plain) {
+        (None, Ok(plain)) => names.push(plain.x),
+        _ => {
+            let readings = site.exact.as_ref().ok().and_then(|e| e.qkv.as_ref());
+            names.extend(readings.into_iter().flatten().map(|r| r.value));
+            names.extend(
+                stream
+                    .filter(|_| readings.is_none() || patch.linear.is_some())
+                    .map(|s| s.x),
+            );
+        }
+    }
+    let grid = patch.window.as_ref().map(|w| CutInput {
+        name: w.grid.clone(),
+        feed: Feed::Grid(w.size),
+    });
+    let mut seen = HashSet::new();
+    let noise = |name: &&str| {
+        let fact = shapes.fact(name);
+        Some(CutInput {
+            name: (*name).to_owned(),
+            feed: Feed::Noise {
+                shape: fact.shape.clone()?,
+                element: ElementType::from_onnx(fact.element?)?,
+            },
+        })
+    };
+    names.retain(|n| seen.insert(*n));
+    names.iter().filter_map(noise).chain(grid).collect()
+}
+
+fn element_of(site: &Site<'_>) -> ElementType {
+    let plain = site.plain.as_ref().map(|p| p.element);
+    let code = plain.or_else(|_| site.exact.as_ref().map(|e| e.element));
+    code.ok()
+        .and_then(ElementType::from_onnx)
+        .unwrap_or(ElementType::F32)
 }
 
 fn output(request: &Request) -> PathBuf {
@@ -639,7 +775,7 @@ fn record(model: &mut ModelProto, report: &ConvertReport, converted: &[Converted
         .model
         .sites
         .iter()
-        .filter(|s| s.kind == Kind::SelfAttention && s.action == "keep")
+        .filter(|s| matches!(s.kind, Kind::SelfAttention | Kind::Joint) && s.action == "keep")
         .map(|s| s.module.as_deref().unwrap_or(&s.anchor))
         .collect();
     let converted: Vec<&str> = converted.iter().map(|c| c.module.as_str()).collect();
@@ -650,10 +786,9 @@ fn record(model: &mut ModelProto, report: &ConvertReport, converted: &[Converted
         ),
         (
             "linfusion.weights",
-            if report.weights == "none" {
-                "none (untrained)".to_owned()
-            } else {
-                "checkpoint".to_owned()
+            match report.weights {
+                "none" => "none (untrained)".to_owned(),
+                other => other.to_owned(),
             },
         ),
         (
@@ -674,13 +809,14 @@ fn record(model: &mut ModelProto, report: &ConvertReport, converted: &[Converted
 /// The model cannot be read.
 pub fn inspect(model: &Path, selection: &Selection) -> Result<ModelReport, ConvertError> {
     let file = OnnxFile::open(model)?;
-    let analysis = Analysis::of(&file);
+    let analysis = Analysis::with_grid(&file, selection.grid);
     selection.check(&analysis.sites)?;
     let actions = plan(&analysis, selection);
     Ok(ModelReport::new(
         &model.display().to_string(),
         &analysis,
         &actions,
+        selection.window.unwrap_or_default(),
         0,
     ))
 }

@@ -6,8 +6,10 @@ use serde::Serialize;
 /// The shape of one attention.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shape {
-    /// Tokens.
+    /// Image tokens.
     pub tokens: u64,
+    /// Text tokens beside them.
+    pub text: u64,
     /// Heads.
     pub heads: u64,
     /// Channels a head.
@@ -48,7 +50,11 @@ impl std::iter::Sum for Cost {
 /// head; the N×N scores are written, read by Softmax, written and read again.
 #[must_use]
 pub fn softmax(s: Shape) -> Cost {
-    let (n, h, d) = (s.tokens as f64, s.heads as f64, s.head_dim as f64);
+    let (n, h, d) = (
+        (s.tokens + s.text) as f64,
+        s.heads as f64,
+        s.head_dim as f64,
+    );
     Cost {
         flops: h * (4.0 * n * n * d + 5.0 * n * n),
         bytes: s.element as f64 * h * (4.0 * n * d + 4.0 * n * n),
@@ -73,6 +79,23 @@ pub fn linear(s: Shape) -> Cost {
     }
 }
 
+/// Window attention: each image token meets `keys` keys and the text, each text token
+/// everything; no scores go through memory.
+#[must_use]
+pub fn window(s: Shape, keys: u64) -> Cost {
+    let (n, p, h, d) = (
+        s.tokens as f64,
+        s.text as f64,
+        s.heads as f64,
+        s.head_dim as f64,
+    );
+    let pairs = n * (keys.min(s.tokens) as f64 + p) + p * (n + p);
+    Cost {
+        flops: h * pairs * (4.0 * d + 5.0),
+        bytes: s.element as f64 * h * 4.0 * (n + p) * d,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -81,6 +104,7 @@ mod tests {
     fn linear_attention_grows_linearly_and_softmax_quadratically() {
         let at = |tokens| Shape {
             tokens,
+            text: 0,
             heads: 8,
             head_dim: 40,
             mid: 20,
@@ -88,5 +112,9 @@ mod tests {
         };
         assert_eq!(linear(at(4096)).flops * 4.0, linear(at(16384)).flops);
         assert_eq!(softmax(at(4096)).flops * 16.0, softmax(at(16384)).flops);
+        assert_eq!(
+            window(at(4096), 256).flops * 4.0,
+            window(at(16384), 256).flops
+        );
     }
 }

@@ -47,6 +47,16 @@ pub enum GridSource<'m> {
     Fixed(GridSize),
 }
 
+impl std::fmt::Display for GridSource<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Spatial { value, .. } => write!(f, "shape of '{value}'"),
+            Self::Ids { input, .. } => write!(f, "ids '{input}'"),
+            Self::Fixed(size) => write!(f, "stated {}x{}", size.rows, size.cols),
+        }
+    }
+}
+
 /// A grid of image tokens: its source and its size under the probe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Grid<'m> {
@@ -74,30 +84,32 @@ impl<'m> Grids<'m> {
         stated: Option<GridSize>,
     ) -> Self {
         let mut grids = Self::default();
-        if let Some(size) = stated {
-            grids.add(Grid {
-                source: GridSource::Fixed(size),
-                size,
-            });
-        }
         let stored: Vec<&str> = graph.proto.initializer.iter().map(tensor_name).collect();
         let inputs = || {
             let all = graph.proto.input.iter();
             all.filter_map(|v| Some((v.name.as_deref()?, tensor_type(v)?)))
                 .filter(|(name, _)| !stored.contains(name))
         };
-        let image = inputs()
-            .map(|(name, _)| name)
-            .find(|name| rank(shapes, name) == Some(4));
-        match image {
+        let of_rank = |rank: usize| {
+            let mut names = inputs().map(|(name, _)| name);
+            names.find(|name| shapes.shape(name).is_some_and(|s| s.len() == rank))
+        };
+        let packed = of_rank(3).and_then(|name| shapes.shape(name)?.get(1).copied());
+        if let Some(size) = stated {
+            grids.add(Grid {
+                source: GridSource::Fixed(size),
+                size,
+            });
+            // Under the probe there are as many tokens as the probe has.
+            grids.add_packed(GridSource::Fixed(size), packed);
+        }
+        match of_rank(4) {
             Some(image) => grids.spatial(graph, shapes, again, image),
             None => {
-                let packed = inputs()
-                    .map(|(name, _)| name)
-                    .find(|n| rank(shapes, n) == Some(3));
                 let ids = inputs().find(|(name, (_, dims))| is_image_ids(name, dims.as_deref()));
-                if let (Some(packed), Some((input, (_, dims)))) = (packed, ids) {
-                    grids.ids(shapes, packed, input, dims.map_or(2, |d| d.len()));
+                if let Some((input, (_, dims))) = ids {
+                    let rank = dims.map_or(2, |d| d.len());
+                    grids.add_packed(GridSource::Ids { input, rank }, packed);
                 }
             }
         }
@@ -163,22 +175,22 @@ impl<'m> Grids<'m> {
         }
     }
 
-    fn ids(&mut self, shapes: &Shapes, packed: &str, input: &'m str, rank: usize) {
-        // The probe's sizes of the ids are unknown; one row serves.
-        if let Some(&[_, tokens, _]) = shapes.shape(packed) {
+    /// A source whose size under the probe is not known: any grid of as many tokens
+    /// serves.
+    fn add_packed(&mut self, source: GridSource<'m>, tokens: Option<i64>) {
+        let Some(tokens) = tokens else { return };
+        let rows = (1..=tokens)
+            .take_while(|&r| r.saturating_mul(r) <= tokens)
+            .filter(|&r| tokens % r == 0)
+            .last();
+        if let Some(rows) = rows {
+            let cols = tokens / rows;
             self.add(Grid {
-                source: GridSource::Ids { input, rank },
-                size: GridSize {
-                    rows: 1,
-                    cols: tokens,
-                },
+                source,
+                size: GridSize { rows, cols },
             });
         }
     }
-}
-
-fn rank(shapes: &Shapes, value: &str) -> Option<usize> {
-    shapes.shape(value).map(<[i64]>::len)
 }
 
 fn is_convolution(node: &NodeProto) -> bool {

@@ -3,10 +3,13 @@
 use std::collections::HashSet;
 
 use globset::{Glob, GlobSet, GlobSetBuilder};
+use linfusion_ops::schema::WindowSpec;
+use serde::Serialize;
 
 use crate::analysis::Analysis;
 use crate::attention::kind::Kind;
 use crate::attention::site::Site;
+use crate::grid::GridSize;
 
 /// A pattern of `--keep` or `--only` that no site matches.
 #[derive(Debug, thiserror::Error)]
@@ -19,13 +22,25 @@ pub struct UnmatchedPattern {
 }
 
 impl Selection {
+    /// The rule that decides what `site` becomes, if the user gave one.
+    #[must_use]
+    pub fn rule(&self, site: &Site<'_>) -> Option<&MethodRule> {
+        let mut last_first = self.attention.iter().rev();
+        last_first.find(|rule| rule.sites.as_ref().is_none_or(|set| named(site, set)))
+    }
+
     /// Whether every pattern matches something.
     ///
     /// # Errors
     /// [`UnmatchedPattern`]: a mistyped `--keep` would convert what it names.
     pub fn check(&self, sites: &[Site<'_>]) -> Result<(), UnmatchedPattern> {
+        let by_rule = self
+            .attention
+            .iter()
+            .map(|r| ("--attention", r.sites.as_ref()));
         let sets = [("--keep", Some(&self.keep)), ("--only", self.only.as_ref())];
-        for (option, set) in sets.into_iter().filter_map(|(o, s)| Some((o, s?))) {
+        let sets = sets.into_iter().chain(by_rule);
+        for (option, set) in sets.filter_map(|(o, s)| Some((o, s?))) {
             let names = |s: &Site<'_>| [s.module.clone().unwrap_or_default(), s.anchor.clone()];
             let matched: HashSet<usize> = sites
                 .iter()
@@ -40,9 +55,47 @@ impl Selection {
     }
 }
 
+/// What a site's softmax attention becomes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Method {
+    /// LinFusion attention.
+    Linear,
+    /// Window attention and LinFusion attention, weighted by head.
+    Hybrid,
+    /// Window attention.
+    Window,
+}
+
+impl std::fmt::Display for Method {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Method::Linear => "linear",
+            Method::Hybrid => "hybrid",
+            Method::Window => "window",
+        })
+    }
+}
+
+/// One `--attention` option: a method for the sites that match.
+#[derive(Clone, Debug)]
+pub struct MethodRule {
+    /// Module paths or anchor names; all, where there is none.
+    pub sites: Option<GlobSet>,
+    /// `None` keeps softmax.
+    pub method: Option<Method>,
+}
+
 /// Which sites the user wants converted.
 #[derive(Clone, Debug, Default)]
 pub struct Selection {
+    /// What sites become; the last that matches counts. Without any, UNets become
+    /// linear and transformers hybrid.
+    pub attention: Vec<MethodRule>,
+    /// Shape of the windows; `None`: the checkpoint's, else 16 × 16.
+    pub window: Option<WindowSpec>,
+    /// Rows and columns of the image's tokens, where the graph does not tell.
+    pub grid: Option<GridSize>,
     /// Sites to keep, by module path or anchor name.
     pub keep: GlobSet,
     /// If given, the only sites to convert.
@@ -86,8 +139,8 @@ pub fn globs(patterns: &[String]) -> Result<GlobSet, BadPattern> {
 /// What is done with a site.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// Converted to linear attention.
-    Convert,
+    /// Converted.
+    Convert(Method),
     /// Left as it is: it is no self-attention, or the user chose so.
     Keep(String),
     /// Left as it is because it cannot be converted, or not be read: a shortfall.
@@ -95,11 +148,20 @@ pub enum Action {
 }
 
 impl Action {
+    /// What the site becomes, if it is converted.
+    #[must_use]
+    pub fn method(&self) -> Option<Method> {
+        match self {
+            Action::Convert(method) => Some(*method),
+            _ => None,
+        }
+    }
+
     /// Why the site is left as it is.
     #[must_use]
     pub fn reason(&self) -> Option<&str> {
         match self {
-            Action::Convert => None,
+            Action::Convert(_) => None,
             Action::Keep(reason) | Action::Cannot(reason) => Some(reason),
         }
     }
@@ -109,30 +171,70 @@ impl Action {
 #[must_use]
 pub fn plan(analysis: &Analysis<'_>, selection: &Selection) -> Vec<Action> {
     let mut ordinal = 0;
-    // A catalogued architecture has nothing but self- and cross-attention.
+    // A catalogued architecture has nothing but attention that is understood.
     let strange = analysis.recognised.is_some();
+    let default = if analysis.transformer {
+        Method::Hybrid
+    } else {
+        Method::Linear
+    };
     analysis
         .sites
         .iter()
         .zip(&analysis.tokens)
         .map(|(site, tokens)| {
-            let obstacle = site.plain.as_ref().err();
-            let reason = || obstacle.map_or_else(|| site.kind.to_string(), Clone::clone);
+            let reason = || match &site.plain {
+                Err(reason) => reason.clone(),
+                Ok(_) => site.kind.to_string(),
+            };
             match site.kind {
-                Kind::SelfAttention => {}
+                Kind::SelfAttention | Kind::Joint => {}
                 Kind::Other if strange || site.unread || site.attends => {
                     return Action::Cannot(reason());
                 }
                 _ => return Action::Keep(reason()),
             }
             ordinal += 1;
-            match (refusal(site, *tokens, selection, ordinal), obstacle) {
-                (Some(chosen), _) => Action::Keep(chosen),
-                (None, Some(obstacle)) => Action::Cannot(obstacle.clone()),
-                (None, None) => Action::Convert,
+            if let Some(chosen) = refusal(site, *tokens, selection, ordinal) {
+                return Action::Keep(chosen);
+            }
+            match selection
+                .rule(site)
+                .map_or(Some(default), |rule| rule.method)
+            {
+                None => Action::Keep("kept by --attention".to_owned()),
+                Some(method) => match obstacle(site, method, analysis.not_a_denoiser.as_deref()) {
+                    None => Action::Convert(method),
+                    Some(obstacle) => Action::Cannot(obstacle),
+                },
             }
         })
         .collect()
+}
+
+/// What stands between a site and a method.
+fn obstacle(site: &Site<'_>, method: Method, not_a_denoiser: Option<&str>) -> Option<String> {
+    if let Some(reason) = not_a_denoiser {
+        return Some(reason.to_owned());
+    }
+    if method == Method::Linear {
+        return site.plain.as_ref().err().map(|reason| match site.kind {
+            Kind::Joint => format!("{reason}; --attention hybrid or window converts it"),
+            _ => reason.clone(),
+        });
+    }
+    let image = match (&site.exact, &site.image) {
+        (Err(reason), _) | (_, Err(reason)) => return Some(reason.clone()),
+        (Ok(_), Ok(image)) => image,
+    };
+    match (&image.stream, method) {
+        (Err(reason), Method::Hybrid) => Some(format!("{reason}; --attention window does without")),
+        _ => None,
+    }
+}
+
+fn named(site: &Site<'_>, set: &GlobSet) -> bool {
+    site.module.as_deref().is_some_and(|m| set.is_match(m)) || set.is_match(&site.anchor)
 }
 
 fn refusal(
@@ -141,9 +243,7 @@ fn refusal(
     selection: &Selection,
     ordinal: usize,
 ) -> Option<String> {
-    let matches = |set: &GlobSet| {
-        site.module.as_deref().is_some_and(|m| set.is_match(m)) || set.is_match(&site.anchor)
-    };
+    let matches = |set: &GlobSet| named(site, set);
     if matches(&selection.keep) {
         return Some("kept by --keep".to_owned());
     }

@@ -8,10 +8,10 @@ use ndarray::{Array1, Array2, ArrayView2, Axis};
 
 /// A module's tensors.
 pub struct Module {
-    q: Layer,
-    k: Layer,
-    v: Layer,
-    out: Layer,
+    q: Option<Layer>,
+    k: Option<Layer>,
+    v: Option<Layer>,
+    out: Option<Layer>,
     mlps: Option<[Mlp; 2]>,
     identity: bool,
 }
@@ -28,14 +28,14 @@ struct Mlp {
     last: Layer,
 }
 
-/// q, k and v of some tokens.
+/// q, k and v of some tokens, as far as the checkpoint has the projections.
 pub struct Projected {
     /// Queries `[rows, dim]`.
-    pub q: Array2<f64>,
+    pub q: Option<Array2<f64>>,
     /// Keys.
-    pub k: Array2<f64>,
+    pub k: Option<Array2<f64>>,
     /// Values.
-    pub v: Array2<f64>,
+    pub v: Option<Array2<f64>>,
 }
 
 impl Module {
@@ -50,10 +50,10 @@ impl Module {
         let read = Reader { checkpoint, module };
         let identity = module.mid == MlpWidth::Identity;
         Ok(Module {
-            q: read.layer(Part::QWeight, Part::QBias)?,
-            k: read.layer(Part::KWeight, Part::KBias)?,
-            v: read.layer(Part::VWeight, Part::VBias)?,
-            out: read.layer(Part::OutWeight, Part::OutBias)?,
+            q: read.optional_layer(Part::QWeight, Part::QBias)?,
+            k: read.optional_layer(Part::KWeight, Part::KBias)?,
+            v: read.optional_layer(Part::VWeight, Part::VBias)?,
+            out: read.optional_layer(Part::OutWeight, Part::OutBias)?,
             mlps: if identity {
                 None
             } else {
@@ -72,21 +72,22 @@ impl Module {
             None => x.to_owned(),
         };
         Projected {
-            q: self.q.run(shifted(0).view()),
-            k: self.k.run(shifted(1).view()),
-            v: self.v.run(x),
+            q: self.q.as_ref().map(|q| q.run(shifted(0).view())),
+            k: self.k.as_ref().map(|k| k.run(shifted(1).view())),
+            v: self.v.as_ref().map(|v| v.run(x)),
         }
     }
 
     /// The out projection of attended tokens `[rows, dim]`; without its bias where
     /// a fused node adds that later.
     #[must_use]
-    pub fn out(&self, attended: ArrayView2<'_, f64>, bias: bool) -> Array2<f64> {
-        if bias {
-            self.out.run(attended)
+    pub fn out(&self, attended: ArrayView2<'_, f64>, bias: bool) -> Option<Array2<f64>> {
+        let out = self.out.as_ref()?;
+        Some(if bias {
+            out.run(attended)
         } else {
-            attended.dot(&self.out.weight.t())
-        }
+            attended.dot(&out.weight.t())
+        })
     }
 }
 
@@ -135,6 +136,13 @@ impl Reader<'_> {
         let rows = values.len() / columns.max(1);
         // The checkpoint checked the shape: the product is the number of values.
         Ok(Array2::from_shape_vec((rows, columns), values).unwrap_or_default())
+    }
+
+    fn optional_layer(&self, weight: Part, bias: Part) -> Result<Option<Layer>, CheckpointError> {
+        match self.checkpoint.optional_tensor(self.module, weight)? {
+            None => Ok(None),
+            Some(_) => self.layer(weight, bias).map(Some),
+        }
     }
 
     fn layer(&self, weight: Part, bias: Part) -> Result<Layer, CheckpointError> {

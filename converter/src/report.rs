@@ -1,13 +1,16 @@
 //! What was found and done, as data: the JSON of `--report json`, documented in
 //! `docs/report.md`, and the tables of the terminal.
 
+use linfusion_ops::schema::{Window, WindowSpec};
 use linfusion_runtime::table::table;
 use serde::Serialize;
 
 use crate::analysis::Analysis;
 use crate::attention::kind::Kind;
+use crate::attention::stream::TextSide;
 use crate::cost::{self, Cost};
-use crate::plan::Action;
+use crate::plan::{Action, Method};
+use crate::shapes::Probe;
 use crate::verify::Verified;
 
 /// Version of the JSON's schema; it grows when a field changes its meaning.
@@ -30,6 +33,15 @@ pub struct SiteReport {
     pub tokens: Option<i64>,
     /// "convert" or "keep".
     pub action: &'static str,
+    /// What the site becomes; null where it is kept.
+    pub attention: Option<Method>,
+    /// The window as asked for; null without.
+    pub window: Option<String>,
+    /// Text tokens beside the image's: "prefix" or "suffix"; null without.
+    pub text: Option<&'static str>,
+    /// What the rows and columns of the image's tokens are computed from; null where they
+    /// are not needed or cannot be told.
+    pub grid: Option<String>,
     /// Why.
     pub reason: String,
     /// Name of the Softmax or attention node.
@@ -75,12 +87,16 @@ pub struct ModelReport {
     pub variant: Option<String>,
     /// Self-attentions that the architecture has; null if unknown.
     pub expected_self: Option<usize>,
+    /// Attentions over text and image that the architecture has; null if unknown.
+    pub expected_joint: Option<usize>,
     /// Opset of the default domain.
     pub opset: i64,
     /// Every site.
     pub sites: Vec<SiteReport>,
     /// Attention cost at 512² … 16384²; empty where token counts are unknown.
     pub costs: Vec<SizeReport>,
+    /// What limits the model whatever its attention is.
+    pub notes: Vec<String>,
 }
 
 /// What a conversion did.
@@ -93,7 +109,8 @@ pub struct ConvertReport {
     pub output: Option<String>,
     /// Other files that must be kept with it.
     pub companions: Vec<String>,
-    /// "checkpoint" or "none" (untrained: for measuring speed only).
+    /// "checkpoint", "none" (untrained: for measuring speed only), or "graph" (window attention
+    /// alone, with the model's own weights).
     pub weights: &'static str,
     /// The checkpoint's file; null without one.
     pub checkpoint: Option<String>,
@@ -117,17 +134,32 @@ impl ModelReport {
     /// Reports `analysis` under `actions`; `mid` is the width of the MLPs of the
     /// checkpoint at hand, 0 without one.
     #[must_use]
-    pub fn new(model: &str, analysis: &Analysis<'_>, actions: &[Action], mid: u64) -> Self {
+    pub fn new(
+        model: &str,
+        analysis: &Analysis<'_>,
+        actions: &[Action],
+        window: WindowSpec,
+        mid: u64,
+    ) -> Self {
         let sites = analysis
             .sites
             .iter()
             .zip(actions)
             .zip(&analysis.tokens)
             .map(|((site, action), tokens)| {
-                let (action, reason) = match action.reason() {
-                    None => ("convert", "self-attention, plain".to_owned()),
-                    Some(reason) => ("keep", reason.to_owned()),
+                let method = action.method();
+                let (action, reason) = match (action.reason(), site.kind) {
+                    (Some(reason), _) => ("keep", reason.to_owned()),
+                    (None, Kind::Joint) => ("convert", "attention over text and image".to_owned()),
+                    (None, _) if site.plain.is_ok() => {
+                        ("convert", "self-attention, plain".to_owned())
+                    }
+                    (None, _) => (
+                        "convert",
+                        "self-attention with normed or turned q, k".to_owned(),
+                    ),
                 };
+                let image = site.image.as_ref().ok();
                 SiteReport {
                     index: site.index,
                     module: site.module.clone(),
@@ -136,6 +168,15 @@ impl ModelReport {
                     head_dim: site.head_dim,
                     tokens: *tokens,
                     action,
+                    attention: method,
+                    window: method
+                        .filter(|m| *m != Method::Linear)
+                        .map(|_| window.to_string()),
+                    text: image.and_then(|i| i.text).map(|side| match side {
+                        TextSide::Prefix => "prefix",
+                        TextSide::Suffix => "suffix",
+                    }),
+                    grid: image.map(|i| i.grid.source.to_string()),
                     reason,
                     anchor: site.anchor.clone(),
                 }
@@ -153,9 +194,14 @@ impl ModelReport {
                 .recognised
                 .as_ref()
                 .map(linfusion_models::catalogue::Recognition::expected_self),
+            expected_joint: analysis
+                .recognised
+                .as_ref()
+                .map(linfusion_models::catalogue::Recognition::expected_joint),
             opset: analysis.opset,
             sites,
-            costs: costs(analysis, actions, mid),
+            costs: costs(analysis, actions, window, mid),
+            notes: analysis.notes.clone(),
         }
     }
 
@@ -204,12 +250,16 @@ impl ModelReport {
                     .map_or(String::new(), |c| {
                         format!("{} → {}", giga(c.before.flops), giga(c.after.flops))
                     }),
-                s.action.to_owned(),
+                match (&s.attention, &s.window) {
+                    (Some(method), Some(window)) => format!("{method}, window {window}"),
+                    (Some(method), None) => method.to_string(),
+                    _ => s.action.to_owned(),
+                },
                 s.reason.clone(),
             ]);
         }
         let mut text = format!(
-            "{}\narchitecture {}{}, opset {}: {} self-attentions{}, {} cross, {} joint, {} other\n{sites}\n",
+            "{}\narchitecture {}{}, opset {}: {} self-attentions{}, {} cross, {} joint{}, {} other\n{sites}\n",
             self.model,
             self.architecture,
             self.variant
@@ -221,15 +271,21 @@ impl ModelReport {
                 .map_or(String::new(), |n| format!(" of {n}")),
             self.count(Kind::Cross),
             self.count(Kind::Joint),
+            self.expected_joint
+                .filter(|&n| n > 0)
+                .map_or(String::new(), |n| format!(" of {n}")),
             self.count(Kind::Other),
         );
+        for note in &self.notes {
+            text += &format!("note: {note}\n");
+        }
         if !self.costs.is_empty() {
             let mut costs = table([
                 "image",
                 "softmax GFLOP",
-                "linear GFLOP",
+                "converted GFLOP",
                 "softmax GB",
-                "linear GB",
+                "converted GB",
                 "FLOP ratio",
             ]);
             for c in &self.costs {
@@ -242,8 +298,7 @@ impl ModelReport {
                     format!("{:.1}×", c.before.flops / c.after.flops.max(1.0)),
                 ]);
             }
-            text +=
-                &format!("self-attention, one step at batch 1, counted (not measured):\n{costs}\n");
+            text += &format!("attention, one step at batch 1, counted (not measured):\n{costs}\n");
         }
         text
     }
@@ -259,7 +314,12 @@ fn giga(value: f64) -> String {
 /// A latent pixel is 8 image pixels in every catalogued architecture.
 const LATENT: u64 = 8;
 
-fn costs(analysis: &Analysis<'_>, actions: &[Action], mid: u64) -> Vec<SizeReport> {
+fn costs(
+    analysis: &Analysis<'_>,
+    actions: &[Action],
+    window: WindowSpec,
+    mid: u64,
+) -> Vec<SizeReport> {
     let Some(native) = analysis
         .recognised
         .as_ref()
@@ -267,35 +327,44 @@ fn costs(analysis: &Analysis<'_>, actions: &[Action], mid: u64) -> Vec<SizeRepor
     else {
         return Vec::new();
     };
-    let known: Option<Vec<(usize, cost::Shape, bool)>> = analysis
+    let known: Option<Vec<(usize, cost::Shape, Option<Method>)>> = analysis
         .sites
         .iter()
         .zip(actions)
         .zip(&analysis.tokens)
-        .filter(|((s, _), _)| s.kind == Kind::SelfAttention)
+        .filter(|((s, _), _)| matches!(s.kind, Kind::SelfAttention | Kind::Joint))
         .map(|((site, action), tokens)| {
             let size = |v: i64| u64::try_from(v).ok();
-            let element = site.plain.as_ref().map_or(4, |p| element_bytes(p.element));
+            let element = site.plain.as_ref().map(|p| p.element);
+            let element = element.or_else(|_| site.exact.as_ref().map(|e| e.element));
+            let text = match (&site.exact, &site.image) {
+                (Ok(exact), Ok(image)) => exact.tokens - image.grid.size.tokens(),
+                _ => 0,
+            };
+            // The probes have texts of different lengths: at the native size it is this.
+            let text = if text > 0 { Probe::square(0).text } else { 0 };
             let shape = cost::Shape {
-                tokens: size((*tokens)?)?,
+                tokens: size((*tokens)?.checked_sub(text)?)?,
+                text: size(text)?,
                 heads: size(site.heads?)?,
                 head_dim: size(site.head_dim?)?,
                 mid,
-                element,
+                element: element.map_or(4, element_bytes),
             };
-            Some((site.index, shape, *action == Action::Convert))
+            Some((site.index, shape, action.method()))
         })
         .collect();
     let Some(known) = known else {
         return Vec::new();
     };
+    let keys = window_keys(window);
     [512u64, 1024, 2048, 4096, 8192, 16384]
         .into_iter()
         .map(|pixels| {
             let scale = (pixels as f64 / native as f64).powi(2);
             let sites: Vec<SiteCost> = known
                 .iter()
-                .map(|(index, shape, convert)| {
+                .map(|(index, shape, method)| {
                     let shape = cost::Shape {
                         tokens: (shape.tokens as f64 * scale).round() as u64,
                         ..*shape
@@ -303,12 +372,17 @@ fn costs(analysis: &Analysis<'_>, actions: &[Action], mid: u64) -> Vec<SizeRepor
                     let before = cost::softmax(shape);
                     SiteCost {
                         index: *index,
-                        tokens: shape.tokens,
+                        tokens: shape.tokens + shape.text,
                         before,
-                        after: if *convert {
-                            cost::linear(shape)
-                        } else {
-                            before
+                        after: match method {
+                            None => before,
+                            Some(Method::Linear) => cost::linear(shape),
+                            Some(Method::Window) => cost::window(shape, keys),
+                            Some(Method::Hybrid) => {
+                                [cost::linear(shape), cost::window(shape, keys)]
+                                    .into_iter()
+                                    .sum()
+                            }
                         },
                     }
                 })
@@ -321,6 +395,21 @@ fn costs(analysis: &Analysis<'_>, actions: &[Action], mid: u64) -> Vec<SizeRepor
             }
         })
         .collect()
+}
+
+/// Keys in a whole window.
+fn window_keys(window: WindowSpec) -> u64 {
+    let keys = match window.window {
+        Window::Rect { rows, cols } => rows.saturating_mul(cols),
+        Window::Circle { radius } => {
+            // Whole numbers x with x² < r² − y², for every y.
+            let r = radius.min(1 << 12);
+            let half = |y: usize| (0..r).take_while(|x| x * x + y * y < r * r).count();
+            let row = |y: usize| (2 * half(y)).saturating_sub(1);
+            row(0) + 2 * (1..r).map(row).sum::<usize>()
+        }
+    };
+    keys as u64
 }
 
 fn element_bytes(element: i32) -> u64 {

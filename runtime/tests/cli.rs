@@ -88,7 +88,7 @@ fn bench_measures_each_model_in_its_own_process() {
         &model,
         copy.to_str().unwrap(),
         "--sizes",
-        "8,16",
+        "64,128",
         "--repeats",
         "2",
         "--batch",

@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use linfusion_convert::convert::{Request, WeightsFrom};
-use linfusion_models::checkpoint::MlpWidth;
 use linfusion_models::checkpoint::synth::{SynthModule, SynthOptions, write_checkpoint};
+use linfusion_models::checkpoint::{MlpWidth, SiteAttention};
 use linfusion_models::onnx::OnnxFile;
 use linfusion_runtime::engine::{Engine, Operators, Session, SessionOptions, library};
 use linfusion_runtime::tensor::Tensor;
@@ -71,6 +71,7 @@ pub fn checkpoint_for(model: &Path, folder: &Path, mid: MlpWidth) -> Result<Path
                 dim: usize::try_from(s.width()?).ok()?,
                 heads: usize::try_from(s.heads?).ok()?,
                 mid,
+                attention: SiteAttention::Linear,
             })
         })
         .collect();

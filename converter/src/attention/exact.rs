@@ -4,7 +4,7 @@
 
 use super::core::{Core, Form, Operand, Role};
 use super::layout::{Move, ravel};
-use super::plain::{Between, Layout, Matrix, between, head_channels, merge};
+use super::plain::{Between, Columns, Layout, Matrix, Plain, Tap, between, head_channels, merge};
 use super::projection::roots;
 use crate::graph::{Graph, op};
 use crate::shapes::Shapes;
@@ -49,7 +49,7 @@ pub struct Reading<'m> {
 /// An attention whose q, k and v can be read and whose output can be replaced.
 #[derive(Clone, Debug)]
 pub struct Exact<'m> {
-    /// q, k and v; `None` where the attention node projects them itself.
+    /// q, k and v; `None` where the strict reading has them.
     pub qkv: Option<[Reading<'m>; 3]>,
     /// The output with heads merged, `N` rows of `H·Dv`.
     pub merged: &'m str,
@@ -69,6 +69,54 @@ pub struct Exact<'m> {
     pub element: i32,
     /// Factor on q·kᵀ.
     pub scale: f64,
+}
+
+impl<'m> Exact<'m> {
+    /// What the strict reading found.
+    #[must_use]
+    pub fn of_plain(plain: &Plain<'m>) -> Self {
+        Self {
+            qkv: None,
+            merged: plain.merged,
+            merged_layout: plain.merged_layout.clone(),
+            batch: plain.batch,
+            tokens: plain.tokens,
+            heads: plain.heads,
+            head_dim: plain.head_dim,
+            value_dim: plain.value_dim,
+            element: plain.element,
+            scale: plain.scale,
+        }
+    }
+}
+
+impl<'m> Exact<'m> {
+    /// Sizes and output alone, where the linear layers are of no concern.
+    #[must_use]
+    pub fn frame(&self) -> Plain<'m> {
+        let tap = |i: usize| Tap {
+            value: self.qkv.as_ref().map_or(self.merged, |q| q[i].value),
+            layout: Layout::Tokens,
+            columns: Columns::All,
+            linear: None,
+        };
+        Plain {
+            x: self.merged,
+            x_layout: self.merged_layout.clone(),
+            width: self.heads * self.value_dim,
+            batch: self.batch,
+            tokens: self.tokens,
+            heads: self.heads,
+            head_dim: self.head_dim,
+            value_dim: self.value_dim,
+            element: self.element,
+            taps: [tap(0), tap(1), tap(2)],
+            merged: self.merged,
+            merged_layout: self.merged_layout.clone(),
+            out: None,
+            scale: self.scale,
+        }
+    }
 }
 
 /// Reads `core` tolerantly.

@@ -6,13 +6,16 @@ use std::collections::{HashMap, HashSet};
 use linfusion_models::onnx::proto::{GraphProto, ModelProto};
 
 use super::core::{Core, Role, anchors, between_products, core, is_anchor};
+use super::exact::{Exact, exact};
 use super::kind::{Kind, flow};
 use super::names::{
     attention_module, is_layer, scope_of_metadata, scope_of_node_name, scope_of_parameter,
 };
 use super::plain::{Plain, plain};
 use super::projection::roots;
+use super::stream::{TextSide, stream, text_side};
 use crate::graph::{Graph, NodeId, label, qualified_op, subgraphs};
+use crate::grid::{Grid, Grids};
 use crate::shapes::Shapes;
 
 /// One Softmax or attention operator of the model.
@@ -41,6 +44,10 @@ pub struct Site<'m> {
     pub context_width: Option<i64>,
     /// The strict reading, or why there is none.
     pub plain: Result<Plain<'m>, String>,
+    /// q, k, v and the output as the attention has them, or why they cannot be had.
+    pub exact: Result<Exact<'m>, String>,
+    /// The image among the tokens, or why it cannot be told.
+    pub image: Result<Image<'m>, String>,
     /// Whether nothing can be said of it: shapes are unknown, or it lies in a
     /// subgraph or function.
     pub unread: bool,
@@ -49,6 +56,19 @@ pub struct Site<'m> {
     pub attends: bool,
     /// Whether something (a mask) makes it more than plain attention.
     pub mask: Option<String>,
+}
+
+/// The image tokens of an attention.
+#[derive(Clone, Debug)]
+pub struct Image<'m> {
+    /// Their rows and columns.
+    pub grid: Grid<'m>,
+    /// Where text tokens lie beside them; `None` without any.
+    pub text: Option<TextSide>,
+    /// The linear layers that read them, or why these cannot be read.
+    pub stream: Result<Plain<'m>, String>,
+    /// The linear layers that read the text, where it has its own.
+    pub text_stream: Result<Plain<'m>, String>,
 }
 
 impl Site<'_> {
@@ -73,10 +93,15 @@ impl Site<'_> {
 /// Finds every site of `model`: one for each Softmax and attention operator, in
 /// the main graph, its subgraphs and its functions.
 #[must_use]
-pub fn find<'m>(model: &'m ModelProto, graph: &Graph<'m>, shapes: &Shapes) -> Vec<Site<'m>> {
+pub fn find<'m>(
+    model: &'m ModelProto,
+    graph: &Graph<'m>,
+    shapes: &Shapes,
+    grids: &Grids<'m>,
+) -> Vec<Site<'m>> {
     let mut sites: Vec<Site<'m>> = anchors(graph)
         .into_iter()
-        .map(|a| read(graph, shapes, a))
+        .map(|a| read(graph, shapes, grids, a))
         .collect();
     for (_, node) in graph.nodes() {
         for sub in subgraphs(node) {
@@ -132,13 +157,15 @@ fn unreachable_site<'m>(anchor: &str, place: &str) -> Site<'m> {
         queries: None,
         context_width: None,
         plain: Err(format!("it lies {place}")),
+        exact: Err(format!("it lies {place}")),
+        image: Err(format!("it lies {place}")),
         unread: true,
         attends: true,
         mask: None,
     }
 }
 
-fn read<'m>(graph: &Graph<'m>, shapes: &Shapes, anchor: NodeId) -> Site<'m> {
+fn read<'m>(graph: &Graph<'m>, shapes: &Shapes, grids: &Grids<'m>, anchor: NodeId) -> Site<'m> {
     let name = label(graph.node(anchor)).to_owned();
     let core = match core(graph, shapes, anchor) {
         Ok(core) => core,
@@ -146,7 +173,9 @@ fn read<'m>(graph: &Graph<'m>, shapes: &Shapes, anchor: NodeId) -> Site<'m> {
             return Site {
                 node: Some(anchor),
                 module: module_of_node(graph, anchor),
-                plain: Err(reason.0),
+                plain: Err(reason.0.clone()),
+                exact: Err(reason.0.clone()),
+                image: Err(reason.0),
                 unread: graph
                     .input(anchor, 0)
                     .is_none_or(|scores| shapes.shape(scores).is_none()),
@@ -167,12 +196,34 @@ fn read<'m>(graph: &Graph<'m>, shapes: &Shapes, anchor: NodeId) -> Site<'m> {
         (Kind::Joint, _) => Err("joint attention over several token streams".to_owned()),
         _ => Err("q, k and v are not all projected from known tensors".to_owned()),
     };
+    let exact = match &strict {
+        Ok(p) => Ok(Exact::of_plain(p)),
+        _ if flow.kind == Kind::Cross => {
+            Err("cross-attention: k and v come from another tensor than q".to_owned())
+        }
+        _ => exact(graph, shapes, &core),
+    };
+    let image = match &exact {
+        Ok(exact) => image(graph, shapes, grids, &core, exact, strict.as_ref().ok()),
+        Err(reason) => Err(reason.clone()),
+    };
+    // FLUX's single blocks project the joined tokens with one layer: self-attention by
+    // data flow, joint by meaning.
+    let joined = image.as_ref().is_ok_and(|i| i.text.is_some());
+    let (kind, strict) = if joined && flow.kind == Kind::SelfAttention {
+        (
+            Kind::Joint,
+            Err("joint attention: the tokens are text and image".to_owned()),
+        )
+    } else {
+        (flow.kind, strict)
+    };
     let out_node = strict
         .as_ref()
         .ok()
         .and_then(|p| p.out.as_ref())
         .map(|o| o.node);
-    let context_width = (flow.kind == Kind::Cross)
+    let context_width = (kind == Kind::Cross)
         .then(|| {
             let linear = *roots(graph, shapes, core.k.value).linears.first()?;
             shapes.shape(linear.source)?.last().copied()
@@ -186,7 +237,7 @@ fn read<'m>(graph: &Graph<'m>, shapes: &Shapes, anchor: NodeId) -> Site<'m> {
         index: 0,
         anchor: name,
         node: Some(anchor),
-        kind: flow.kind,
+        kind,
         module: module(graph, shapes, &core, out_node),
         heads,
         head_dim,
@@ -199,10 +250,56 @@ fn read<'m>(graph: &Graph<'m>, shapes: &Shapes, anchor: NodeId) -> Site<'m> {
             .map(|axis| (core.q.value, axis)),
         context_width,
         plain: strict,
+        exact,
+        image,
         unread: false,
         attends: true,
         mask: core.mask.clone(),
     }
+}
+
+/// The image among the tokens that attend to each other.
+fn image<'m>(
+    graph: &Graph<'m>,
+    shapes: &Shapes,
+    grids: &Grids<'m>,
+    core: &Core<'m>,
+    exact: &Exact<'m>,
+    plain: Option<&Plain<'m>>,
+) -> Result<Image<'m>, String> {
+    let total = exact.tokens;
+    let streams = |image: i64| {
+        // A layer over all tokens reads the image's as well.
+        let own = match plain {
+            Some(plain) => Ok(plain.clone()),
+            None => stream(graph, shapes, core, exact, image),
+        };
+        own.or_else(|own| stream(graph, shapes, core, exact, total).map_err(|_| own))
+    };
+    if let Some(grid) = grids.of(total) {
+        return Ok(Image {
+            grid,
+            text: None,
+            stream: streams(total),
+            text_stream: Err("there is no text among the tokens".to_owned()),
+        });
+    }
+    let mut sizes: Vec<i64> = grids.tokens().filter(|&n| n < total).collect();
+    sizes.sort_unstable();
+    for tokens in sizes.into_iter().rev() {
+        let side = text_side(graph, shapes, core.k.value, tokens, total);
+        if let (Some(side), Some(grid)) = (side, grids.of(tokens)) {
+            return Ok(Image {
+                grid,
+                text: Some(side),
+                stream: streams(tokens),
+                text_stream: stream(graph, shapes, core, exact, total - tokens),
+            });
+        }
+    }
+    Err(format!(
+        "the rows and columns of the {total} tokens cannot be told from the graph; --grid ROWSxCOLS states them"
+    ))
 }
 
 /// Heads and channels a head where no strict reading gives them: from the

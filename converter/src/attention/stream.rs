@@ -4,21 +4,14 @@
 
 use std::collections::{HashMap, HashSet, VecDeque};
 
+pub use linfusion_ops::schema::TextSide;
+
 use super::core::{Core, Operand};
 use super::exact::{Axes, Exact};
 use super::plain::{Between, Layout, Matrix, Plain, Tap, between, out_projection, tap};
 use super::projection::{Linear, data_inputs, roots};
 use crate::graph::{Graph, attr_int, op};
 use crate::shapes::Shapes;
-
-/// On which side of the image tokens the text tokens lie.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum TextSide {
-    /// Text first.
-    Prefix,
-    /// Image first.
-    Suffix,
-}
 
 /// The side of the text among `total` tokens of which `image` are the image's, from
 /// the join of the two streams somewhere above `value`.

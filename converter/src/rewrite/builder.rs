@@ -3,12 +3,12 @@
 use linfusion_models::onnx::proto::{AttributeProto, NodeProto, TensorProto, ValueInfoProto};
 use linfusion_models::onnx::{ElementType, make};
 use linfusion_ops::LinFusionAttentionAttrs;
-use linfusion_ops::schema::DEFAULT_EPS;
+use linfusion_ops::schema::{DEFAULT_EPS, WindowAttentionAttrs};
 
-use super::emit::{Operands, attention_nodes};
+use super::emit::{Operands, attention_nodes, window_nodes};
 use super::site::{Context, SiteError};
 use crate::attention::plain::{Columns, Layout, Plain, Tap};
-use crate::graph::{NodeId, input, label};
+use crate::graph::{NodeId, input, label, op};
 
 pub(super) struct Builder<'a, 'm> {
     pub(super) context: &'a Context<'a, 'm>,
@@ -21,9 +21,40 @@ pub(super) struct Builder<'a, 'm> {
     pub(super) value_info: Vec<ValueInfoProto>,
     pub(super) inputs: Vec<(NodeId, usize, String)>,
     pub(super) overflows: Vec<(String, usize)>,
+    pub(super) edits: Vec<(NodeId, Vec<NodeProto>)>,
+}
+
+impl<'a, 'm> Builder<'a, 'm> {
+    pub(super) fn new(
+        context: &'a Context<'a, 'm>,
+        site: &'a Plain<'m>,
+        element: ElementType,
+        module: &'a str,
+    ) -> Self {
+        Builder {
+            context,
+            site,
+            element,
+            prefix: context.prefix(module),
+            module,
+            nodes: Vec::new(),
+            initializers: Vec::new(),
+            value_info: Vec::new(),
+            inputs: Vec::new(),
+            overflows: Vec::new(),
+            edits: Vec::new(),
+        }
+    }
 }
 
 impl Builder<'_, '_> {
+    /// Whether a new node makes `value`.
+    pub(super) fn makes(&self, value: &str) -> bool {
+        self.nodes
+            .iter()
+            .any(|n| n.output.iter().any(|o| o == value))
+    }
+
     pub(super) fn op(
         &mut self,
         op: &str,
@@ -167,6 +198,80 @@ impl Builder<'_, '_> {
         })
     }
 
+    /// The layer of a tap once more, on another input `[B, N, C]`: q, k or v of that.
+    pub(super) fn reapplied(
+        &mut self,
+        tap: &Tap<'_>,
+        input: &str,
+        step: &str,
+    ) -> Result<String, SiteError> {
+        let (graph, shapes) = (self.context.graph, self.context.shapes);
+        let Some(linear) = tap.linear else {
+            return Err(self.fail(
+                "the attention node holds its own projections: the checkpoint must bring to_q and to_k".to_owned(),
+            ));
+        };
+        // From the tap up to the layer: a bias, what undoes quantization, folds.
+        let mut chain = Vec::new();
+        let mut value = tap.value;
+        while let Some(port) = graph.producer(value) {
+            let slot = if port.node == linear.node {
+                linear.slot
+            } else {
+                let node = graph.node(port.node);
+                let data = |v: &String| !v.is_empty() && !shapes.fact(v).constant;
+                match node.input.iter().position(data) {
+                    Some(slot) => slot,
+                    None => break,
+                }
+            };
+            chain.push((port.node, slot));
+            if port.node == linear.node || chain.len() > 8 {
+                break;
+            }
+            value = graph
+                .node(port.node)
+                .input
+                .get(slot)
+                .map_or("", String::as_str);
+        }
+        let whole = chain.last().is_some_and(|(node, _)| *node == linear.node);
+        let rank = shapes.shape(linear.source).map_or(0, <[i64]>::len);
+        let float = shapes.fact(linear.source).element == Some(self.element.onnx());
+        if !whole || !float || !matches!(rank, 2 | 3) {
+            return Err(self.fail(format!(
+                "the layer '{}' cannot be applied to another input: the checkpoint must bring its own",
+                label(graph.node(linear.node))
+            )));
+        }
+        let mut value = input.to_owned();
+        if rank == 2 {
+            let width = shapes.shape(linear.source).and_then(|s| s.last().copied());
+            let flat = self.ints(&format!("{step}/rows"), &[-1, width.unwrap_or(-1)]);
+            value = self.op("Reshape", &format!("{step}/rows"), &[&value, &flat], vec![]);
+        }
+        for (i, (node, slot)) in chain.into_iter().rev().enumerate() {
+            let mut copy = graph.node(node).clone();
+            let name = format!("{}/{step}/{i}/{}", self.prefix, op(&copy));
+            if let Some(data) = copy.input.get_mut(slot) {
+                *data = value;
+            }
+            value = format!("{name}_output_0");
+            copy.name = Some(name);
+            copy.output = vec![value.clone()];
+            copy.metadata_props.clear();
+            self.nodes.push(copy);
+        }
+        if rank == 2 {
+            let leading = self.leading(input, 2, step);
+            let rest = self.ints(&format!("{step}/rest"), &[-1]);
+            let axis = vec![make::int("axis", 0)];
+            let shape = self.op("Concat", step, &[&leading, &rest], axis);
+            value = self.op("Reshape", step, &[&value, &shape], vec![]);
+        }
+        Ok(self.columns(&value, tap, step))
+    }
+
     pub(super) fn columns(&mut self, value: &str, tap: &Tap<'_>, step: &str) -> String {
         match &tap.columns {
             Columns::All => value.to_owned(),
@@ -195,7 +300,7 @@ impl Builder<'_, '_> {
             .map_err(|e| self.fail(e.to_string()))?;
         let [q, k, v] = qkv;
         let operands = Operands {
-            qkv: [q, k, v],
+            inputs: &[q, k, v],
             out: &out,
             name: &name,
         };
@@ -208,6 +313,35 @@ impl Builder<'_, '_> {
         )?;
         self.nodes.extend(nodes);
         self.declare(&out);
+        Ok(out)
+    }
+
+    pub(super) fn window_attention(
+        &mut self,
+        qkv: &[String; 3],
+        grid: &str,
+        attrs: &WindowAttentionAttrs,
+    ) -> Result<String, SiteError> {
+        let name = format!("{}/WindowAttention", self.prefix);
+        let out = format!("{name}_output_0");
+        let [q, k, v] = qkv;
+        let operands = Operands {
+            inputs: &[q, k, v, grid],
+            out: &out,
+            name: &name,
+        };
+        let nodes = window_nodes(
+            self.context.emit,
+            &operands,
+            attrs,
+            self.context.opset,
+            self.element,
+        )?;
+        self.nodes.extend(nodes);
+        let width = make::Dim::Fixed(self.site.heads * self.site.value_dim);
+        let dims = [make::Dim::Unknown, make::Dim::Unknown, width];
+        self.value_info
+            .push(make::value_info(&out, self.element, &dims));
         Ok(out)
     }
 

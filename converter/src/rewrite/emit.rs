@@ -1,12 +1,19 @@
 //! The operator's node, and its body as a model-local function or as nodes.
 
-use linfusion_models::onnx::proto::{AttributeProto, FunctionProto, NodeProto};
-use linfusion_models::onnx::{AttributeKind, ElementType, make};
-use linfusion_ops::body::{
-    AttributeValue, BodyError, BodyFunction, BodyNode, BodySpec, RefKind, linfusion_attention_body,
-    linfusion_attention_inline,
+use linfusion_models::onnx::proto::{
+    AttributeProto, FunctionProto, GraphProto, NodeProto, ValueInfoProto,
 };
-use linfusion_ops::schema::{ATTR_EPS, ATTR_NUM_HEADS, DOMAIN, LINFUSION_ATTENTION, OPSET_VERSION};
+use linfusion_models::onnx::{AttributeKind, ElementType, attr_f, attr_i, attr_ints, attr_s, make};
+use linfusion_ops::body::{
+    AttributeValue, BodyError, BodyFunction, BodyGraph, BodyNode, BodySpec, GraphValue, RefKind,
+    WindowVariant, linfusion_attention_body, linfusion_attention_inline, window_attention_body,
+    window_attention_inline,
+};
+use linfusion_ops::schema::{
+    ATTR_BORDER, ATTR_EPS, ATTR_NUM_HEADS, ATTR_RADIUS, ATTR_SCALE, ATTR_TEXT, ATTR_WINDOW, Border,
+    DOMAIN, LINFUSION_ATTENTION, OPSET_VERSION, TextSide, WINDOW_ATTENTION, Window,
+    WindowAttentionAttrs,
+};
 use linfusion_ops::{Layout, LinFusionAttentionAttrs};
 use serde::Serialize;
 
@@ -26,8 +33,8 @@ pub enum Emit {
 
 /// The names of the operator's operands at one site.
 pub struct Operands<'a> {
-    /// `[B, N, H·D]` each: q, k, v.
-    pub qkv: [&'a str; 3],
+    /// q, k, v, `[B, N, H·D]` each, and the grid where the operator takes one.
+    pub inputs: &'a [&'a str],
     /// The output's name.
     pub out: &'a str,
     /// Name of the node, and prefix of an inlined body's names.
@@ -57,10 +64,75 @@ pub fn attention_nodes(
         DOMAIN,
         LINFUSION_ATTENTION,
         operands.name,
-        &operands.qkv,
+        operands.inputs,
         &[operands.out],
         attributes,
     )])
+}
+
+/// The nodes that compute window attention at one site.
+///
+/// # Errors
+/// The opset is outside what the body can be written in.
+pub fn window_nodes(
+    emit: Emit,
+    operands: &Operands<'_>,
+    attrs: &WindowAttentionAttrs,
+    opset: i64,
+    element: ElementType,
+) -> Result<Vec<NodeProto>, BodyError> {
+    if emit == Emit::Standard {
+        let body = window_attention_inline(spec(opset, element), attrs)?;
+        return Ok(splice(&body, operands));
+    }
+    let attributes = attrs.attributes();
+    let attributes = attributes
+        .iter()
+        .map(|a| attribute(&a.name, &a.value, &str::to_owned));
+    Ok(vec![make::node_in(
+        DOMAIN,
+        WINDOW_ATTENTION,
+        operands.name,
+        operands.inputs,
+        &[operands.out],
+        attributes.collect(),
+    )])
+}
+
+/// The attributes of a WindowAttention node; `None` if they are no such node's.
+#[must_use]
+pub fn window_attributes(node: &NodeProto) -> Option<WindowAttentionAttrs> {
+    let size = |v: i64| usize::try_from(v).ok();
+    let window = match (attr_ints(node, ATTR_WINDOW), attr_i(node, ATTR_RADIUS)) {
+        (Some(&[rows, cols]), None) => Window::Rect {
+            rows: size(rows)?,
+            cols: size(cols)?,
+        },
+        (None, Some(radius)) => Window::Circle {
+            radius: size(radius)?,
+        },
+        _ => return None,
+    };
+    let default = match window {
+        Window::Rect { .. } => Border::Clamp,
+        Window::Circle { .. } => Border::Truncate,
+    };
+    Some(WindowAttentionAttrs {
+        num_heads: size(attr_i(node, ATTR_NUM_HEADS)?)?,
+        scale: attr_f(node, ATTR_SCALE).filter(|s| *s != 0.0),
+        window,
+        border: match attr_s(node, ATTR_BORDER) {
+            None => default,
+            Some("clamp") => Border::Clamp,
+            Some("truncate") => Border::Truncate,
+            Some(_) => return None,
+        },
+        text: match attr_s(node, ATTR_TEXT) {
+            None | Some("prefix") => TextSide::Prefix,
+            Some("suffix") => TextSide::Suffix,
+            Some(_) => return None,
+        },
+    })
 }
 
 fn spec(opset: i64, element: ElementType) -> BodySpec {
@@ -77,16 +149,33 @@ fn spec(opset: i64, element: ElementType) -> BodySpec {
 ///
 /// # Errors
 /// The opset has no function attributes.
-pub fn function(opset: i64, element: ElementType) -> Result<FunctionProto, BodyError> {
+pub fn linear_function(opset: i64, element: ElementType) -> Result<FunctionProto, BodyError> {
     let body = linfusion_attention_body(spec(opset, element))?;
+    let doc = "LinFusion generalized linear attention (arXiv 2409.02097): phi(u) = elu(u) + 1, \
+               out = phi(q) (phi(k)^T v / M) / (phi(q) . mean_M phi(k) + eps)";
+    Ok(function(&body, doc, opset))
+}
+
+/// The model-local function of window attention.
+///
+/// # Errors
+/// The opset has no function attributes.
+pub fn window_function(
+    variant: WindowVariant,
+    opset: i64,
+    element: ElementType,
+) -> Result<FunctionProto, BodyError> {
+    let body = window_attention_body(spec(opset, element), variant)?;
+    let doc = "Softmax attention of image tokens over a 2-D window and all text tokens, and of \
+               text tokens over all tokens";
+    Ok(function(&body, doc, opset))
+}
+
+fn function(body: &BodyFunction, doc: &str, opset: i64) -> FunctionProto {
     let mut function = FunctionProto {
         name: Some(body.name.clone()),
         domain: Some(DOMAIN.to_owned()),
-        doc_string: Some(
-            "LinFusion generalized linear attention (arXiv 2409.02097): phi(u) = elu(u) + 1, \
-             out = phi(q) (phi(k)^T v / M) / (phi(q) . mean_M phi(k) + eps)"
-                .to_owned(),
-        ),
+        doc_string: Some(doc.to_owned()),
         input: body.inputs.clone(),
         output: body.outputs.clone(),
         node: body
@@ -104,12 +193,14 @@ pub fn function(opset: i64, element: ElementType) -> Result<FunctionProto, BodyE
     for formal in &body.attributes {
         match &formal.default {
             None => function.attribute.push(formal.name.clone()),
-            Some(value) => function
-                .attribute_proto
-                .push(attribute(&formal.name, value)),
+            Some(value) => {
+                function
+                    .attribute_proto
+                    .push(attribute(&formal.name, value, &str::to_owned))
+            }
         }
     }
-    Ok(function)
+    function
 }
 
 /// The version of our domain that a model with the operator imports.
@@ -122,7 +213,7 @@ fn splice(body: &BodyFunction, operands: &Operands<'_>) -> Vec<NodeProto> {
     let rename = |value: &str| -> String {
         if let Some(i) = body.inputs.iter().position(|n| n == value) {
             return operands
-                .qkv
+                .inputs
                 .get(i)
                 .map_or(String::new(), |s| (*s).to_owned());
         }
@@ -146,23 +237,50 @@ fn splice(body: &BodyFunction, operands: &Operands<'_>) -> Vec<NodeProto> {
 
 fn node(body: &BodyNode, name: &str, rename: &dyn Fn(&str) -> String) -> NodeProto {
     let names = |values: &[String]| values.iter().map(|v| rename(v)).collect::<Vec<_>>();
-    let (inputs, outputs) = (names(&body.inputs), names(&body.outputs));
-    let refs = |v: &[String]| v.iter().map(String::clone).collect::<Vec<_>>();
     NodeProto {
         op_type: Some(body.op_type.clone()),
         name: Some(name.to_owned()),
-        input: refs(&inputs),
-        output: refs(&outputs),
+        input: names(&body.inputs),
+        output: names(&body.outputs),
         attribute: body
             .attributes
             .iter()
-            .map(|a| attribute(&a.name, &a.value))
+            .map(|a| attribute(&a.name, &a.value, rename))
             .collect(),
         ..NodeProto::default()
     }
 }
 
-fn attribute(name: &str, value: &AttributeValue) -> AttributeProto {
+/// The graph of a Loop, its values renamed like those around it.
+fn graph(body: &BodyGraph, rename: &dyn Fn(&str) -> String) -> GraphProto {
+    let values = |values: &[GraphValue]| -> Vec<ValueInfoProto> {
+        let dims = |v: &GraphValue| vec![make::Dim::Unknown; v.rank];
+        let element =
+            |v: &GraphValue| ElementType::from_onnx(v.element).unwrap_or(ElementType::F32);
+        values
+            .iter()
+            .map(|v| make::value_info(&rename(&v.name), element(v), &dims(v)))
+            .collect()
+    };
+    let name = |n: &BodyNode| rename(n.outputs.first().map_or("", String::as_str));
+    GraphProto {
+        name: Some(rename("tile")),
+        node: body
+            .nodes
+            .iter()
+            .map(|n| node(n, &name(n), rename))
+            .collect(),
+        input: values(&body.inputs),
+        output: values(&body.outputs),
+        ..GraphProto::default()
+    }
+}
+
+fn attribute(
+    name: &str,
+    value: &AttributeValue,
+    rename: &dyn Fn(&str) -> String,
+) -> AttributeProto {
     match value {
         AttributeValue::Int(v) => make::int(name, *v),
         AttributeValue::Ints(v) => make::ints(name, v),
@@ -178,9 +296,11 @@ fn attribute(name: &str, value: &AttributeValue) -> AttributeProto {
         AttributeValue::TensorI64 { dims, data } => {
             make::tensor_attribute(name, make::tensor_i64("", dims, data))
         }
+        AttributeValue::Graph(body) => make::graph_attribute(name, graph(body, rename)),
         AttributeValue::Ref { attribute, kind } => {
             let kind = match kind {
                 RefKind::Int => AttributeKind::Int,
+                RefKind::Ints => AttributeKind::Ints,
                 RefKind::Float => AttributeKind::Float,
             };
             make::reference(name, kind, attribute)

@@ -6,12 +6,14 @@ pub mod emit;
 mod module;
 mod prune;
 pub mod site;
-mod weights;
+pub(crate) mod weights;
+pub mod window;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-use linfusion_models::onnx::proto::{FunctionProto, GraphProto, ModelProto, NodeProto};
+use linfusion_models::onnx::proto::{GraphProto, ModelProto, NodeProto};
 use linfusion_models::onnx::{ElementType, make};
+use linfusion_ops::body::WindowVariant;
 
 pub use emit::Emit;
 pub use prune::Pruned;
@@ -30,6 +32,7 @@ pub fn apply(model: &mut ModelProto, patches: Vec<Patch>, old: &Shapes, again: &
     let mut insert: BTreeMap<usize, Vec<NodeProto>> = BTreeMap::new();
     for patch in patches {
         insert.insert(patch.replaced.0, patch.nodes);
+        insert.extend(patch.edits.into_iter().map(|(node, new)| (node.0, new)));
         graph.initializer.extend(patch.initializers);
         graph.value_info.extend(patch.value_info);
         for (node, slot, value) in patch.inputs {
@@ -128,13 +131,23 @@ fn raise_ir(model: &mut ModelProto, version: i64) {
     model.ir_version = Some(old.max(version));
 }
 
-/// Adds the operator's domain and, for [`Emit::Function`], its function.
+/// Which of the operators a model uses.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Used {
+    /// LinFusionAttention.
+    pub linear: bool,
+    /// WindowAttention, in the form that one function can have.
+    pub window: Option<WindowVariant>,
+}
+
+/// Adds the operators' domain and, for [`Emit::Function`], their functions.
 ///
 /// # Errors
-/// The model's opset cannot express the function.
-pub fn declare_operator(
+/// The model's opset cannot express a function.
+pub fn declare_operators(
     model: &mut ModelProto,
     emit: Emit,
+    used: Used,
     opset: i64,
     element: ElementType,
 ) -> Result<(), linfusion_ops::body::BodyError> {
@@ -152,8 +165,14 @@ pub fn declare_operator(
         model.opset_import.push(make::opset(domain, version));
     }
     if emit == Emit::Function {
-        let function: FunctionProto = emit::function(opset, element)?;
-        model.functions.push(function);
+        if used.linear {
+            model.functions.push(emit::linear_function(opset, element)?);
+        }
+        if let Some(variant) = used.window {
+            model
+                .functions
+                .push(emit::window_function(variant, opset, element)?);
+        }
     }
     Ok(())
 }

@@ -24,27 +24,53 @@ impl Builder<'_, '_> {
             xq = self.mlp(x, "to_q_", Part::QMlp, checkpoint, module)?;
             xk = self.mlp(x, "to_k_", Part::KMlp, checkpoint, module)?;
         }
-        let mut project = |from: &str,
-                           step: &str,
-                           weight: Part,
-                           bias: Part,
-                           factor: f64|
-         -> Result<String, SiteError> {
+        let mut project = |from: &str, step: &str, weight: Part, bias: Part, factor: f64| {
             let w = self.matrix(step, weight, checkpoint, module, factor)?;
             let product = self.op("MatMul", step, &[from, &w], vec![]);
-            match checkpoint.optional_tensor(module, bias)? {
-                None => Ok(product),
-                Some(_) => {
-                    let bias = self.bias(step, bias, checkpoint, module)?;
-                    Ok(self.op("Add", step, &[&product, &bias], vec![]))
-                }
-            }
+            self.biased(product, step, bias, checkpoint, module)
         };
         Ok([
             project(&xq, "to_q", Part::QWeight, Part::QBias, factor)?,
             project(&xk, "to_k", Part::KWeight, Part::KBias, factor)?,
             project(x, "to_v", Part::VWeight, Part::VBias, 1.0)?,
         ])
+    }
+
+    /// W·from + b, where the checkpoint has W.
+    pub(super) fn projection(
+        &mut self,
+        from: &str,
+        step: &str,
+        weight: Part,
+        bias: Part,
+        checkpoint: &Checkpoint,
+        module: &CheckpointModule,
+    ) -> Result<Option<String>, SiteError> {
+        if checkpoint.optional_tensor(module, weight)?.is_none() {
+            return Ok(None);
+        }
+        let w = self.matrix(step, weight, checkpoint, module, 1.0)?;
+        let product = self.op("MatMul", step, &[from, &w], vec![]);
+        self.biased(product, step, bias, checkpoint, module)
+            .map(Some)
+    }
+
+    /// `product` plus the bias, where the checkpoint has one.
+    fn biased(
+        &mut self,
+        product: String,
+        step: &str,
+        bias: Part,
+        checkpoint: &Checkpoint,
+        module: &CheckpointModule,
+    ) -> Result<String, SiteError> {
+        match checkpoint.optional_tensor(module, bias)? {
+            None => Ok(product),
+            Some(_) => {
+                let bias = self.bias(step, bias, checkpoint, module)?;
+                Ok(self.op("Add", step, &[&product, &bias], vec![]))
+            }
+        }
     }
 
     /// x + F(x), F = Linear → LayerNorm(1e-5) → LeakyReLU(0.01) → Linear.

@@ -8,6 +8,7 @@ use linfusion_models::onnx::proto::{NodeProto, TensorProto, ValueInfoProto};
 
 use super::builder::Builder;
 use super::emit::Emit;
+use super::window::WindowPart;
 use crate::attention::plain::{Layout, Plain};
 use crate::graph::{Graph, NodeId, label};
 use crate::shapes::Shapes;
@@ -80,17 +81,34 @@ pub struct Patch {
     pub inputs: Vec<(NodeId, usize, String)>,
     /// Values that have the shape of x, whose Shape may be read from x instead.
     pub shape_source: String,
-    /// q, k, v and the output of the operator, by name.
-    pub operands: ([String; 3], String),
-    /// The site's input as `[B, N, C]`.
-    pub tokens: String,
-    /// The out projection's result as `[B, N, C]`, where it was replaced, and
-    /// whether its bias is in it.
-    pub projected: Option<(String, bool)>,
+    /// Nodes that go elsewhere: they make what this node made.
+    pub edits: Vec<(NodeId, Vec<NodeProto>)>,
+    /// The LinFusion attention in it.
+    pub linear: Option<LinearPart>,
+    /// The window attention in it.
+    pub window: Option<WindowPart>,
     /// The value that the new nodes make.
     pub target: String,
     /// Weights that left the range of the element type: name and how many values.
     pub overflows: Vec<(String, usize)>,
+}
+
+/// A LinFusion attention of a patch, by the names of its values.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LinearPart {
+    /// What its projections read, as `[B, N, C]`.
+    pub tokens: String,
+    /// q, k and v of the operator.
+    pub qkv: [String; 3],
+    /// Its output.
+    pub attended: String,
+    /// The out projection's result as `[B, N, C]`, where it was replaced, and
+    /// whether its bias is in it.
+    pub projected: Option<(String, bool)>,
+    /// Heads.
+    pub heads: i64,
+    /// The module of the checkpoint that its weights come from.
+    pub weights: Option<CheckpointModule>,
 }
 
 /// Why a site cannot be rewritten.
@@ -147,18 +165,7 @@ pub fn patch(
     };
     let element = ElementType::from_onnx(site.element)
         .ok_or_else(|| fail(format!("element type {} is not supported", site.element)))?;
-    let mut b = Builder {
-        context,
-        site,
-        element,
-        prefix: context.prefix(module),
-        module,
-        nodes: Vec::new(),
-        initializers: Vec::new(),
-        value_info: Vec::new(),
-        inputs: Vec::new(),
-        overflows: Vec::new(),
-    };
+    let mut b = Builder::new(context, site, element, module);
     let (target, layout) = match (weights, &site.out) {
         (Weights::Graph, _) => (site.merged, &site.merged_layout),
         (Weights::Module { .. }, Some(out)) => (out.result, &out.layout),
@@ -233,22 +240,33 @@ pub fn patch(
         Weights::Module { .. } => Some((named(out), !later_bias)),
         Weights::Graph => None,
     };
+    let weights = match weights {
+        Weights::Module { module, .. } => Some((*module).clone()),
+        Weights::Graph => None,
+    };
     Ok(Patch {
-        operands: (qkv, attended),
-        tokens: x,
-        projected,
+        linear: Some(LinearPart {
+            tokens: x,
+            qkv,
+            attended,
+            projected,
+            heads: site.heads,
+            weights,
+        }),
+        window: None,
         target: target.to_owned(),
         nodes: b.nodes,
         initializers: b.initializers,
         value_info: b.value_info,
         replaced: port.node,
+        edits: b.edits,
         inputs: b.inputs,
         shape_source: site.x.to_owned(),
         overflows: b.overflows,
     })
 }
 
-fn check_module(
+pub(super) fn check_module(
     site: &Plain<'_>,
     anchor: &str,
     module: &CheckpointModule,

@@ -114,7 +114,8 @@ fn permute<const N: usize>(bytes: &Bytes, order: Order) -> Bytes {
     }
 }
 
-fn encode(values: &[f64], element: ElementType) -> Option<(Bytes, usize)> {
+/// `values` as little-endian bytes of `element`, and how many of the finite became infinite.
+pub fn encode(values: &[f64], element: ElementType) -> Option<(Bytes, usize)> {
     fn pack<const N: usize>(values: &[f64], f: impl Fn(f64) -> ([u8; N], bool)) -> (Bytes, usize) {
         let mut overflowed = 0;
         let mut bytes = Vec::with_capacity(values.len().saturating_mul(N));

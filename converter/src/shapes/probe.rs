@@ -2,10 +2,11 @@
 
 use std::collections::HashMap;
 
-use linfusion_models::onnx::proto::{GraphProto, ValueInfoProto};
+use linfusion_models::onnx::proto::{GraphProto, TensorProto, ValueInfoProto};
 
 use super::value::Fact;
 use super::{Dim, tensor_type};
+use crate::graph::{Graph, op};
 
 /// The sizes at which a graph is looked at.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,6 +28,13 @@ impl Probe {
         text: 13,
     };
 
+    /// Other sizes, for telling what a size of [`Probe::TRACE`] stands for.
+    pub const AGAIN: Probe = Probe {
+        batch: 3,
+        latent: (48, 32),
+        text: 11,
+    };
+
     /// A square latent image at batch 1 with 77 text tokens.
     #[must_use]
     pub fn square(side: i64) -> Self {
@@ -35,6 +43,45 @@ impl Probe {
             latent: (side, side),
             text: 77,
         }
+    }
+
+    /// Text tokens and patches of 2 × 2 together.
+    #[must_use]
+    pub fn tokens(&self) -> i64 {
+        (self.latent.0 / 2) * (self.latent.1 / 2) + self.text
+    }
+
+    /// Sizes that a trace left in the graph: batch and tokens of constant Reshape targets.
+    /// A graph of packed tokens whose declared sizes are not what it can run at is looked
+    /// at with these; the image is taken to be the largest square below all tokens.
+    /// Commonest first.
+    #[must_use]
+    pub fn baked(graph: &Graph<'_>) -> Vec<Probe> {
+        let mut counts: HashMap<(i64, i64), usize> = HashMap::new();
+        for (_, node) in graph.nodes().filter(|(_, n)| op(n) == "Reshape") {
+            let target = node.input.get(1).and_then(|v| graph.constant(v));
+            let Some(dims) = target.and_then(int64s) else {
+                continue;
+            };
+            if let [batch, tokens, _, ..] = dims[..]
+                && batch > 0
+                && tokens > 2
+            {
+                *counts.entry((batch, tokens)).or_default() += 1;
+            }
+        }
+        let mut found: Vec<_> = counts.into_iter().collect();
+        found.sort_by_key(|&(size, count)| (std::cmp::Reverse(count), size));
+        let probe = |((batch, tokens), _): ((i64, i64), usize)| {
+            let side = (tokens - 1).isqrt();
+            Probe {
+                batch,
+                // Patches of 2 × 2.
+                latent: (2 * side, 2 * side),
+                text: tokens - side * side,
+            }
+        };
+        found.into_iter().take(3).map(probe).collect()
     }
 
     /// Gives every graph input a fact and every input symbol a size. The first
@@ -104,6 +151,18 @@ impl Probe {
             _ => self.text,
         }
     }
+}
+
+/// The elements of a stored int64 vector.
+fn int64s(tensor: &TensorProto) -> Option<Vec<i64>> {
+    if tensor.data_type != Some(super::eval::element::INT64) || tensor.dims.len() != 1 {
+        return None;
+    }
+    let Some(raw) = tensor.raw_data.as_deref() else {
+        return Some(tensor.int64_data.clone());
+    };
+    let (words, _) = raw.as_chunks::<8>();
+    Some(words.iter().map(|w| i64::from_le_bytes(*w)).collect())
 }
 
 #[derive(Clone, Copy)]

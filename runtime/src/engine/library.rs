@@ -90,7 +90,7 @@ pub fn find(given: Option<&Path>) -> Vec<Candidate> {
     if let Some(path) = given {
         return vec![candidate(path.to_owned(), Origin::Given)];
     }
-    if let Some(path) = std::env::var_os(VARIABLE).filter(|v| !v.is_empty()) {
+    if let Some(path) = std::env::var_os(VARIABLE).filter(|_| is_named()) {
         return vec![candidate(path.into(), Origin::Variable)];
     }
     let beside = std::env::current_exe()
@@ -103,6 +103,11 @@ pub fn find(given: Option<&Path>) -> Vec<Candidate> {
         .map(|path| candidate(path, Origin::BesideProgram))
         .chain(system.map(|name| candidate(name.into(), Origin::System)))
         .collect()
+}
+
+/// Whether `ORT_DYLIB_PATH` names a library: no other engine should quietly run instead.
+pub fn is_named() -> bool {
+    std::env::var_os(VARIABLE).is_some_and(|v| !v.is_empty())
 }
 
 /// ONNX Runtime libraries in a folder, newest version first.

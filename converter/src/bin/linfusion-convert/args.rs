@@ -4,9 +4,11 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use linfusion_convert::convert::WeightsFrom;
+use linfusion_convert::plan::Method;
 use linfusion_convert::rewrite::Emit;
 use linfusion_convert::verify::Verify;
 use linfusion_models::onnx::write::ExternalData;
+use linfusion_ops::schema::{Border, Window, WindowSpec};
 
 /// Rewrites the self-attention of a diffusion model in ONNX to LinFusion linear
 /// attention. `linfusion-convert unet.onnx` writes `unet.linfusion.onnx`.
@@ -70,12 +72,117 @@ pub struct SelectionArgs {
     /// Convert only sites that match; may be repeated.
     #[arg(long, value_name = "GLOB")]
     pub only: Vec<String>,
-    /// Keep softmax at the last of every N self-attentions, in execution order.
+    /// What softmax attention becomes: linear, hybrid (window and linear), window or keep;
+    /// GLOB=METHOD for the sites that match. May be repeated, the last that matches counts
+    /// [default: what the checkpoint says, else linear in UNets and hybrid in transformers].
+    #[arg(long, value_name = "[GLOB=]METHOD", value_parser = attention)]
+    pub attention: Vec<AttentionArg>,
+    /// Rows and columns of the window in tokens, N or ROWSxCOLS [default: the checkpoint's,
+    /// else 16x16].
+    #[arg(long, value_name = "ROWSxCOLS", value_parser = pair, conflicts_with = "window_radius")]
+    pub window: Option<[u32; 2]>,
+    /// A circular window instead: keys at a distance below N tokens.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub window_radius: Option<u32>,
+    /// Windows at the image's border: shifted inside (clamp, as NATTEN has it) or cut off
+    /// (truncate) [default: clamp; circular windows are always cut off].
+    #[arg(long, value_enum)]
+    pub border: Option<BorderArg>,
+    /// Rows and columns of the image in tokens, where the graph does not tell.
+    #[arg(long, value_name = "ROWSxCOLS", value_parser = pair)]
+    pub grid: Option<[u32; 2]>,
+    /// Keep softmax at the last of every N attentions, in execution order.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub keep_every: Option<u32>,
     /// Keep softmax at sites with fewer tokens at the native size.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub min_tokens: u32,
+}
+
+/// One `--attention`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AttentionArg {
+    /// The sites; all without.
+    pub glob: Option<String>,
+    /// The method; `None` keeps softmax.
+    pub method: Option<Method>,
+}
+
+fn attention(text: &str) -> Result<AttentionArg, String> {
+    let (glob, method) = match text.rsplit_once('=') {
+        Some((glob, method)) => (Some(glob.to_owned()), method),
+        None => (None, text),
+    };
+    let method = match method {
+        "linear" => Some(Method::Linear),
+        "hybrid" => Some(Method::Hybrid),
+        "window" => Some(Method::Window),
+        "keep" => None,
+        other => {
+            return Err(format!(
+                "'{other}' is none of linear, hybrid, window, keep; e.g. --attention hybrid or --attention 'transformer_blocks.0.*=keep'"
+            ));
+        }
+    };
+    Ok(AttentionArg { glob, method })
+}
+
+/// N or ROWSxCOLS.
+fn pair(text: &str) -> Result<[u32; 2], String> {
+    let number = |t: &str| t.parse::<u32>().ok().filter(|&n| n > 0);
+    let (rows, cols) = text.split_once('x').unwrap_or((text, text));
+    match (number(rows), number(cols)) {
+        (Some(rows), Some(cols)) => Ok([rows, cols]),
+        _ => Err(format!(
+            "'{text}' is no size; e.g. 16 or 16x24 (rows x columns)"
+        )),
+    }
+}
+
+fn size(value: u32) -> usize {
+    usize::try_from(value).unwrap_or(usize::MAX)
+}
+
+/// `--border`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum BorderArg {
+    /// Every window keeps its full size.
+    Clamp,
+    /// Keys outside the image do not exist.
+    Truncate,
+}
+
+impl SelectionArgs {
+    /// The window asked for, if one was.
+    ///
+    /// # Errors
+    /// What is asked for contradicts itself.
+    pub fn window_spec(&self) -> Result<Option<WindowSpec>, String> {
+        let border = self.border.map(|b| match b {
+            BorderArg::Clamp => Border::Clamp,
+            BorderArg::Truncate => Border::Truncate,
+        });
+        match (self.window, self.window_radius, border) {
+            (None, None, None) => Ok(None),
+            (_, Some(_), Some(Border::Clamp)) => Err(
+                "--border clamp: a circular window is always cut off at the border; leave it out or use --window".to_owned(),
+            ),
+            (_, Some(radius), _) => Ok(Some(WindowSpec {
+                window: Window::Circle { radius: size(radius) },
+                border: Border::Truncate,
+            })),
+            (window, None, border) => {
+                let default = WindowSpec::default();
+                Ok(Some(WindowSpec {
+                    window: window.map_or(default.window, |[rows, cols]| Window::Rect {
+                        rows: size(rows),
+                        cols: size(cols),
+                    }),
+                    border: border.unwrap_or(default.border),
+                }))
+            }
+        }
+    }
 }
 
 /// Converting.
@@ -176,6 +283,9 @@ pub struct InspectArgs {
 pub struct VerifyArgs {
     /// A converted model.
     pub model: PathBuf,
+    /// Also compare its weights with those of this LinFusion checkpoint.
+    #[arg(long, value_name = "PATH")]
+    pub weights: Option<PathBuf>,
     /// How to report on stdout.
     #[arg(long, value_enum, default_value_t)]
     pub report: ReportAs,

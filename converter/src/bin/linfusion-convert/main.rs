@@ -12,10 +12,13 @@ use args::{
 };
 use clap::{CommandFactory, Parser};
 use indicatif::{ProgressBar, ProgressStyle};
+use linfusion_convert::analysis::METADATA_KEY;
 use linfusion_convert::convert::{ConvertError, Partial, Request, Run, convert, inspect};
-use linfusion_convert::plan::{BadPattern, Selection, globs};
+use linfusion_convert::grid::GridSize;
+use linfusion_convert::plan::{BadPattern, MethodRule, Selection, globs};
 use linfusion_convert::report::ConvertReport;
 use linfusion_convert::{diff, verify};
+use linfusion_models::checkpoint::Checkpoint;
 use linfusion_models::onnx::text::{Elided, PrintOptions, print_model};
 use linfusion_models::onnx::write::{Overwrite, clean_up_unfinished};
 use linfusion_models::onnx::{OnnxFile, ReadError};
@@ -94,7 +97,7 @@ impl From<ConvertError> for Failure {
             ConvertError::Fewer { .. } => 4,
             ConvertError::AlreadyConverted { .. } => 5,
             ConvertError::Verify(_) => 6,
-            ConvertError::Pattern(_) => 2,
+            ConvertError::Pattern(_) | ConvertError::OtherAttention { .. } => 2,
             _ => 1,
         };
         Failure::new(code, error)
@@ -129,7 +132,23 @@ fn print_json(value: &impl serde::Serialize) -> Result<(), Failure> {
 }
 
 fn selection(args: &SelectionArgs) -> Result<Selection, Failure> {
+    let mut attention = Vec::new();
+    for rule in &args.attention {
+        attention.push(MethodRule {
+            sites: match &rule.glob {
+                Some(glob) => Some(globs(std::slice::from_ref(glob))?),
+                None => None,
+            },
+            method: rule.method,
+        });
+    }
     Ok(Selection {
+        attention,
+        window: args.window_spec().map_err(|e| Failure::new(2, e))?,
+        grid: args.grid.map(|[rows, cols]| GridSize {
+            rows: i64::from(rows),
+            cols: i64::from(cols),
+        }),
         keep: globs(&args.keep)?,
         only: if args.only.is_empty() {
             None
@@ -257,13 +276,32 @@ fn run_verify(args: &VerifyArgs) -> Result<(), Failure> {
     let (sites, unread) = verify::converted_sites(&file);
     let total = sites.len() + unread.len();
     if total == 0 {
+        let converted = file
+            .model
+            .metadata_props
+            .iter()
+            .any(|p| p.key.as_deref() == Some(METADATA_KEY));
+        let name = args.model.display();
         return Err(Failure::new(
             1,
-            format!(
-                "'{}' holds no LinFusionAttention node",
-                args.model.display()
-            ),
+            if converted {
+                format!(
+                    "'{name}' was converted with --emit standard: there is no operator left in it to check (it was verified when it was converted, unless that was off)"
+                )
+            } else {
+                format!(
+                    "'{name}' was not converted: it holds no LinFusionAttention and no WindowAttention node"
+                )
+            },
         ));
+    }
+    if let Some(weights) = &args.weights {
+        let checkpoint = Checkpoint::open(weights).map_err(|e| Failure::new(1, e))?;
+        let different =
+            verify::weights_that_differ(&file, &checkpoint).map_err(|e| Failure::new(1, e))?;
+        if !different.is_empty() {
+            return Err(Failure::new(6, different.join("\n")));
+        }
     }
     let mut verified = verify::verify(
         &file,

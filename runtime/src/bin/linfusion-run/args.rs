@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use linfusion_runtime::bench::{EngineName, OperatorsFrom};
-use linfusion_runtime::engine::{Engine, load_library};
+use linfusion_runtime::engine::{Engine, library, load_library};
 
 /// Runs, compares and measures diffusion graphs, original and converted.
 #[derive(Parser)]
@@ -77,7 +77,7 @@ pub struct BenchArgs {
     /// The models; the others are compared with the first
     #[arg(required = true)]
     pub models: Vec<PathBuf>,
-    /// Latent sizes below 256, pixels (divisible by 8) from 256 on
+    /// Height and width of square images in pixels, divisible by 8
     #[arg(long, value_delimiter = ',', default_value = "512,768,1024", value_parser = latent_size)]
     pub sizes: Vec<usize>,
     /// Runs that count, after one that does not
@@ -171,23 +171,22 @@ impl Where {
             Some(EngineArg::Ort) => EngineName::Ort,
             Some(EngineArg::Tract) => EngineName::Tract,
             // Who names a library wants to hear that it does not load.
-            None if self.ort_library.is_some() => EngineName::Ort,
+            None if self.ort_library.is_some() || library::is_named() => EngineName::Ort,
             None if load_library(None).is_ok() => EngineName::Ort,
             None => EngineName::Tract,
         }
     }
 }
 
-/// No latent is as large as the smallest image in use, so that one number can be either.
-const SMALLEST_PIXELS: usize = 256;
+/// Image pixels of one latent pixel.
+const LATENT: usize = 8;
 
 fn latent_size(text: &str) -> Result<usize, String> {
-    let size: usize = text.parse().map_err(|_| format!("`{text}` is no number"))?;
-    match size {
+    let pixels: usize = text.parse().map_err(|_| format!("`{text}` is no number"))?;
+    match pixels {
         0 => Err("0 is no size".to_owned()),
-        latent if latent < SMALLEST_PIXELS => Ok(latent),
-        pixels if pixels % 8 == 0 => Ok(pixels / 8),
-        pixels => Err(format!("{pixels} pixels are not divisible by 8")),
+        _ if pixels % LATENT == 0 => Ok(pixels / LATENT),
+        _ => Err(format!("{pixels} pixels are not divisible by {LATENT}")),
     }
 }
 
@@ -224,12 +223,11 @@ mod tests {
     }
 
     #[test]
-    fn sizes_are_latents_or_pixels() {
-        assert_eq!(latent_size("64"), Ok(64));
-        assert_eq!(latent_size("255"), Ok(255));
+    fn sizes_are_pixels() {
+        assert_eq!(latent_size("64"), Ok(8));
         assert_eq!(latent_size("256"), Ok(32));
         assert_eq!(latent_size("1024"), Ok(128));
-        for wrong in ["0", "1001", "-8", "x"] {
+        for wrong in ["0", "255", "1001", "-8", "x"] {
             assert!(latent_size(wrong).is_err(), "{wrong}");
         }
     }

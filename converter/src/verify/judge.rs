@@ -1,0 +1,185 @@
+//! What a site computed, against the references.
+
+use std::collections::HashMap;
+
+use linfusion_models::checkpoint::Checkpoint;
+use linfusion_models::onnx::ElementType;
+use linfusion_ops::LinFusionAttentionAttrs;
+use linfusion_ops::reference::{linfusion_attention, window_attention};
+use linfusion_ops::schema::DEFAULT_EPS;
+use linfusion_runtime::engine::Engine;
+use linfusion_runtime::tensor::Tensor;
+use ndarray::{Array2, ArrayD};
+
+use super::{Converted, Failure, VerifyError};
+use crate::reference::Module;
+use crate::rewrite::site::LinearPart;
+use crate::rewrite::window::WindowPart;
+
+/// One run of a site, to be judged.
+pub(super) struct SiteRun<'a> {
+    pub site: &'a Converted,
+    pub engine: Engine,
+    pub values: HashMap<String, Tensor>,
+}
+
+impl SiteRun<'_> {
+    fn get(&self, name: &str) -> Result<ArrayD<f64>, Failure> {
+        self.values
+            .get(name)
+            .map(Tensor::to_f64)
+            .ok_or_else(|| Failure::CannotRun(format!("no output '{name}'")))
+    }
+
+    fn judge(&self, what: &'static str, error: f64, bound: f64) -> Result<f64, Failure> {
+        // Written so that NaN fails.
+        if error <= bound {
+            return Ok(error);
+        }
+        Err(Failure::Wrong(Box::new(VerifyError::Numbers {
+            module: self.site.module.clone(),
+            what,
+            error,
+            bound,
+            element: self.site.element.to_string(),
+            engine: self.engine,
+        })))
+    }
+
+    /// The LinFusion attention, and the layers around it.
+    pub fn linear(
+        &self,
+        part: &LinearPart,
+        checkpoint: Option<&Checkpoint>,
+    ) -> Result<f64, Failure> {
+        let cannot = |e: String| Failure::CannotRun(e);
+        let [q, k, v] = &part.qkv;
+        let [q, k, v] = [self.get(q)?, self.get(k)?, self.get(v)?];
+        let found = self.get(&part.attended)?;
+        let attrs = LinFusionAttentionAttrs::new(part.heads, Some(DEFAULT_EPS))
+            .map_err(|e| cannot(e.to_string()))?;
+        let expected = linfusion_attention(q.view(), k.view(), v.view(), &attrs)
+            .map_err(|e| cannot(e.to_string()))?;
+        // q, k, v are exact here; what is left is fp32 accumulation over the tokens
+        // and one rounding of the output. The error of a sum of n terms of one sign
+        // grows at most with n·u, in practice with its root; 8 leaves room for the
+        // quotient of two sums.
+        let terms = expected.shape().get(1).copied().unwrap_or(1).max(1) as f64;
+        let (accumulate, round) = epsilons(self.site.element);
+        let bound = 8.0 * accumulate * terms.sqrt().max(4.0) + round;
+        let error = relative(found.iter().zip(&expected));
+        let error = self.judge("the attention", error, bound)?;
+        let (Some(checkpoint), Some(weights)) = (checkpoint, &part.weights) else {
+            return Ok(error);
+        };
+        // The layers around the attention, against the checkpoint itself: they work
+        // token by token, so some tokens tell.
+        let module = Module::new(checkpoint, weights).map_err(|e| cannot(e.to_string()))?;
+        let x = rows(&self.get(&part.tokens)?);
+        let reference = module.project(x.view());
+        // Up to a handful of layers, each rounding to the element type; weights were
+        // rounded to it as well.
+        let width = (x.ncols().max(1) as f64).sqrt();
+        let bound = 8.0 * accumulate * width.max(4.0) + 16.0 * round;
+        for (what, found, expected) in [
+            ("q", &q, &reference.q),
+            ("k", &k, &reference.k),
+            ("v", &v, &reference.v),
+        ] {
+            // A hybrid site's checkpoint may leave a projection to the graph.
+            if let Some(expected) = expected {
+                self.judge(what, relative(rows(found).iter().zip(expected)), bound)?;
+            }
+        }
+        if let Some((value, bias)) = &part.projected
+            && let Some(expected) = module.out(rows(&found).view(), *bias)
+        {
+            let found = rows(&self.get(value)?);
+            let error = relative(found.iter().zip(&expected));
+            self.judge("the out projection", error, bound)?;
+        }
+        Ok(error)
+    }
+
+    /// The window attention, and the sum with the linear branch.
+    pub fn window(&self, part: &WindowPart) -> Result<f64, Failure> {
+        let [q, k, v] = &part.qkv;
+        let [q, k, v] = [self.get(q)?, self.get(k)?, self.get(v)?];
+        let found = self.get(&part.attended)?;
+        let grid = [part.size.rows, part.size.cols];
+        let expected = window_attention(q.view(), k.view(), v.view(), grid, &part.attrs)
+            .map_err(|e| Failure::CannotRun(e.to_string()))?;
+        // A weight exp(s − max) is off by what the scores are: products of D terms, of
+        // noise below 16. Then a quotient of sums over the keys, and one rounding.
+        let (accumulate, round) = epsilons(self.site.element);
+        let terms = q.shape().get(1).copied().unwrap_or(1).max(1) as f64;
+        let bound = 8.0 * accumulate * (terms.sqrt().max(4.0) + 16.0) + round;
+        let error = relative(found.iter().zip(&expected));
+        let mut error = self.judge("the window attention", error, bound)?;
+        if let Some(mixed) = &part.mixed {
+            let (near, far) = (self.get(&mixed.window)?, self.get(&mixed.linear)?);
+            let width = near.shape().last().copied().unwrap_or(1).max(1);
+            let channels = (width / mixed.local.len().max(1)).max(1);
+            let scale = |heads: &[f64], i: usize| {
+                heads.get(i % width / channels).copied().unwrap_or(f64::NAN)
+            };
+            let expected: Vec<f64> = near
+                .iter()
+                .zip(&far)
+                .enumerate()
+                .map(|(i, (near, far))| {
+                    scale(&mixed.local, i) * near + scale(&mixed.global, i) * far
+                })
+                .collect();
+            let value = self.get(&mixed.value)?;
+            // Two factors, two products and a sum, each rounded.
+            let sum = relative(value.iter().zip(&expected));
+            error = error.max(self.judge(
+                "the sum of the branches",
+                sum,
+                4.0 * (accumulate + round),
+            )?);
+        }
+        Ok(error)
+    }
+}
+
+/// Unit roundoff of sums (fp32, or fp64 in a graph of that) and of a stored value.
+fn epsilons(element: ElementType) -> (f64, f64) {
+    match element {
+        ElementType::F64 => (f64::EPSILON, 0.0),
+        ElementType::F16 => (f64::from(f32::EPSILON), half::f16::EPSILON.to_f64()),
+        ElementType::Bf16 => (f64::from(f32::EPSILON), half::bf16::EPSILON.to_f64()),
+        _ => (f64::from(f32::EPSILON), 0.0),
+    }
+}
+
+/// The largest difference over the largest expected magnitude; NaN if any is.
+fn relative<'a>(pairs: impl Iterator<Item = (&'a f64, &'a f64)>) -> f64 {
+    let (mut error, mut largest) = (0.0f64, f64::MIN_POSITIVE);
+    for (found, expected) in pairs {
+        let difference = (found - expected).abs();
+        if difference.is_nan() {
+            return f64::NAN;
+        }
+        error = error.max(difference);
+        largest = largest.max(expected.abs());
+    }
+    error / largest
+}
+
+/// Some rows of `[B, N, C]`, from all over it.
+fn rows(value: &ArrayD<f64>) -> Array2<f64> {
+    const ROWS: usize = 48;
+    let width = value.shape().last().copied().unwrap_or(1).max(1);
+    let total = value.len() / width;
+    let step = total.div_ceil(ROWS).max(1);
+    let picked = (0..total).step_by(step).flat_map(|row| {
+        let start = row * width;
+        start..start + width
+    });
+    // Outputs of a session are contiguous.
+    let flat: Vec<f64> = value.iter().copied().collect();
+    let values: Vec<f64> = picked.filter_map(|i| flat.get(i).copied()).collect();
+    Array2::from_shape_vec((values.len() / width, width), values).unwrap_or_default()
+}
