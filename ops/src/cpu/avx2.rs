@@ -46,6 +46,11 @@ unsafe impl Vector for V8 {
         Self(unsafe { _mm256_mul_ps(self.0, other.0) })
     }
     #[inline(always)]
+    unsafe fn max(self, other: Self) -> Self {
+        // SAFETY: as for the trait.
+        Self(unsafe { _mm256_max_ps(self.0, other.0) })
+    }
+    #[inline(always)]
     unsafe fn mul_add(self, a: Self, b: Self) -> Self {
         // SAFETY: as for the trait.
         Self(unsafe { _mm256_fmadd_ps(self.0, a.0, b.0) })

@@ -51,6 +51,11 @@ unsafe impl Vector for V16 {
         Self(unsafe { _mm512_mul_ps(self.0, other.0) })
     }
     #[inline(always)]
+    unsafe fn max(self, other: Self) -> Self {
+        // SAFETY: as for the trait.
+        Self(unsafe { _mm512_max_ps(self.0, other.0) })
+    }
+    #[inline(always)]
     unsafe fn mul_add(self, a: Self, b: Self) -> Self {
         // SAFETY: as for the trait.
         Self(unsafe { _mm512_fmadd_ps(self.0, a.0, b.0) })
@@ -85,6 +90,11 @@ unsafe impl Vector for V8 {
     unsafe fn mul(self, other: Self) -> Self {
         // SAFETY: as for the trait.
         Self(unsafe { _mm256_mul_ps(self.0, other.0) })
+    }
+    #[inline(always)]
+    unsafe fn max(self, other: Self) -> Self {
+        // SAFETY: as for the trait.
+        Self(unsafe { _mm256_max_ps(self.0, other.0) })
     }
     #[inline(always)]
     unsafe fn mul_add(self, a: Self, b: Self) -> Self {

@@ -4,6 +4,7 @@ use half::{bf16, f16};
 
 use super::isa::Isa;
 use super::task::{Accumulate, Apply};
+use super::window::WindowTask;
 use crate::schema::ElementType;
 
 /// An element type that the CPU kernels run on: `f32`, `f16`, `bf16` and `f64`.
@@ -32,6 +33,11 @@ pub(super) trait Dispatch: Copy + Send + Sync + 'static {
     /// # Safety
     /// As for [`Apply`]; the machine must have `isa`.
     unsafe fn apply(isa: Isa, task: Apply<'_, Self, Self::Number>);
+    /// Runs a tile of window attention.
+    ///
+    /// # Safety
+    /// As for [`WindowTask`]; the machine must have `isa`.
+    unsafe fn window(isa: Isa, task: WindowTask<'_, Self, Self::Number>);
 }
 
 impl Element for f32 {

@@ -11,6 +11,7 @@ use super::lanes::Portable;
 use super::panels::TileShape;
 use super::simd::Simd;
 use super::task::{Accumulate, Apply, On};
+use super::window::WindowTask;
 
 #[cfg(target_arch = "x86_64")]
 use super::{
@@ -114,6 +115,20 @@ macro_rules! dispatch {
             }
             unsafe fn apply(isa: Isa, task: Apply<'_, Self, $number>) {
                 // SAFETY: the caller keeps `Apply`'s contract and has the instructions.
+                unsafe {
+                    match isa {
+                        Isa::Portable => {
+                            <$portable>::vectorize(On::<$portable, _>(task, PhantomData))
+                        }
+                        #[cfg(target_arch = "x86_64")]
+                        Isa::Avx2 => <$avx2>::vectorize(On::<$avx2, _>(task, PhantomData)),
+                        #[cfg(target_arch = "x86_64")]
+                        Isa::Avx512 => <$avx512>::vectorize(On::<$avx512, _>(task, PhantomData)),
+                    }
+                }
+            }
+            unsafe fn window(isa: Isa, task: WindowTask<'_, Self, $number>) {
+                // SAFETY: the caller keeps `WindowTask`'s contract and has the instructions.
                 unsafe {
                     match isa {
                         Isa::Portable => {

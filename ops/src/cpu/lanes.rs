@@ -42,6 +42,10 @@ macro_rules! vector {
                 Self(std::array::from_fn(|i| self.0[i] * other.0[i]))
             }
             #[inline(always)]
+            unsafe fn max(self, other: Self) -> Self {
+                Self(std::array::from_fn(|i| self.0[i].max(other.0[i])))
+            }
+            #[inline(always)]
             unsafe fn mul_add(self, a: Self, b: Self) -> Self {
                 Self(std::array::from_fn(|i| {
                     if FUSED {

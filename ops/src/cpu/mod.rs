@@ -24,6 +24,7 @@ mod task;
 mod tile;
 #[cfg(target_arch = "x86_64")]
 mod wide64;
+mod window;
 
 use std::mem::MaybeUninit;
 
@@ -32,6 +33,7 @@ use thiserror::Error;
 pub use element::Element;
 pub use isa::Isa;
 pub use pool::{Pool, Serial, Threads};
+pub use window::window_attention;
 
 use crate::schema::{AttrError, Dims};
 

@@ -50,6 +50,8 @@ pub(super) unsafe trait Vector: Copy {
     unsafe fn store(self, to: *mut Self::Number);
     unsafe fn add(self, other: Self) -> Self;
     unsafe fn mul(self, other: Self) -> Self;
+    /// The larger, lane by lane; either where one is NaN.
+    unsafe fn max(self, other: Self) -> Self;
     /// `self * a + b`, fused where the instruction set has it.
     unsafe fn mul_add(self, a: Self, b: Self) -> Self;
 }

@@ -8,7 +8,7 @@ use super::simd::{Convert, Kernel, Simd, Vector};
 
 macro_rules! doubles {
     ($simd:ident, $vector:ident, $raw:ty, $lanes:literal, $max_columns:literal, $rows:expr, $features:literal,
-     $splat:ident, $load:ident, $store:ident, $add:ident, $mul:ident, $fma:ident) => {
+     $splat:ident, $load:ident, $store:ident, $add:ident, $mul:ident, $max:ident, $fma:ident) => {
         /// Doubles.
         #[derive(Clone, Copy)]
         #[repr(transparent)]
@@ -46,6 +46,11 @@ macro_rules! doubles {
             unsafe fn mul(self, other: Self) -> Self {
                 // SAFETY: as for the trait.
                 Self(unsafe { $mul(self.0, other.0) })
+            }
+            #[inline(always)]
+            unsafe fn max(self, other: Self) -> Self {
+                // SAFETY: as for the trait.
+                Self(unsafe { $max(self.0, other.0) })
             }
             #[inline(always)]
             unsafe fn mul_add(self, a: Self, b: Self) -> Self {
@@ -169,6 +174,7 @@ doubles!(
     _mm256_storeu_pd,
     _mm256_add_pd,
     _mm256_mul_pd,
+    _mm256_max_pd,
     _mm256_fmadd_pd
 );
 doubles!(
@@ -184,5 +190,6 @@ doubles!(
     _mm512_storeu_pd,
     _mm512_add_pd,
     _mm512_mul_pd,
+    _mm512_max_pd,
     _mm512_fmadd_pd
 );
