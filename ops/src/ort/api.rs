@@ -170,6 +170,42 @@ impl Api {
 
     /// # Safety
     /// `info` must be what a `CreateKernel` callback was given.
+    pub(super) unsafe fn ints_attribute(
+        self,
+        info: *const OrtKernelInfo,
+        name: &CStr,
+    ) -> Result<Vec<i64>, OrtError> {
+        let read = self.0.KernelInfoGetAttributeArray_int64;
+        let mut count = 0;
+        // SAFETY: a null buffer asks for the count.
+        self.check(unsafe { read(info, name.as_ptr(), ptr::null_mut(), &mut count) })?;
+        let mut values = vec![0; count];
+        // SAFETY: the buffer has the count asked for.
+        self.check(unsafe { read(info, name.as_ptr(), values.as_mut_ptr(), &mut count) })?;
+        Ok(values)
+    }
+
+    /// # Safety
+    /// `info` must be what a `CreateKernel` callback was given.
+    pub(super) unsafe fn string_attribute(
+        self,
+        info: *const OrtKernelInfo,
+        name: &CStr,
+    ) -> Result<String, OrtError> {
+        let read = self.0.KernelInfoGetAttribute_string;
+        let mut size = 0;
+        // SAFETY: a null buffer asks for the size, terminating zero included.
+        self.check(unsafe { read(info, name.as_ptr(), ptr::null_mut(), &mut size) })?;
+        let mut buffer = vec![0u8; size.max(1)];
+        let to = buffer.as_mut_ptr().cast::<c_char>();
+        // SAFETY: the buffer has the size asked for.
+        self.check(unsafe { read(info, name.as_ptr(), to, &mut size) })?;
+        let text = CStr::from_bytes_until_nul(&buffer).unwrap_or_default();
+        Ok(text.to_string_lossy().into_owned())
+    }
+
+    /// # Safety
+    /// `info` must be what a `CreateKernel` callback was given.
     pub(super) unsafe fn node_name(self, info: *const OrtKernelInfo) -> Result<String, OrtError> {
         let mut size = 0;
         // SAFETY: a null buffer asks for the size, terminating zero included.

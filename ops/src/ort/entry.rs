@@ -1,56 +1,91 @@
-//! The operator's entries: one `OrtCustomOp` per element type, and their callbacks.
+//! The operators' entries: one `OrtCustomOp` per operator and element type, and their callbacks.
 //!
 //! No panic leaves a callback: it becomes a status.
 
-use std::any::Any;
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::mem::MaybeUninit;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::OnceLock;
 
-use half::{bf16, f16};
 use ort_sys::{
     ONNXTensorElementDataType, OrtApi, OrtCustomOp, OrtCustomOpInputOutputCharacteristic,
     OrtKernelContext, OrtKernelInfo, OrtMemType, OrtShapeInferContext, OrtStatusPtr,
 };
 
+use super::OrtError;
 use super::api::{API_VERSION, Api, InferredDim};
-use super::{OrtError, with_node};
-use crate::cpu::{self, Element, Execution, Isa, Pool, Tensors};
-use crate::schema::{Dims, ElementType, INPUT_NAMES, LinFusionAttentionAttrs};
+use super::node::Node;
+use crate::schema::{
+    ElementType, INPUT_NAMES, LINFUSION_ATTENTION, WINDOW_ATTENTION, WINDOW_INPUT_NAMES,
+};
 
-const NAME: &CStr = c"LinFusionAttention";
-const ATTR_NUM_HEADS: &CStr = c"num_heads";
-const ATTR_EPS: &CStr = c"eps";
+/// Which operator an entry or node is of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Operator {
+    Linear,
+    Window,
+}
+
+impl Operator {
+    const ALL: [Self; 2] = [Self::Linear, Self::Window];
+
+    /// The operator's name, zero-terminated.
+    fn c_name(self) -> &'static CStr {
+        match self {
+            Self::Linear => c"LinFusionAttention",
+            Self::Window => c"WindowAttention",
+        }
+    }
+
+    /// The operator's name.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Linear => LINFUSION_ATTENTION,
+            Self::Window => WINDOW_ATTENTION,
+        }
+    }
+
+    /// Names of its inputs; the first three are of the entry's type.
+    pub(super) fn inputs(self) -> &'static [&'static str] {
+        match self {
+            Self::Linear => &INPUT_NAMES,
+            Self::Window => &WINDOW_INPUT_NAMES,
+        }
+    }
+}
 
 /// An entry. ONNX Runtime hands the callbacks a pointer to the first field.
 #[repr(C)]
 pub(super) struct Entry {
     op: OrtCustomOp,
+    operator: Operator,
     element: ElementType,
 }
 
 impl Entry {
-    /// The entries of all element types; they live for ever, as ONNX Runtime keeps pointers.
+    /// The entries of all operators and element types; they live for ever, as ONNX Runtime keeps pointers.
     pub(super) fn all() -> &'static [Self] {
         static ALL: OnceLock<Vec<Entry>> = OnceLock::new();
-        ALL.get_or_init(|| ElementType::ALL.map(Self::new).into())
+        ALL.get_or_init(|| {
+            let of = |operator| ElementType::ALL.map(|element| Self::new(operator, element));
+            Operator::ALL.into_iter().flat_map(of).collect()
+        })
     }
 
     pub(super) fn as_op(&'static self) -> *const OrtCustomOp {
         (&raw const *self).cast()
     }
 
-    fn new(element: ElementType) -> Self {
+    fn new(operator: Operator, element: ElementType) -> Self {
         // SAFETY: an integer and nullable function pointers; all zeros is a value of each. Fields
         // that newer bindings add stay null, and ONNX Runtime goes by `version`.
         let mut op: OrtCustomOp = unsafe { MaybeUninit::zeroed().assume_init() };
         op.version = API_VERSION;
         op.GetName = Some(get_name);
         op.GetExecutionProviderType = Some(get_provider);
-        op.GetInputType = Some(get_type);
+        op.GetInputType = Some(get_input_type);
         op.GetInputTypeCount = Some(get_input_count);
-        op.GetOutputType = Some(get_type);
+        op.GetOutputType = Some(get_output_type);
         op.GetOutputTypeCount = Some(get_output_count);
         op.GetInputCharacteristic = Some(get_characteristic);
         op.GetOutputCharacteristic = Some(get_characteristic);
@@ -65,20 +100,26 @@ impl Entry {
         op.KernelComputeV2 = Some(compute);
         op.KernelDestroy = Some(destroy);
         op.InferOutputShapeFn = Some(infer_shape);
-        Self { op, element }
+        Self {
+            op,
+            operator,
+            element,
+        }
     }
 }
 
-/// One node of a session.
-struct Node {
-    api: Api,
-    name: String,
-    attrs: LinFusionAttentionAttrs,
-    element: ElementType,
+/// The entry behind the pointer that a callback is given.
+///
+/// # Safety
+/// `op` must be what [`Entry::as_op`] gave.
+unsafe fn entry(op: *const OrtCustomOp) -> &'static Entry {
+    // SAFETY: the pointer is to the first field of an entry, which lives for ever.
+    unsafe { &*op.cast::<Entry>() }
 }
 
-unsafe extern "system" fn get_name(_: *const OrtCustomOp) -> *const c_char {
-    NAME.as_ptr()
+unsafe extern "system" fn get_name(op: *const OrtCustomOp) -> *const c_char {
+    // SAFETY: ONNX Runtime passes the pointer it was given.
+    unsafe { entry(op) }.operator.c_name().as_ptr()
 }
 
 /// Null: the CPU provider.
@@ -86,13 +127,28 @@ unsafe extern "system" fn get_provider(_: *const OrtCustomOp) -> *const c_char {
     std::ptr::null()
 }
 
-unsafe extern "system" fn get_type(op: *const OrtCustomOp, _: usize) -> ONNXTensorElementDataType {
-    // SAFETY: ONNX Runtime passes the pointer it was given, the first field of an `Entry`.
-    tensor_type(unsafe { (*op.cast::<Entry>()).element })
+unsafe extern "system" fn get_input_type(
+    op: *const OrtCustomOp,
+    index: usize,
+) -> ONNXTensorElementDataType {
+    if index >= INPUT_NAMES.len() {
+        return ONNXTensorElementDataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
+    }
+    // SAFETY: ONNX Runtime passes the pointer it was given.
+    tensor_type(unsafe { entry(op) }.element)
 }
 
-unsafe extern "system" fn get_input_count(_: *const OrtCustomOp) -> usize {
-    INPUT_NAMES.len()
+unsafe extern "system" fn get_output_type(
+    op: *const OrtCustomOp,
+    _: usize,
+) -> ONNXTensorElementDataType {
+    // SAFETY: ONNX Runtime passes the pointer it was given.
+    tensor_type(unsafe { entry(op) }.element)
+}
+
+unsafe extern "system" fn get_input_count(op: *const OrtCustomOp) -> usize {
+    // SAFETY: ONNX Runtime passes the pointer it was given.
+    unsafe { entry(op) }.operator.inputs().len()
 }
 
 unsafe extern "system" fn get_output_count(_: *const OrtCustomOp) -> usize {
@@ -106,7 +162,11 @@ unsafe extern "system" fn get_characteristic(
     OrtCustomOpInputOutputCharacteristic::INPUT_OUTPUT_REQUIRED
 }
 
-unsafe extern "system" fn get_memory_type(_: *const OrtCustomOp, _: usize) -> OrtMemType {
+unsafe extern "system" fn get_memory_type(_: *const OrtCustomOp, index: usize) -> OrtMemType {
+    if index >= INPUT_NAMES.len() {
+        // The grid is read by the host, whatever provider runs the node.
+        return OrtMemType::OrtMemTypeCPUInput;
+    }
     OrtMemType::OrtMemTypeDefault
 }
 
@@ -134,7 +194,8 @@ unsafe extern "system" fn create_kernel(
             return OrtStatusPtr::default();
         };
         guarded(api, || {
-            let node = Node::new(api, info, (*op.cast::<Entry>()).element)?;
+            let entry = entry(op);
+            let node = Node::new(api, info, entry.operator, entry.element)?;
             kernel.write(Box::into_raw(Box::new(node)).cast());
             Ok(())
         })
@@ -158,7 +219,7 @@ unsafe extern "system" fn compute(
     };
     guarded(node.api, || {
         // SAFETY: ONNX Runtime passes the running node's context.
-        unsafe { node.compute(context) }.map_err(|e| with_node(&node.name, e))
+        unsafe { node.compute(context) }
     })
 }
 
@@ -215,207 +276,6 @@ pub(super) fn guarded(api: Api, work: impl FnOnce() -> Result<(), OrtError>) -> 
     }
 }
 
-impl Node {
-    /// # Safety
-    /// `info` must be what the `CreateKernel` callback was given.
-    unsafe fn new(
-        api: Api,
-        info: *const OrtKernelInfo,
-        element: ElementType,
-    ) -> Result<Self, OrtError> {
-        // SAFETY: by the contract above.
-        unsafe {
-            let name = api.node_name(info)?;
-            let in_node = |error| with_node(&name, error);
-            let heads = api
-                .int_attribute(info, ATTR_NUM_HEADS)
-                .map_err(|_| in_node(OrtError::NumHeads))?;
-            let eps = match api.float_attribute(info, ATTR_EPS) {
-                Ok(eps) => Some(eps),
-                // There is no "is it there?": an attribute that reads as an integer is.
-                Err(_) if api.int_attribute(info, ATTR_EPS).is_ok() => {
-                    return Err(in_node(OrtError::EpsType));
-                }
-                Err(_) => None,
-            };
-            let attrs = LinFusionAttentionAttrs::new(heads, eps)
-                .map_err(|e| in_node(OrtError::Shape(e.into())))?;
-            Ok(Self {
-                api,
-                name,
-                attrs,
-                element,
-            })
-        }
-    }
-
-    /// # Safety
-    /// `context` must be the running node's.
-    unsafe fn compute(&self, context: *mut OrtKernelContext) -> Result<(), OrtError> {
-        // SAFETY: by the contract above.
-        unsafe {
-            match self.element {
-                ElementType::F32 => self.compute_as::<f32>(context),
-                ElementType::F16 => self.compute_as::<f16>(context),
-                ElementType::Bf16 => self.compute_as::<bf16>(context),
-                ElementType::F64 => self.compute_as::<f64>(context),
-            }
-        }
-    }
-
-    /// # Safety
-    /// As for [`Self::compute`].
-    unsafe fn compute_as<T: Element>(
-        &self,
-        context: *mut OrtKernelContext,
-    ) -> Result<(), OrtError> {
-        let api = self.api;
-        // SAFETY: by the contract above; slices have the lengths of the tensors' shapes, and the
-        // output is written only through `out`.
-        unsafe {
-            let q = self.input::<T>(context, 0)?;
-            let k = self.input::<T>(context, 1)?;
-            let v = self.input::<T>(context, 2)?;
-            let dims = Dims::new(&q.shape, &k.shape, &v.shape, &self.attrs)?;
-            let shape: Vec<i64> = dims.out_shape().iter().map(|&d| d as i64).collect();
-            let value = api.output(context, 0, &shape)?;
-            let len = shape.iter().map(|&d| d as usize).product();
-            let out = if len == 0 {
-                &mut []
-            } else {
-                let data = api.tensor_data(value)?.cast::<MaybeUninit<T>>();
-                std::slice::from_raw_parts_mut(data, len)
-            };
-            let pool = OrtPool {
-                api,
-                context,
-                failure: Mutex::new(None),
-            };
-            let tensors = Tensors {
-                q: q.data,
-                k: k.data,
-                v: v.data,
-                out,
-            };
-            let execution = Execution {
-                isa: Isa::best(),
-                pool: &pool,
-            };
-            cpu::linfusion_attention(&dims, self.attrs.eps, tensors, execution)?;
-            let failure = pool.failure.into_inner();
-            failure
-                .unwrap_or_else(PoisonError::into_inner)
-                .map_or(Ok(()), Err)
-        }
-    }
-
-    /// # Safety
-    /// As for [`Self::compute`]; the result must not outlive the callback.
-    unsafe fn input<'a, T: Element>(
-        &self,
-        context: *const OrtKernelContext,
-        index: usize,
-    ) -> Result<Input<'a, T>, OrtError> {
-        let input = INPUT_NAMES[index];
-        // SAFETY: by the contract above; the tensor's data has the length of its shape.
-        unsafe {
-            let value = self.api.input(context, index)?;
-            if value.is_null() {
-                return Err(OrtError::MissingInput { input });
-            }
-            let (code, shape) = self.api.tensor_info(value)?;
-            if code != T::TYPE.onnx_code() {
-                return Err(OrtError::ElementType {
-                    input,
-                    expected: T::TYPE,
-                    found: code,
-                });
-            }
-            let shape = shape
-                .iter()
-                .map(|&d| usize::try_from(d))
-                .collect::<Result<Vec<_>, _>>()
-                .map_err(|_| OrtError::NegativeDim {
-                    input,
-                    shape: shape.clone(),
-                })?;
-            let len = shape.iter().product();
-            let data = if len == 0 {
-                &[]
-            } else {
-                let data = self.api.tensor_data(value.cast_mut())?;
-                std::slice::from_raw_parts(data.cast::<T>(), len)
-            };
-            Ok(Input { shape, data })
-        }
-    }
-}
-
-struct Input<'a, T> {
-    shape: Vec<usize>,
-    data: &'a [T],
-}
-
-/// ONNX Runtime's intra-op threads.
-struct OrtPool {
-    api: Api,
-    context: *const OrtKernelContext,
-    failure: Mutex<Option<OrtError>>,
-}
-
-// SAFETY: only the thread that runs the node uses `context`, in `run`; tasks reach `failure`,
-// which is locked.
-unsafe impl Sync for OrtPool {}
-
-/// What a task finds behind its data pointer.
-struct Job<'a> {
-    task: &'a (dyn Fn(usize) + Sync),
-    failure: &'a Mutex<Option<OrtError>>,
-}
-
-impl Pool for OrtPool {
-    fn run(&self, count: usize, task: &(dyn Fn(usize) + Sync)) {
-        if count <= 1 {
-            (0..count).for_each(task);
-            return;
-        }
-        let job = Job {
-            task,
-            failure: &self.failure,
-        };
-        let data = (&raw const job).cast_mut().cast();
-        // SAFETY: the job outlives the call, which returns when all tasks are done.
-        let result = unsafe { self.api.parallel_for(self.context, run_task, count, data) };
-        if let Err(error) = result {
-            record(&self.failure, error);
-        }
-    }
-}
-
-unsafe extern "C" fn run_task(data: *mut c_void, index: usize) {
-    // SAFETY: `OrtPool::run` passed a job that is still alive.
-    let job = unsafe { &*data.cast::<Job<'_>>() };
-    if let Err(panic) = catch_unwind(AssertUnwindSafe(|| (job.task)(index))) {
-        record(job.failure, OrtError::panic(&*panic));
-    }
-}
-
-fn record(place: &Mutex<Option<OrtError>>, error: OrtError) {
-    let mut place = place.lock().unwrap_or_else(PoisonError::into_inner);
-    place.get_or_insert(error);
-}
-
-impl OrtError {
-    fn panic(payload: &(dyn Any + Send)) -> Self {
-        let message = payload
-            .downcast_ref::<&str>()
-            .map(|s| (*s).to_owned())
-            .or_else(|| payload.downcast_ref::<String>().cloned())
-            .unwrap_or_else(|| "without a message".into());
-        Self::Panic(message)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -453,6 +313,7 @@ mod tests {
         let expected: Vec<usize> = (0..fields.len()).map(|i| i * word).collect();
         assert_eq!(fields.to_vec(), expected);
         for entry in Entry::all() {
+            assert_eq!(entry.operator.c_name().to_str(), Ok(entry.operator.name()));
             assert_eq!(entry.op.version, 17);
             assert_eq!(offset_of!(Entry, op), 0);
         }

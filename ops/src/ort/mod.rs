@@ -6,6 +6,8 @@
 
 mod api;
 mod entry;
+mod node;
+mod pool;
 
 use std::ffi::{CStr, CString, c_char};
 use std::sync::{Mutex, OnceLock, PoisonError};
@@ -16,7 +18,9 @@ use thiserror::Error;
 use self::api::{API_VERSION, Api, MIN_RELEASE};
 use self::entry::{Entry, guarded};
 use crate::cpu::{Isa, KernelError};
-use crate::schema::{DOMAIN, ElementType, LINFUSION_ATTENTION, OPSET_VERSION, ShapeError};
+use crate::schema::{
+    DOMAIN, ElementType, LINFUSION_ATTENTION, OPSET_VERSION, ShapeError, WINDOW_ATTENTION,
+};
 
 /// Marks session options that already have our domain: adding a domain twice makes the session
 /// fail with `Domain already set in registry`, and options can't be asked for their domains.
@@ -44,19 +48,50 @@ pub enum OrtError {
     #[error("ONNX Runtime: {0}")]
     OnnxRuntime(String),
     /// An error of one node.
-    #[error("node `{node}` ({LINFUSION_ATTENTION}): {source}")]
+    #[error("node `{node}` ({operator}): {source}")]
     Node {
         /// The node's name.
         node: String,
+        /// Its operator.
+        operator: &'static str,
         /// What went wrong.
         source: Box<OrtError>,
     },
     /// `num_heads` is missing or no integer.
     #[error("expected an int attribute `num_heads`, found none")]
     NumHeads,
-    /// `eps` is an integer.
-    #[error("expected attribute `eps` to be a float, found an int")]
-    EpsType,
+    /// A float attribute is an integer.
+    #[error("expected attribute `{attribute}` to be a float, found an int")]
+    FloatType {
+        /// Which attribute.
+        attribute: &'static str,
+    },
+    /// Neither `window` nor `radius`, or both, or `window` is no pair.
+    #[error(
+        "expected either an ints attribute `window` of two numbers or an int attribute `radius`, found window {window:?} and radius {radius:?}"
+    )]
+    WindowOrRadius {
+        /// `window` as found.
+        window: Option<Vec<i64>>,
+        /// `radius` as found.
+        radius: Option<i64>,
+    },
+    /// A string attribute has a value that means nothing.
+    #[error("expected attribute `{attribute}` to be {expected}, found `{found}`")]
+    Choice {
+        /// Which attribute.
+        attribute: &'static str,
+        /// What it may be.
+        expected: String,
+        /// What it is.
+        found: String,
+    },
+    /// `grid` is not two numbers.
+    #[error("input `grid`: expected shape [2], rows and columns, found shape {shape:?}")]
+    GridShape {
+        /// Its shape.
+        shape: Vec<usize>,
+    },
     /// A required input is missing.
     #[error("input `{input}` is missing")]
     MissingInput {
@@ -64,12 +99,12 @@ pub enum OrtError {
         input: &'static str,
     },
     /// An input's element type is not the one the entry was registered for.
-    #[error("input `{input}`: expected element type {expected}, found ONNX type number {found}")]
+    #[error("input `{input}`: expected ONNX element type number {expected}, found {found}")]
     ElementType {
         /// Which input.
         input: &'static str,
-        /// The entry's type.
-        expected: ElementType,
+        /// `TensorProto.DataType` of the entry.
+        expected: i32,
         /// `TensorProto.DataType` found.
         found: i32,
     },
@@ -90,13 +125,6 @@ pub enum OrtError {
     /// A panic, which is a bug in this library.
     #[error("internal error (a bug in linfusion-ops): {0}")]
     Panic(String),
-}
-
-fn with_node(node: &str, error: OrtError) -> OrtError {
-    OrtError::Node {
-        node: node.into(),
-        source: Box::new(error),
-    }
 }
 
 /// The entry point that ONNX Runtime calls after loading the library
@@ -139,7 +167,7 @@ pub fn status_text() -> String {
     let types = ElementType::ALL.map(|t| t.to_string()).join(", ");
     let sets: Vec<String> = Isa::available().iter().map(Isa::to_string).collect();
     format!(
-        "linfusion-ops {}: {DOMAIN}::{LINFUSION_ATTENTION} version {OPSET_VERSION}; element types {types}; ONNX Runtime {MIN_RELEASE} or later (C API {API_VERSION}); CPU kernels {} (available: {}); CUDA: not built in",
+        "linfusion-ops {}: {DOMAIN} version {OPSET_VERSION}: {LINFUSION_ATTENTION}, {WINDOW_ATTENTION}; element types {types}; ONNX Runtime {MIN_RELEASE} or later (C API {API_VERSION}); CPU kernels {} (available: {}); CUDA: not built in",
         env!("CARGO_PKG_VERSION"),
         Isa::best(),
         sets.join(", ")

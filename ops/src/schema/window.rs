@@ -263,6 +263,18 @@ impl WindowDims {
         }
     }
 
+    /// The output's shape: `[B, N, H·Dv]` or `[B, H, N, Dv]`.
+    pub fn out_shape(&self) -> Vec<usize> {
+        match self.layout {
+            Layout::Packed => vec![
+                self.batch,
+                self.tokens(),
+                self.heads.saturating_mul(self.value_dim),
+            ],
+            Layout::Heads => vec![self.batch, self.heads, self.tokens(), self.value_dim],
+        }
+    }
+
     /// Tokens N, text and image.
     pub fn tokens(&self) -> usize {
         self.text + self.rows * self.cols

@@ -1,7 +1,9 @@
 //! Just enough protobuf to write a model with one `LinFusionAttention` node, with or without its
 //! function body: this crate stays free of a protobuf library.
 
-use linfusion_ops::body::{AttributeValue, BodyAttribute, BodyFunction, BodyNode, RefKind};
+use linfusion_ops::body::{
+    AttributeValue, BodyAttribute, BodyFunction, BodyNode, GraphValue, RefKind,
+};
 use linfusion_ops::schema::{DOMAIN, LINFUSION_ATTENTION, OPSET_VERSION};
 use linfusion_ops::{ElementType, Layout};
 
@@ -109,9 +111,35 @@ fn attribute(attribute: &BodyAttribute) -> Message {
             let bytes = raw(data.iter().map(|x| x.to_le_bytes()).collect());
             m.message(5, tensor(7, dims, bytes)).int(20, 4)
         }
+        AttributeValue::Graph(body) => {
+            let value = |m: Message, v: &GraphValue| {
+                let shape =
+                    (0..v.rank).fold(Message::default(), |m, _| m.message(1, Message::default()));
+                let tensor = Message::default()
+                    .int(1, i64::from(v.element))
+                    .message(2, shape);
+                let info = Message::default()
+                    .text(1, &v.name)
+                    .message(2, Message::default().message(1, tensor));
+                (m, info)
+            };
+            let graph = Message::default()
+                .each(&body.nodes, |m, n| m.message(1, node(n, "", "")))
+                .text(2, "body")
+                .each(&body.inputs, |m, v| {
+                    let (m, info) = value(m, v);
+                    m.message(11, info)
+                })
+                .each(&body.outputs, |m, v| {
+                    let (m, info) = value(m, v);
+                    m.message(12, info)
+                });
+            m.message(6, graph).int(20, 5)
+        }
         AttributeValue::Ref { attribute, kind } => {
             let kind = match kind {
                 RefKind::Int => 2,
+                RefKind::Ints => 7,
                 RefKind::Float => 1,
             };
             m.text(21, attribute).int(20, kind)
