@@ -1,7 +1,9 @@
-//! `LinFusionAttention` for tract: call [`register`] on an `Onnx` before it reads a model.
+//! The operators for tract: call [`register`] on an `Onnx` before it reads a model.
 //!
 //! tract keeps operators by type alone and has no model-local functions, so the builder checks the
 //! node's domain itself. f32, f16 and f64 run; tract has no bfloat16.
+
+mod window;
 
 use ::tract_onnx::model::ParsingContext;
 use ::tract_onnx::pb::NodeProto;
@@ -13,12 +15,13 @@ use half::f16;
 use crate::cpu::{self, Element, Execution, Tensors};
 use crate::schema::{
     ATTR_EPS, ATTR_NUM_HEADS, DOMAIN, Dims, INPUT_NAMES, LINFUSION_ATTENTION, Layout,
-    LinFusionAttentionAttrs,
+    LinFusionAttentionAttrs, WINDOW_ATTENTION,
 };
 
 /// Registers the operators of [`crate::schema::DOMAIN`].
 pub fn register(onnx: &mut ::tract_onnx::Onnx) {
     onnx.op_register.insert(LINFUSION_ATTENTION, build);
+    onnx.op_register.insert(WINDOW_ATTENTION, window::build);
 }
 
 fn build(
