@@ -48,7 +48,7 @@ pub fn weights_that_differ(
             let known = expected.as_ref().map_or(&[][..], |(_, forms)| forms);
             let same = file
                 .tensor_bytes(tensor)
-                .is_ok_and(|bytes| known.iter().any(|form| *form == bytes));
+                .is_ok_and(|bytes| known.contains(&bytes));
             if !same {
                 different.push(format!(
                     "{}: '{}' is no tensor of the checkpoint's module",
