@@ -5,6 +5,7 @@
 pub mod core;
 pub mod exact;
 pub mod kind;
+pub mod layer;
 pub mod layout;
 pub mod names;
 pub mod plain;

@@ -733,6 +733,17 @@ pub(super) fn out_projection<'m>(
             _ => return None,
         }
     };
+    whole_layer(graph, shapes, node, layout)
+}
+
+/// The linear layer at `node` with the bias that later nodes add, for an input that lies
+/// as `layout`.
+pub(super) fn whole_layer<'m>(
+    graph: &Graph<'m>,
+    shapes: &Shapes,
+    node: NodeId,
+    layout: &Layout,
+) -> Option<OutProjection<'m>> {
     let result = graph.node(node).output.first()?.as_str();
     let width = {
         let shape = shapes.shape(result)?;
@@ -758,15 +769,19 @@ pub(super) fn out_projection<'m>(
 
 /// Whether a linear layer adds its bias itself.
 fn has_bias(node: &linfusion_models::onnx::proto::NodeProto) -> bool {
-    let slot = match op(node) {
+    bias_slot(node).is_some_and(|slot| input(node, slot).is_some())
+}
+
+/// The input of a linear layer's node that holds its bias, if it can have one.
+pub(super) fn bias_slot(node: &linfusion_models::onnx::proto::NodeProto) -> Option<usize> {
+    Some(match op(node) {
         "Gemm" | "FusedGemm" | "Conv" | "FusedConv" | "NhwcConv" => 2,
         "DynamicQuantizeMatMul" => 4,
         "MatMulNBits" => 5,
         "MatMulIntegerToFloat" | "QGemm" => 6,
         "QLinearConv" => 8,
-        _ => return false,
-    };
-    input(node, slot).is_some()
+        _ => return None,
+    })
 }
 
 /// Walks down from the product to the layer's bias, through what undoes

@@ -21,7 +21,6 @@ pub(super) struct Builder<'a, 'm> {
     pub(super) value_info: Vec<ValueInfoProto>,
     pub(super) inputs: Vec<(NodeId, usize, String)>,
     pub(super) overflows: Vec<(String, usize)>,
-    pub(super) edits: Vec<(NodeId, Vec<NodeProto>)>,
 }
 
 impl<'a, 'm> Builder<'a, 'm> {
@@ -42,7 +41,6 @@ impl<'a, 'm> Builder<'a, 'm> {
             value_info: Vec::new(),
             inputs: Vec::new(),
             overflows: Vec::new(),
-            edits: Vec::new(),
         }
     }
 }

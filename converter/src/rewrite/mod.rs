@@ -3,6 +3,7 @@
 
 mod builder;
 pub mod emit;
+mod layers;
 mod module;
 mod prune;
 pub mod site;
@@ -32,7 +33,6 @@ pub fn apply(model: &mut ModelProto, patches: Vec<Patch>, old: &Shapes, again: &
     let mut insert: BTreeMap<usize, Vec<NodeProto>> = BTreeMap::new();
     for patch in patches {
         insert.insert(patch.replaced.0, patch.nodes);
-        insert.extend(patch.edits.into_iter().map(|(node, new)| (node.0, new)));
         graph.initializer.extend(patch.initializers);
         graph.value_info.extend(patch.value_info);
         for (node, slot, value) in patch.inputs {

@@ -81,8 +81,6 @@ pub struct Patch {
     pub inputs: Vec<(NodeId, usize, String)>,
     /// Values that have the shape of x, whose Shape may be read from x instead.
     pub shape_source: String,
-    /// Nodes that go elsewhere: they make what this node made.
-    pub edits: Vec<(NodeId, Vec<NodeProto>)>,
     /// The LinFusion attention in it.
     pub linear: Option<LinearPart>,
     /// The window attention in it.
@@ -259,7 +257,6 @@ pub fn patch(
         initializers: b.initializers,
         value_info: b.value_info,
         replaced: port.node,
-        edits: b.edits,
         inputs: b.inputs,
         shape_source: site.x.to_owned(),
         overflows: b.overflows,

@@ -134,6 +134,9 @@ pub fn patch(
         attended.clone()
     };
     b.finish(&out, exact.merged, &exact.merged_layout)?;
+    if let Weights::Module { checkpoint, module } = weights {
+        b.replace_layers(exact, image, method, checkpoint, module)?;
+    }
     // The last node was given the replaced value's name.
     let made = |value: String| {
         if b.makes(&value) {
@@ -161,7 +164,6 @@ pub fn patch(
         initializers: b.initializers,
         value_info: b.value_info,
         replaced: port.node,
-        edits: b.edits,
         inputs: b.inputs,
         shape_source: frame.x.to_owned(),
         overflows: b.overflows,

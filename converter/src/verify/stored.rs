@@ -35,6 +35,12 @@ pub fn weights_that_differ(
             .filter(|name| !name.starts_with('/'))
             .filter_map(|name| graph.initializer(name))
             .collect();
+        // Layers that kept their nodes.
+        let own = format!("{}.", module.module_name);
+        read.extend(graph.proto.initializer.iter().filter(|t| {
+            let name = tensor_name(t);
+            name.starts_with(&own) && name.contains(SUFFIX)
+        }));
         read.sort_by_key(|t| tensor_name(t));
         read.dedup_by_key(|t| tensor_name(t));
         let mut expected: Option<(ElementType, Vec<Bytes>)> = None;

@@ -185,7 +185,7 @@ fn latent_size(text: &str) -> Result<usize, String> {
     let pixels: usize = text.parse().map_err(|_| format!("`{text}` is no number"))?;
     match pixels {
         0 => Err("0 is no size".to_owned()),
-        _ if pixels % LATENT == 0 => Ok(pixels / LATENT),
+        _ if pixels.is_multiple_of(LATENT) => Ok(pixels / LATENT),
         _ => Err(format!("{pixels} pixels are not divisible by {LATENT}")),
     }
 }
