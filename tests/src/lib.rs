@@ -61,22 +61,38 @@ pub fn run(
 /// # Errors
 /// A sentence on what failed.
 pub fn checkpoint_for(model: &Path, folder: &Path, mid: MlpWidth) -> Result<PathBuf, String> {
+    let options = SynthOptions::default();
+    checkpoint_of(model, folder, mid, SiteAttention::Linear, options)
+}
+
+/// [`checkpoint_for`] with weights for any attention, of every self-attention and joint
+/// attention.
+///
+/// # Errors
+/// A sentence on what failed.
+pub fn checkpoint_of(
+    model: &Path,
+    folder: &Path,
+    mid: MlpWidth,
+    attention: SiteAttention,
+    options: SynthOptions,
+) -> Result<PathBuf, String> {
     let file = OnnxFile::open(model).map_err(|e| e.to_string())?;
     let analysis = linfusion_convert::analysis::Analysis::of(&file);
     let modules: Vec<SynthModule> = analysis
-        .self_sites()
+        .own_sites()
         .filter_map(|s| {
             Some(SynthModule {
                 module_name: s.module.clone()?,
                 dim: usize::try_from(s.width()?).ok()?,
                 heads: usize::try_from(s.heads?).ok()?,
                 mid,
-                attention: SiteAttention::Linear,
+                attention,
             })
         })
         .collect();
     let path = folder.join("linfusion");
-    write_checkpoint(&path, &modules, SynthOptions::default()).map_err(|e| e.to_string())?;
+    write_checkpoint(&path, &modules, options).map_err(|e| e.to_string())?;
     Ok(path)
 }
 

@@ -4,8 +4,10 @@ use std::path::{Path, PathBuf};
 
 use linfusion_convert::convert::{WeightsFrom, convert};
 use linfusion_convert::rewrite::Emit;
-use linfusion_models::checkpoint::MlpWidth;
+use linfusion_convert::verify::weights_that_differ;
+use linfusion_models::checkpoint::{Checkpoint, MlpWidth};
 use linfusion_models::fixtures;
+use linfusion_models::onnx::OnnxFile;
 use linfusion_runtime::engine::{Engine, Operators};
 use linfusion_runtime::npz;
 use linfusion_runtime::tensor::{DType, Tensor};
@@ -22,8 +24,9 @@ fn model(case: &Path, scratch: &Path) -> PathBuf {
     if plain.exists() {
         return plain;
     }
-    let unpacked = scratch.join("unet.onnx");
-    let name = case.join("unet.onnx.gz");
+    let unpacked = scratch.join("model.onnx");
+    let packed = ["unet.onnx.gz", "model.onnx.gz"].map(|name| case.join(name));
+    let name = packed.into_iter().find(|path| path.exists()).unwrap();
     std::fs::write(&unpacked, fixtures::bytes(name.to_str().unwrap()).unwrap()).unwrap();
     unpacked
 }
@@ -65,6 +68,59 @@ fn equals_the_official_code(
         }
     }
     assert!(failures.is_empty(), "{failures:?}");
+}
+
+/// Transformers with hybrid and window attention compute what PyTorch computes, in f64,
+/// with the same weights: models/scripts/make_hybrid_parity.py.
+#[rstest]
+fn transformers_equal_pytorch(
+    #[values(
+        "hybrid-pixart",
+        "hybrid-sd3",
+        "hybrid-sd35",
+        "hybrid-flux",
+        "window-sd3"
+    )]
+    case: &str,
+    #[values(Emit::Function, Emit::Op, Emit::Standard)] emit: Emit,
+) {
+    if !has_ort() {
+        eprintln!("skipped: no libonnxruntime (make test fetches one)");
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let case = fixtures::path(case);
+    let out = folder.path().join("model.linfusion.onnx");
+    let original = model(&case, folder.path());
+    let weights = WeightsFrom::Path(case.join("linfusion"));
+    let mut job = request(&original, &out, weights);
+    job.emit = emit;
+    let report = convert(&job, &mut |_| {}).unwrap();
+    let checkpoint = Checkpoint::open(case.join("linfusion")).unwrap();
+    assert_eq!(report.converted, checkpoint.modules.len());
+    let file = OnnxFile::open(&out).unwrap();
+    let strange = weights_that_differ(&file, &checkpoint).unwrap();
+    assert!(strange.is_empty(), "{strange:?}");
+
+    let inputs = npz::read(&case.join("inputs.npz")).unwrap();
+    let expected = npz::read(&case.join("expected.npz")).unwrap();
+    let values = expected.iter().flat_map(|(_, t)| t.to_f64());
+    let largest = values.fold(f64::MIN_POSITIVE, |m, v| m.max(v.abs()));
+    let apart = |model: &Path, operators: Operators| {
+        let found = run(Engine::Ort, model, operators, &inputs).unwrap();
+        max_difference(&found, &expected) / largest
+    };
+    // It would mean nothing if the original passed too.
+    let before = apart(&original, Operators::None);
+    assert!(before > 100.0 * BOUND, "the original is {before:e} off");
+    let mut runs = vec![Operators::InProcess];
+    if emit != Emit::Op {
+        runs.push(Operators::None);
+    }
+    for operators in runs {
+        let error = apart(&out, operators.clone());
+        assert!(error <= BOUND, "{operators:?}: {error:e}");
+    }
 }
 
 /// The parity would mean nothing if the original passed it too.

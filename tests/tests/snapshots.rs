@@ -91,7 +91,7 @@ fn the_function(
     #[values(ElementType::F32, ElementType::F16)] element: ElementType,
 ) {
     let model = ModelProto {
-        functions: vec![emit::function(opset, element).unwrap()],
+        functions: vec![emit::linear_function(opset, element).unwrap()],
         ..ModelProto::default()
     };
     let text = print_model(&model, PrintOptions::default()).to_string();

@@ -7,12 +7,14 @@ use std::path::{Path, PathBuf};
 use linfusion_convert::attention::kind::Kind;
 use linfusion_convert::convert::{WeightsFrom, convert, inspect};
 use linfusion_convert::plan::{Method, MethodRule, Selection};
+use linfusion_models::checkpoint::synth::SynthOptions;
+use linfusion_models::checkpoint::{MlpWidth, SiteAttention};
 use linfusion_models::fixtures;
 use linfusion_ops::schema::{Border, Window, WindowSpec};
 use linfusion_runtime::engine::{Dim, Engine, Operators, Session, SessionOptions};
 use linfusion_runtime::inputs;
 use linfusion_runtime::tensor::{DType, Tensor};
-use linfusion_tests::{has_ort, max_difference, request};
+use linfusion_tests::{checkpoint_of, has_ort, max_difference, request};
 
 type Outputs = Vec<(String, Tensor)>;
 
@@ -221,6 +223,69 @@ fn a_window_over_the_whole_image_changes_nothing() {
         if let Err(e) = convert(&job, &mut |_| {}) {
             failures.push(format!("{}: {e}", case.name));
             continue;
+        }
+        for operators in [Operators::None, Operators::InProcess] {
+            let label = format!("{operators:?}");
+            match session(&out, operators).and_then(|mut s| s.run(&feed).map_err(|e| e.to_string()))
+            {
+                Err(e) => failures.push(format!("{} {label}: {e}", case.name)),
+                Ok(after) => {
+                    let error = apart(&after, &before);
+                    if error > tolerance(&case, &before) {
+                        failures.push(format!("{} {label}: {error:.1e} apart", case.name));
+                    }
+                }
+            }
+        }
+    }
+    assert!(ran >= 8, "only {ran} of the graphs run");
+    assert!(failures.is_empty(), "{failures:#?}");
+}
+
+/// A hybrid over the whole image whose linear branch counts for nothing computes what the
+/// original does: everything around the two branches is wired right.
+#[test]
+fn a_hybrid_of_the_whole_image_alone_changes_nothing() {
+    if !has_ort() {
+        eprintln!("skipped: no libonnxruntime (make test fetches one)");
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let mut failures = Vec::new();
+    let mut ran = 0;
+    for case in cases(folder.path()) {
+        let Some((feed, before)) = original(&case) else {
+            continue;
+        };
+        let options = SynthOptions {
+            scales: Some([1.0, 0.0]),
+            ..SynthOptions::default()
+        };
+        let hybrid = SiteAttention::Hybrid(Some(rect(4096, 4096)));
+        let mid = MlpWidth::Width(16);
+        let weights = checkpoint_of(&case.path, folder.path(), mid, hybrid, options).unwrap();
+        let out = folder.path().join("hybrid.onnx");
+        let mut job = request(&case.path, &out, WeightsFrom::Path(weights));
+        job.overwrite = linfusion_models::onnx::write::Overwrite::Force;
+        match convert(&job, &mut |_| {}) {
+            Err(e) => {
+                failures.push(format!("{}: {e}", case.name));
+                continue;
+            }
+            Ok(report) if report.converted != case.counts.own + case.counts.joint => {
+                let reasons: Vec<_> = report
+                    .model
+                    .sites
+                    .iter()
+                    .map(|s| s.reason.clone())
+                    .collect();
+                failures.push(format!(
+                    "{}: {} converted, {reasons:?}",
+                    case.name, report.converted
+                ));
+                continue;
+            }
+            Ok(_) => ran += 1,
         }
         for operators in [Operators::None, Operators::InProcess] {
             let label = format!("{operators:?}");

@@ -30,12 +30,15 @@ pub struct SynthModule {
 }
 
 /// How the tensors are written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct SynthOptions {
     /// Seed of the random numbers.
     pub seed: u64,
     /// Element type of every tensor.
     pub dtype: FloatType,
+    /// `local_scale` and `global_scale` of every head of a hybrid; random around ½ where
+    /// `None`.
+    pub scales: Option<[f64; 2]>,
 }
 
 impl Default for SynthOptions {
@@ -43,6 +46,7 @@ impl Default for SynthOptions {
         Self {
             seed: 0,
             dtype: FloatType::F32,
+            scales: None,
         }
     }
 }
@@ -83,7 +87,12 @@ pub fn write_checkpoint(
             let Some(shape) = part.shape(&form) else {
                 continue;
             };
-            let values = draw(*part, module, shape.iter().product(), &mut random);
+            let mut values = draw(*part, module, shape.iter().product(), &mut random);
+            match (part, options.scales) {
+                (Part::LocalScale, Some([local, _])) => values.fill(local),
+                (Part::GlobalScale, Some([_, global])) => values.fill(global),
+                _ => {}
+            }
             tensors.push((
                 part.tensor_name(index),
                 shape,

@@ -26,7 +26,16 @@ fn modules() -> Vec<SynthModule> {
 
 fn written(modules: &[SynthModule], dtype: FloatType) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
-    write_checkpoint(folder.path(), modules, SynthOptions { seed: 1, dtype }).unwrap();
+    write_checkpoint(
+        folder.path(),
+        modules,
+        SynthOptions {
+            seed: 1,
+            dtype,
+            ..SynthOptions::default()
+        },
+    )
+    .unwrap();
     folder
 }
 
