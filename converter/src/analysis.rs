@@ -167,8 +167,8 @@ fn baked_positions(graph: &Graph<'_>, shapes: &Shapes, again: &Shapes) -> Vec<St
     notes
 }
 
-/// Whether text and image tokens attend together, or no spatial convolution follows the
-/// first attention.
+/// Whether text and image tokens attend together, or the image is cut into patches and no
+/// spatial convolution follows the first attention.
 fn is_transformer(graph: &Graph<'_>, shapes: &Shapes, sites: &[Site<'_>]) -> bool {
     if sites.iter().any(|s| s.kind == Kind::Joint) {
         return true;
@@ -182,8 +182,11 @@ fn is_transformer(graph: &Graph<'_>, shapes: &Shapes, sites: &[Site<'_>]) -> boo
     };
     let own = sites.iter().filter(|s| s.kind == Kind::SelfAttention);
     own.filter_map(|s| s.node).min().is_some_and(|first| {
-        let below = graph.nodes().skip_while(|(id, _)| *id <= first);
-        !below.into_iter().any(|(_, node)| spatial(node))
+        let (mut before, mut after) = (false, false);
+        for (id, _) in graph.nodes().filter(|(_, node)| spatial(node)) {
+            *(if id < first { &mut before } else { &mut after }) = true;
+        }
+        before && !after
     })
 }
 

@@ -225,11 +225,12 @@ pub fn convert(
     progress("looking for attention");
     let analysis = Analysis::with_grid(&file, request.selection.grid);
     request.selection.check(&analysis.sites)?;
-    let mut actions = plan(&analysis, &request.selection);
-    refuse_fewer(&name, &analysis, &actions, request.partial)?;
-    let checkpoint = match open_checkpoint(request, &name, &analysis) {
+    let mut actions = plan(&analysis, &request.selection, &[]);
+    // A model with nothing to convert needs no checkpoint to say so.
+    let enough = refuse_fewer(&name, &analysis, &actions, request.partial);
+    let checkpoint = match (open_checkpoint(request, &name, &analysis), &enough) {
         // Window attention alone does with the graph's own weights.
-        Err(ConvertError::NoWeights { .. })
+        (Err(ConvertError::NoWeights { .. }), Ok(()))
             if actions
                 .iter()
                 .filter_map(Action::method)
@@ -237,9 +238,23 @@ pub fn convert(
         {
             None
         }
-        checkpoint => checkpoint?,
+        (Ok(checkpoint), _) => checkpoint,
+        (Err(e), _) => return enough.and(Err(e)),
     };
-    let modules = modules(&analysis, checkpoint.as_ref())?;
+    let modules = match modules(&analysis, checkpoint.as_ref()) {
+        Ok(modules) => modules,
+        Err(e) => return enough.and(Err(e)),
+    };
+    if checkpoint.is_some() {
+        let learned: Vec<Option<Method>> = modules
+            .iter()
+            .map(|module| module.map(|m| of_module(m, None).0))
+            .collect();
+        actions = plan(&analysis, &request.selection, &learned);
+        refuse_fewer(&name, &analysis, &actions, request.partial)?;
+    } else {
+        enough?;
+    }
     let mut warnings = Vec::new();
     let (patches, converted, used) = patches(
         request,
@@ -811,7 +826,7 @@ pub fn inspect(model: &Path, selection: &Selection) -> Result<ModelReport, Conve
     let file = OnnxFile::open(model)?;
     let analysis = Analysis::with_grid(&file, selection.grid);
     selection.check(&analysis.sites)?;
-    let actions = plan(&analysis, selection);
+    let actions = plan(&analysis, selection, &[]);
     Ok(ModelReport::new(
         &model.display().to_string(),
         &analysis,

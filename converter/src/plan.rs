@@ -167,9 +167,14 @@ impl Action {
     }
 }
 
-/// Decides for every site.
+/// Decides for every site. `learned`: what a checkpoint's weights for the site are for,
+/// by position; shorter where there is no checkpoint.
 #[must_use]
-pub fn plan(analysis: &Analysis<'_>, selection: &Selection) -> Vec<Action> {
+pub fn plan(
+    analysis: &Analysis<'_>,
+    selection: &Selection,
+    learned: &[Option<Method>],
+) -> Vec<Action> {
     let mut ordinal = 0;
     // A catalogued architecture has nothing but attention that is understood.
     let strange = analysis.recognised.is_some();
@@ -198,9 +203,10 @@ pub fn plan(analysis: &Analysis<'_>, selection: &Selection) -> Vec<Action> {
             if let Some(chosen) = refusal(site, *tokens, selection, ordinal) {
                 return Action::Keep(chosen);
             }
+            let weights = learned.get(site.index).copied().flatten();
             match selection
                 .rule(site)
-                .map_or(Some(default), |rule| rule.method)
+                .map_or(Some(weights.unwrap_or(default)), |rule| rule.method)
             {
                 None => Action::Keep("kept by --attention".to_owned()),
                 Some(method) => match obstacle(site, method, analysis.not_a_denoiser.as_deref()) {
