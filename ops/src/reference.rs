@@ -4,7 +4,7 @@
 //! element type of the input.
 
 use half::{bf16, f16};
-use ndarray::{Array, ArrayD, ArrayView, ArrayViewD, Dimension, Ix3, Ix4, IxDyn};
+use ndarray::{Array, ArrayD, ArrayView, ArrayViewD, Dimension, Ix3, Ix4, IxDyn, s};
 
 use crate::schema::{
     Dims, GridAxis, Layout, LinFusionAttentionAttrs, ShapeError, WindowAttentionAttrs, WindowDims,
@@ -168,18 +168,15 @@ where
         let keys = keys_of(n);
         for b in 0..w.batch {
             for h in 0..w.heads {
-                let score = |&m: &usize| -> f64 {
-                    let dot = |i: usize| q[[b, h, n, i]] * k[[b, h, m, i]];
-                    scale * (0..w.head_dim).map(dot).sum::<f64>()
-                };
+                let (query, keys_here) = (q.slice(s![b, h, n, ..]), k.slice(s![b, h, .., ..]));
+                let score = |&m: &usize| scale * query.dot(&keys_here.row(m));
                 let scores: Vec<f64> = keys.iter().map(score).collect();
                 let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
                 let weights: Vec<f64> = scores.iter().map(|s| (s - largest).exp()).collect();
                 let total: f64 = weights.iter().sum();
+                let mut row = out.slice_mut(s![b, h, n, ..]);
                 for (&m, weight) in keys.iter().zip(&weights) {
-                    for j in 0..w.value_dim {
-                        out[[b, h, n, j]] += weight / total * v[[b, h, m, j]];
-                    }
+                    row.scaled_add(weight / total, &v.slice(s![b, h, m, ..]));
                 }
             }
         }
