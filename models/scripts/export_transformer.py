@@ -133,7 +133,7 @@ class SiT(torch.nn.Module):
 
     def forward(self, x, t):
         x = self.x_embedder(x).flatten(2).transpose(1, 2) + self.pos_embed
-        condition = self.t_embedder(t.unsqueeze(-1))
+        condition = self.t_embedder(t.unsqueeze(-1) / 1000)
         for block in self.blocks:
             x = block(x, condition)
         x = self.linear(self.norm_final(x))
