@@ -580,7 +580,9 @@ fn split_small<'m>(
     node: &'m NodeProto,
 ) -> Result<(&'m str, &'m str), NotAttention> {
     if let (Some(a), Some(b)) = (input(node, 0), input(node, 1)) {
-        if shapes.fact(b).count() == Some(1) {
+        // One score, multiplied by a stored number, is told from it by that.
+        let stored = |v: &str| shapes.fact(v).constant;
+        if shapes.fact(b).count() == Some(1) && (stored(b) || !stored(a) || op(node) == "Div") {
             return Ok((a, b));
         }
         if shapes.fact(a).count() == Some(1) && op(node) == "Mul" {

@@ -502,7 +502,12 @@ pub(super) fn between<'m>(
     let operands = (input(node, 0), input(node, 1));
     if let ("Mul" | "Div", (Some(a), Some(b))) = (op(node), operands) {
         let small = |v: &str| shapes.fact(v).count() == Some(1);
-        let (data, other) = if small(b) { (a, b) } else { (b, a) };
+        let stored = |v: &str| shapes.fact(v).constant;
+        let (data, other) = if small(b) && (stored(b) || !stored(a)) {
+            (a, b)
+        } else {
+            (b, a)
+        };
         if small(other) && (op(node) == "Mul" || other == b) {
             return Ok(match shapes.fact(other).scalar() {
                 Some(c) => Between::Scales(if op(node) == "Mul" { c } else { 1.0 / c }, data),

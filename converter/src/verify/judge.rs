@@ -60,13 +60,14 @@ impl SiteRun<'_> {
             .map_err(|e| cannot(e.to_string()))?;
         let expected = linfusion_attention(q.view(), k.view(), v.view(), &attrs)
             .map_err(|e| cannot(e.to_string()))?;
-        // q, k, v are exact here; what is left is fp32 accumulation over the tokens
-        // and one rounding of the output. The error of a sum of n terms of one sign
+        // fp32 accumulation over the tokens: the error of a sum of n terms of one sign
         // grows at most with n·u, in practice with its root; 8 leaves room for the
-        // quotient of two sums.
+        // quotient of two sums. Then one rounding of the output, and of each of q, k and v:
+        // ONNX Runtime leaves casts to fp16 and back out, so that the attention may read
+        // them unrounded.
         let terms = expected.shape().get(1).copied().unwrap_or(1).max(1) as f64;
         let (accumulate, round) = epsilons(self.site.element);
-        let bound = 8.0 * accumulate * terms.sqrt().max(4.0) + round;
+        let bound = 8.0 * accumulate * terms.sqrt().max(4.0) + 4.0 * round;
         let error = relative(found.iter().zip(&expected));
         let error = self.judge("the attention", error, bound)?;
         let (Some(checkpoint), Some(weights)) = (checkpoint, &part.weights) else {
@@ -110,10 +111,11 @@ impl SiteRun<'_> {
         let expected = window_attention(q.view(), k.view(), v.view(), grid, &part.attrs)
             .map_err(|e| Failure::CannotRun(e.to_string()))?;
         // A weight exp(s − max) is off by what the scores are: products of D terms, of
-        // noise below 16. Then a quotient of sums over the keys, and one rounding.
+        // noise below 16, of q and k that may be read unrounded as above. Then a quotient of
+        // sums over the keys, and one rounding.
         let (accumulate, round) = epsilons(self.site.element);
         let terms = q.shape().get(1).copied().unwrap_or(1).max(1) as f64;
-        let bound = 8.0 * accumulate * (terms.sqrt().max(4.0) + 16.0) + round;
+        let bound = 8.0 * accumulate * (terms.sqrt().max(4.0) + 16.0) + 16.0 * round;
         let error = relative(found.iter().zip(&expected));
         let mut error = self.judge("the window attention", error, bound)?;
         if let Some(mixed) = &part.mixed {
