@@ -353,8 +353,13 @@ def make(name, folder):
     return counts
 
 
-def main(folder, names):
+def quiet():
+    """onnxslim turns on everybody's messages."""
     logging.getLogger("onnx_ir").setLevel(logging.WARNING)
+
+
+def main(folder, names):
+    quiet()
     pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
     record = pathlib.Path(folder, "expected.json")
     expected = json.loads(record.read_text()) if record.exists() else {}
