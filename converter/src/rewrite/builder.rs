@@ -291,7 +291,13 @@ impl Builder<'_, '_> {
         }
     }
 
-    pub(super) fn attention(&mut self, qkv: &[String; 3]) -> Result<String, SiteError> {
+    /// LinFusion attention of q, k and v; `like`: a value of its batch and tokens, where
+    /// there is one.
+    pub(super) fn attention(
+        &mut self,
+        qkv: &[String; 3],
+        like: Option<&str>,
+    ) -> Result<String, SiteError> {
         let name = format!("{}/LinFusionAttention", self.prefix);
         let out = format!("{name}_output_0");
         let attrs = LinFusionAttentionAttrs::new(self.site.heads, Some(DEFAULT_EPS))
@@ -310,7 +316,7 @@ impl Builder<'_, '_> {
             self.element,
         )?;
         self.nodes.extend(nodes);
-        self.declare(&out);
+        self.declare(&out, like);
         Ok(out)
     }
 
@@ -344,15 +350,15 @@ impl Builder<'_, '_> {
     }
 
     /// Declares the attention's output: engines that do not look into functions
-    /// keep shapes then. Batch and tokens are those declared for x.
-    pub(super) fn declare(&mut self, value: &str) {
+    /// keep shapes then. Batch and tokens are those declared for `like`.
+    fn declare(&mut self, value: &str, like: Option<&str>) {
         let width = make::Dim::Fixed(self.site.heads * self.site.value_dim);
         let proto = self.context.graph.proto;
         let declared = proto
             .value_info
             .iter()
             .chain(&proto.input)
-            .find(|v| v.name.as_deref() == Some(self.site.x))
+            .find(|v| like.is_some() && v.name.as_deref() == like)
             .and_then(make::tensor_type_of)
             .and_then(|(_, dims)| dims)
             .filter(|d| d.len() == 3 && self.site.x_layout == Layout::Tokens);

@@ -212,7 +212,7 @@ pub fn patch(
             b.checkpoint_projections(&x, checkpoint, module)?
         }
     };
-    let attended = b.attention(&qkv)?;
+    let attended = b.attention(&qkv, Some(site.x))?;
     let mut out = attended.clone();
     let mut layout = layout;
     if let Weights::Module { checkpoint, module } = weights {

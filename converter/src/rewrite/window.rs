@@ -236,7 +236,8 @@ impl WindowBuilder<'_, '_> {
                 (qkv, Some((*module).clone()))
             }
         };
-        let attended = b.attention(&qkv)?;
+        let like = side.is_none().then_some(self.frame.x);
+        let attended = b.attention(&qkv, like)?;
         Ok(LinearPart {
             tokens: x,
             qkv,

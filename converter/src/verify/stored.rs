@@ -25,9 +25,23 @@ pub fn weights_that_differ(
             format!("/{}/", module.module_name),
             format!("/{}{SUFFIX}/", module.module_name),
         ];
+        // Where a hybrid's module has no projection, the graph's own layer is used again.
+        let reused = [
+            (Part::QWeight, "linear/to_q/"),
+            (Part::KWeight, "linear/to_k/"),
+        ]
+        .map(
+            |(part, step)| match checkpoint.optional_tensor(module, part) {
+                Ok(None) => Some(step),
+                _ => None,
+            },
+        );
         let nodes = graph.nodes().map(|(_, n)| n).filter(|n| {
             let name = n.name.as_deref().unwrap_or("");
-            own.iter().any(|prefix| name.starts_with(prefix))
+            let within = own
+                .iter()
+                .find_map(|prefix| name.strip_prefix(prefix.as_str()));
+            within.is_some_and(|step| !reused.iter().flatten().any(|r| step.starts_with(r)))
         });
         // Shapes and other small constants are named like the nodes; weights like modules.
         let mut read: Vec<_> = nodes

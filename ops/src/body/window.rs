@@ -432,18 +432,21 @@ impl Builder {
     /// q times the scale, 1/√D where that is 0.
     fn scaled(&mut self, q: &str, attributes: Attributes) -> String {
         let compute = self.spec.element.accumulator();
-        let shape = self.op("Shape", &[q], "q_heads_dims", vec![]);
-        let width = self.range_of(&shape, 3, 4, "head_dim");
-        let width = self.cast(&width, "head_dim_number", compute);
-        let one = self.scalar("unit", 1.0);
-        let root = self.op("Sqrt", &[&width], "head_dim_root", vec![]);
+        let mut inverse_root = |output: &str| {
+            let shape = self.op("Shape", &[q], "q_heads_dims", vec![]);
+            let width = self.range_of(&shape, 3, 4, "head_dim");
+            let width = self.cast(&width, "head_dim_number", compute);
+            let one = self.scalar("unit", 1.0);
+            let root = self.op("Sqrt", &[&width], "head_dim_root", vec![]);
+            self.op("Div", &[&one, &root], output, vec![])
+        };
         let scale = match attributes {
             Attributes::Fixed(attrs) => match attrs.scale.filter(|s| *s != 0.0) {
                 Some(scale) => self.scalar("scale", f64::from(scale)),
-                None => self.op("Div", &[&one, &root], "scale", vec![]),
+                None => inverse_root("scale"),
             },
             Attributes::Formal => {
-                let default = self.op("Div", &[&one, &root], "default_scale", vec![]);
+                let default = inverse_root("default_scale");
                 let value = AttributeValue::Ref {
                     attribute: ATTR_SCALE.into(),
                     kind: RefKind::Float,
