@@ -12,7 +12,8 @@ use linfusion_convert::analysis::Analysis;
 use linfusion_convert::convert::{WeightsFrom, convert, inspect};
 use linfusion_convert::plan::{Selection, globs};
 use linfusion_convert::rewrite::{Emit, emit};
-use linfusion_models::checkpoint::MlpWidth;
+use linfusion_models::checkpoint::synth::SynthOptions;
+use linfusion_models::checkpoint::{MlpWidth, SiteAttention};
 use linfusion_models::fixtures;
 use linfusion_models::onnx::proto::{
     FunctionProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto, ValueInfoProto,
@@ -20,7 +21,7 @@ use linfusion_models::onnx::proto::{
 use linfusion_models::onnx::{
     ElementType, OnnxFile, PrintOptions, make, print_model, print_node, text::Elided,
 };
-use linfusion_tests::{checkpoint_for, request, unpack};
+use linfusion_tests::{checkpoint_for, checkpoint_of, request, unpack};
 use rstest::rstest;
 
 #[rstest]
@@ -52,14 +53,49 @@ fn rewrite_of_an_export(
     insta::assert_snapshot!(format!("export-{name}"), text);
 }
 
+#[rstest]
+fn rewrite_of_a_transformer(
+    #[values(
+        "dit-ts17-dyn-sdpa",
+        "dit-ts17-dyn-sdpa-nbits",
+        "flux-dynamo20-dyn-sdpa",
+        "flux-dynamo23-dyn-sdpa",
+        "pixart-dynamo20-dyn-sdpa",
+        "pixart-ts17-dyn-sdpa",
+        "pixart-ts17-fix-attn",
+        "pixart-ts17-fix-sdpa-fp16",
+        "pixart-ts17-fix-sdpa-ort",
+        "sd3-ts17-dyn-sdpa",
+        "sd3-ts17-dyn-sdpa-slim",
+        "sd35-dynamo20-dyn-sdpa",
+        "sit-dynamo23-fix-sdpa",
+        "sit-ts17-dyn-sdpa"
+    )]
+    name: &str,
+) {
+    let folder = tempfile::tempdir().unwrap();
+    let model = folder.path().join("model.onnx");
+    let packed = fixtures::bytes(&format!("transformers/{name}.onnx.gz")).unwrap();
+    std::fs::write(&model, packed).unwrap();
+    let hybrid = SiteAttention::Hybrid(None);
+    let (mid, options) = (MlpWidth::Width(4), SynthOptions::default());
+    let weights = checkpoint_of(&model, folder.path(), mid, hybrid, options).unwrap();
+    let text = rewrite(&model, WeightsFrom::Path(weights), Emit::Function);
+    insta::assert_snapshot!(format!("transformer-{name}"), text);
+}
+
 #[test]
 fn no_export_lacks_a_snapshot() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/snapshots");
-    let missing: Vec<String> = fixtures::exports()
-        .unwrap()
-        .into_iter()
-        .map(|n| n.replace("exports/", "").replace(".onnx.gz", ""))
-        .filter(|n| !folder.join(format!("snapshots__export-{n}.snap")).exists())
+    let text = fixtures::bytes("transformers/expected.json").unwrap();
+    let transformers: BTreeMap<String, serde_json::Value> = serde_json::from_slice(&text).unwrap();
+    let transformers = transformers.keys().map(|n| format!("transformer-{n}"));
+    let exports = fixtures::exports().unwrap().into_iter();
+    let missing: Vec<String> = exports
+        .map(|n| n.replace("exports/", "export-"))
+        .chain(transformers)
+        .map(|n| n.replace(".onnx.gz", ""))
+        .filter(|n| !folder.join(format!("snapshots__{n}.snap")).exists())
         .collect();
     assert!(missing.is_empty(), "{missing:?}");
 }
@@ -137,7 +173,7 @@ fn official(case: &str, scratch: &Path) -> PathBuf {
 fn rewrite(model: &Path, weights: WeightsFrom, emit: Emit) -> String {
     let before = OnnxFile::open(model).unwrap();
     let analysis = Analysis::of(&before);
-    let site = analysis.self_sites().next().unwrap();
+    let site = analysis.own_sites().next().unwrap();
     let module = site.module.clone().unwrap();
     let out = model.with_extension("converted.onnx");
     let mut job = request(model, &out, weights);
@@ -147,23 +183,30 @@ fn rewrite(model: &Path, weights: WeightsFrom, emit: Emit) -> String {
     assert_eq!(report.converted, 1);
     let after = OnnxFile::open(&out).unwrap();
 
-    let plain = site.plain.as_ref().unwrap();
+    let exact = site.exact.as_ref().unwrap();
+    let from = match (&site.plain, &exact.qkv) {
+        (Ok(plain), _) => format!("{} ({:?})", plain.x, plain.x_layout),
+        (_, Some(qkv)) => qkv
+            .each_ref()
+            .map(|r| format!("{} ({:?})", r.value, r.axes))
+            .join(", "),
+        _ => String::new(),
+    };
     let mut text = format!(
-        "site {}: {} heads × {}, scale {:.6}\n\
-         from {} ({:?}) to {} ({:?})\n",
-        site.index,
-        plain.heads,
-        plain.head_dim,
-        plain.scale,
-        plain.x,
-        plain.x_layout,
-        plain.merged,
-        plain.merged_layout
+        "site {}: {} heads × {}, scale {:.6}\nfrom {from} to {} ({:?})\n",
+        site.index, exact.heads, exact.head_dim, exact.scale, exact.merged, exact.merged_layout
     );
+    if let Ok(image) = &site.image {
+        let size = image.grid.size;
+        text += &format!(
+            "image {} × {}, text {:?}\n",
+            size.rows, size.cols, image.text
+        );
+    }
     text += &difference(&before, &after);
     let text = format!("@ = {module}\n{}", shorter(&text, &module));
     let lines = text.lines().count();
-    assert!(lines <= 120, "{lines} lines are too many to read");
+    assert!(lines <= 160, "{lines} lines are too many to read");
     text
 }
 

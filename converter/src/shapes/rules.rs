@@ -2,17 +2,18 @@
 //! and as ONNX Runtime's optimizers rewrite them.
 
 use linfusion_models::onnx::proto::{FunctionProto, NodeProto};
+use linfusion_ops::schema::DOMAIN;
 
 use super::TensorReader;
 use super::eval::{self, element};
 use super::value::{Elements, Fact, axis, broadcast, count};
 use crate::graph::{attr_int, attr_ints, attr_str, attribute, domain, op};
 
-/// Whether a domain may be implemented by model-local functions that a runtime
-/// prefers over its own kernels.
+/// Whether a domain may be implemented by model-local functions whose bodies tell their
+/// outputs' shapes; those of our own operators need no look into them.
 #[must_use]
 pub fn is_foreign(domain: &str) -> bool {
-    !matches!(domain, "" | "com.microsoft" | "ai.onnx.ml")
+    !matches!(domain, "" | "com.microsoft" | "ai.onnx.ml" | DOMAIN)
 }
 
 /// The fact of a `Constant` node.
@@ -94,10 +95,12 @@ pub fn infer(node: &NodeProto, inputs: &[&Fact]) -> Vec<Fact> {
         "" => standard(node, inputs),
         "com.microsoft" => microsoft(node, inputs),
         "com.microsoft.nchwc" => standard(node, inputs),
-        "ai.linfusion" => attention_like(inputs, attr_int(node, "num_heads")).map(|s| vec![s]),
+        DOMAIN => attention_like(inputs).map(|s| vec![s]),
         _ => None,
     };
     let types = output_elements(node, inputs);
+    // What a loop makes has nothing to do with its trip count.
+    let element = element.filter(|_| !matches!(op(node), "Loop" | "Scan"));
     let shapes = outs.unwrap_or_default();
     (0..node.output.len())
         .map(|i| Fact {
@@ -592,7 +595,7 @@ fn attention_4d(node: &NodeProto, q: &[i64], v: &[i64]) -> Option<Shape> {
     }
 }
 
-fn attention_like(inputs: &[&Fact], _heads: Option<i64>) -> Option<Shape> {
+fn attention_like(inputs: &[&Fact]) -> Option<Shape> {
     let mut out = inputs.first()?.shape.clone()?;
     *out.last_mut()? = *inputs.get(2)?.shape.as_ref()?.last()?;
     Some(out)
