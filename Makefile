@@ -4,6 +4,7 @@
 # bench  measurements, into benches/results
 # fuzz   each fuzz target for FUZZ_SECONDS (60); needs cargo-fuzz (cargo install cargo-fuzz)
 # lib    liblinfusion_ops.so, the operators for any ONNX Runtime
+# ort    four releases of libonnxruntime into .cache/ort, hash-checked
 # clean  what cargo and the targets above made; `distclean` also the fetched libraries
 #
 # LINFUSION_ORT_DIR  a folder of VERSION/libonnxruntime.so.VERSION to use instead of fetching
