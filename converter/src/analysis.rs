@@ -4,11 +4,12 @@
 use linfusion_models::catalogue::{Evidence, Recognition, SiteEvidence, recognise};
 use linfusion_models::onnx::OnnxFile;
 use linfusion_models::onnx::proto::{GraphProto, NodeProto, TensorProto};
+use linfusion_ops::schema::{DOMAIN, LINFUSION_ATTENTION, WINDOW_ATTENTION};
 
 use crate::attention::kind::Kind;
 use crate::attention::site::{Site, find};
 use crate::attention::stream::TextSide;
-use crate::graph::{Graph, op};
+use crate::graph::{Graph, domain, op};
 use crate::grid::{GridSize, Grids};
 use crate::rewrite::default_opset;
 use crate::shapes::{Dim, Probe, Shapes, tensor_type};
@@ -100,6 +101,7 @@ impl<'m> Analysis<'m> {
         }
         name_by_order(&mut sites, recognised.as_ref());
         notes.extend(baked_positions(&graph, &shapes, &again));
+        notes.extend(converted_before(&graph));
         Analysis {
             transformer,
             notes,
@@ -134,6 +136,20 @@ impl<'m> Analysis<'m> {
             .as_ref()
             .map_or("unknown", |r| r.architecture.name())
     }
+}
+
+/// Operators of ours that the graph has already.
+fn converted_before(graph: &Graph<'_>) -> Option<String> {
+    let count = |name: &str| {
+        let ours = |n: &NodeProto| domain(n) == DOMAIN && op(n) == name;
+        graph.nodes().filter(|(_, n)| ours(n)).count()
+    };
+    let (linear, window) = (count(LINFUSION_ATTENTION), count(WINDOW_ATTENTION));
+    (linear + window > 0).then(|| {
+        format!(
+            "converted before: {linear} {LINFUSION_ATTENTION} and {window} {WINDOW_ATTENTION} nodes stand where attention was"
+        )
+    })
 }
 
 /// Position tables that were stored for one number of tokens, where the graph's inputs

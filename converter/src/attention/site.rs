@@ -3,7 +3,8 @@
 
 use std::collections::{HashMap, HashSet};
 
-use linfusion_models::onnx::proto::{GraphProto, ModelProto};
+use linfusion_models::onnx::proto::{FunctionProto, GraphProto, ModelProto};
+use linfusion_ops::schema::DOMAIN;
 
 use super::core::{Core, Role, anchors, between_products, core, is_anchor};
 use super::exact::{Exact, exact};
@@ -113,8 +114,9 @@ pub fn find<'m>(
             nested(sub, &place, &mut sites, 0);
         }
     }
-    for function in &model.functions {
-        // The body of our own operator holds no anchor; anybody else's might.
+    // The bodies of our own operators are known.
+    let foreign = |f: &&FunctionProto| f.domain.as_deref() != Some(DOMAIN);
+    for function in model.functions.iter().filter(foreign) {
         let name = function.name.as_deref().unwrap_or("");
         let place = format!(
             "inside the model-local function '{name}'; inline functions first (onnx.inliner)"

@@ -57,6 +57,8 @@ pub(super) fn looks_like(head: &[u8]) -> Option<&'static str> {
         "JSON"
     } else if head.len() >= 16 && head.iter().all(|b| *b == 0) {
         "all zeros at its start: a download that was not finished?"
+    } else if head.len() >= 4 && is_text(head) {
+        "a text file"
     } else {
         return None;
     })
@@ -80,6 +82,17 @@ fn is_safetensors(head: &[u8]) -> bool {
     u64::from_le_bytes(*length) <= 100_000_000 && rest.starts_with(b"{\"")
 }
 
+/// Whether there are no control characters but white space: protobuf has some in its first bytes.
+fn is_text(head: &[u8]) -> bool {
+    let cut = match std::str::from_utf8(head) {
+        Err(e) if e.error_len().is_some() => return false,
+        Err(e) => e.valid_up_to(),
+        Ok(text) => text.len(),
+    };
+    let control = |b: &u8| b.is_ascii_control() && !b.is_ascii_whitespace();
+    !head.iter().take(cut).any(control)
+}
+
 fn contains(haystack: &[u8], needle: &[u8]) -> bool {
     haystack.windows(needle.len()).any(|w| w == needle)
 }
@@ -97,7 +110,7 @@ mod tests {
     fn known_strangers_are_named() {
         let mut safetensors = 64_u64.to_le_bytes().to_vec();
         safetensors.extend_from_slice(b"{\"__metadata__\":{}}");
-        let cases: [(&[u8], &str); 14] = [
+        let cases: [(&[u8], &str); 15] = [
             (b"", "empty"),
             (
                 b"version https://git-lfs.github.com/spec/v1\noid sha256:00",
@@ -115,6 +128,7 @@ mod tests {
             (b"<\n  ir_version: 8\n>", "textual"),
             (b" {\"a\": 1}", "JSON"),
             (&[0; 64], "zeros"),
+            (b"# A model\n\nIt is.\n", "text file"),
         ];
         for (head, word) in cases {
             let said = looks_like(head).unwrap_or_default();
