@@ -4,12 +4,15 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use linfusion_convert::analysis::Analysis;
 use linfusion_convert::attention::kind::Kind;
 use linfusion_convert::convert::{WeightsFrom, convert, inspect};
 use linfusion_convert::plan::{Method, MethodRule, Selection};
-use linfusion_models::checkpoint::synth::SynthOptions;
+use linfusion_convert::rewrite::Emit;
+use linfusion_models::checkpoint::synth::{SynthModule, SynthOptions, write_checkpoint};
 use linfusion_models::checkpoint::{MlpWidth, SiteAttention};
 use linfusion_models::fixtures;
+use linfusion_models::onnx::OnnxFile;
 use linfusion_ops::schema::{Border, Window, WindowSpec};
 use linfusion_runtime::engine::{Dim, Engine, Operators, Session, SessionOptions};
 use linfusion_runtime::inputs;
@@ -303,6 +306,70 @@ fn a_hybrid_of_the_whole_image_alone_changes_nothing() {
     }
     assert!(ran >= 8, "only {ran} of the graphs run");
     assert!(failures.is_empty(), "{failures:#?}");
+}
+
+/// A file has one function for window attention: a second form of window is written in
+/// standard operators, and said.
+#[test]
+fn two_forms_of_window_in_one_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = folder.path().join("model.onnx");
+    let packed = fixtures::bytes("transformers/pixart-ts17-dyn-sdpa.onnx.gz").unwrap();
+    std::fs::write(&model, packed).unwrap();
+    let file = OnnxFile::open(&model).unwrap();
+    let analysis = Analysis::of(&file);
+    let circle = WindowSpec {
+        window: Window::Circle { radius: 3 },
+        border: Border::Truncate,
+    };
+    let forms = [rect(4, 3), circle];
+    let modules: Vec<SynthModule> = analysis
+        .own_sites()
+        .zip(forms)
+        .map(|(site, form)| SynthModule {
+            module_name: site.module.clone().unwrap(),
+            dim: usize::try_from(site.width().unwrap()).unwrap(),
+            heads: usize::try_from(site.heads.unwrap()).unwrap(),
+            mid: MlpWidth::Width(8),
+            attention: SiteAttention::Hybrid(Some(form)),
+        })
+        .collect();
+    assert_eq!(modules.len(), forms.len());
+    let weights = folder.path().join("linfusion");
+    write_checkpoint(&weights, &modules, SynthOptions::default()).unwrap();
+    let convert_as = |name: &str, emit: Emit| {
+        let out = folder.path().join(name);
+        let mut job = request(&model, &out, WeightsFrom::Path(weights.clone()));
+        job.emit = emit;
+        (out, convert(&job, &mut |_| {}).unwrap())
+    };
+    let (function, report) = convert_as("function.onnx", Emit::Function);
+    assert!(
+        report.warnings.iter().any(|w| w.contains("another form")),
+        "{:?}",
+        report.warnings
+    );
+    let (standard, report) = convert_as("standard.onnx", Emit::Standard);
+    assert!(report.warnings.is_empty(), "{:?}", report.warnings);
+    if !has_ort() {
+        eprintln!("skipped: no libonnxruntime (make test fetches one)");
+        return;
+    }
+    let run = |path: &Path, operators: Operators| {
+        let mut session = session(path, operators).unwrap();
+        let request = inputs::Request {
+            latent: Some(16),
+            sequence: 9,
+            ..inputs::Request::default()
+        };
+        let feed = inputs::make(session.inputs(), &request).unwrap();
+        session.run(&feed).unwrap()
+    };
+    let expected = run(&standard, Operators::None);
+    for operators in [Operators::None, Operators::InProcess] {
+        let error = apart(&run(&function, operators.clone()), &expected);
+        assert!(error < 2e-5, "{operators:?}: {error:e}");
+    }
 }
 
 #[test]
