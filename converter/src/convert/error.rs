@@ -1,0 +1,134 @@
+//! What a conversion can fail of.
+
+use linfusion_models::checkpoint::CheckpointError;
+use linfusion_models::onnx::ReadError;
+use linfusion_models::onnx::write::WriteError;
+use linfusion_ops::body::BodyError;
+
+use crate::mapping::Ambiguous;
+use crate::plan::{Method, UnmatchedPattern};
+use crate::report::ModelReport;
+use crate::rewrite::SiteError;
+use crate::verify::VerifyError;
+
+/// Why a conversion failed. Nothing was written then.
+#[derive(Debug, thiserror::Error)]
+pub enum ConvertError {
+    /// The model cannot be read.
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    /// The checkpoint cannot be used.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// No weights were found.
+    #[error(
+        "no LinFusion weights for '{model}' (architecture: {architecture})\n\
+         Linear attention with the original weights alone makes garbage images: its feature maps and projections are learned.\n\
+         searched: {searched}\n\
+         Three ways on:\n\
+         \x20 1. linfusion-convert {model} --weights FOLDER-OR-FILE    (a LinFusion checkpoint that you have)\n\
+         \x20 2. {download}\n\
+         \x20 3. linfusion-convert {model} --weights none              (untrained: for measuring speed only)\n\
+         Window attention alone needs none: --attention window"
+    )]
+    NoWeights {
+        /// The model.
+        model: String,
+        /// What it is.
+        architecture: String,
+        /// Where was looked.
+        searched: String,
+        /// The command that fetches the published checkpoint.
+        download: String,
+    },
+    /// More than one checkpoint was found.
+    #[error("several LinFusion checkpoints fit '{model}': {found}; choose one with --weights")]
+    ManyWeights {
+        /// The model.
+        model: String,
+        /// The checkpoints.
+        found: String,
+    },
+    /// The model was converted before.
+    #[error("'{model}' was converted already ({how}); convert the original model instead")]
+    AlreadyConverted {
+        /// The model.
+        model: String,
+        /// What its metadata says.
+        how: String,
+    },
+    /// Nothing, or less than expected, can be converted.
+    #[error(
+        "{converted} of {expected} attentions of '{model}' can be converted; --allow-partial accepts that\n{reasons}"
+    )]
+    Fewer {
+        /// The model.
+        model: String,
+        /// Sites that can be converted.
+        converted: usize,
+        /// Sites that should be.
+        expected: usize,
+        /// Reasons, a line each.
+        reasons: String,
+        /// The report so far.
+        report: Box<ModelReport>,
+    },
+    /// Opset or element type are outside what the operator can be written in.
+    #[error(
+        "'{model}' imports opset {opset}: {source}\nhint: --emit standard works from opset 11 up"
+    )]
+    Opset {
+        /// The model.
+        model: String,
+        /// Its opset.
+        opset: i64,
+        /// Details.
+        #[source]
+        source: BodyError,
+    },
+    /// Sites and checkpoint cannot be brought together.
+    #[error(transparent)]
+    Ambiguous(#[from] Ambiguous),
+    /// Weights are used for what they were not learned for.
+    #[error(
+        "{module}: the checkpoint's weights are for {learned} attention, --attention asks for {asked}\nhint: without --attention the checkpoint decides"
+    )]
+    OtherAttention {
+        /// The module.
+        module: String,
+        /// What its weights are for.
+        learned: Method,
+        /// What was asked for.
+        asked: Method,
+    },
+    /// A pattern matches nothing.
+    #[error(transparent)]
+    Pattern(#[from] UnmatchedPattern),
+    /// Sites have different element types.
+    #[error(
+        "'{model}' has self-attention in {found}: one function in the file has one type\nhint: --emit standard, or --only for the sites of one type"
+    )]
+    MixedTypes {
+        /// The model.
+        model: String,
+        /// The types.
+        found: String,
+    },
+    /// A site cannot be rewritten.
+    #[error(transparent)]
+    Site(#[from] SiteError),
+    /// The new weights cannot be kept beside the output.
+    #[error("'{out}' cannot be written: {source}")]
+    Spill {
+        /// The output.
+        out: String,
+        /// Why: usually the disk is full.
+        source: std::io::Error,
+    },
+    /// The output cannot be written.
+    #[error(transparent)]
+    Write(#[from] WriteError),
+    /// The written model is wrong; it was not published.
+    #[error(transparent)]
+    Verify(#[from] VerifyError),
+}

@@ -1,0 +1,454 @@
+//! The whole way: open, look, plan, rewrite, write to scratch, verify, publish.
+
+mod error;
+mod patches;
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use linfusion_models::checkpoint::{
+    Checkpoint, CheckpointModule, MlpWidth, SearchPlaces, discover, download_command,
+};
+use linfusion_models::onnx::proto::ModelProto;
+use linfusion_models::onnx::write::{ExternalData, Overwrite, WriteOptions, check_output, stage};
+use linfusion_models::onnx::{ElementType, OnnxFile, make};
+use linfusion_ops::schema::WindowSpec;
+
+use crate::analysis::{Analysis, METADATA_KEY};
+use crate::attention::kind::Kind;
+use crate::mapping::assign;
+use crate::plan::{Action, Method, Selection, plan};
+use crate::report::{ConvertReport, ModelReport};
+use crate::rewrite::{Emit, apply, declare_operators};
+use crate::verify::{Converted, Verified, Verify, known_problems, verify};
+
+pub use self::error::ConvertError;
+use self::patches::{of_module, patches};
+
+/// Where the LinFusion weights come from.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum WeightsFrom {
+    /// Beside the model, else in the local Hugging Face cache.
+    #[default]
+    Search,
+    /// A folder or a safetensors file.
+    Path(PathBuf),
+    /// None: the graph's own projections with F = 0, for measuring speed.
+    Untrained,
+}
+
+/// Whether a conversion that leaves expected sites out is an error.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Partial {
+    /// It is.
+    #[default]
+    Refuse,
+    /// The user wants it so.
+    Allow,
+}
+
+/// Whether files are written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Run {
+    /// The output is written.
+    #[default]
+    Write,
+    /// Everything but writing.
+    Dry,
+}
+
+/// What to convert, and how.
+#[derive(Clone, Debug, Default)]
+pub struct Request {
+    /// The model.
+    pub model: PathBuf,
+    /// The output; `None`: `<stem>.linfusion.onnx` beside the model.
+    pub out: Option<PathBuf>,
+    /// The weights.
+    pub weights: WeightsFrom,
+    /// How the operator is written.
+    pub emit: Emit,
+    /// Which sites.
+    pub selection: Selection,
+    /// What becomes of external data.
+    pub external: ExternalData,
+    /// Whether an existing output is replaced.
+    pub overwrite: Overwrite,
+    /// Whether fewer sites than expected are an error.
+    pub partial: Partial,
+    /// How much is verified.
+    pub verify: Verify,
+    /// Whether anything is written.
+    pub run: Run,
+}
+
+/// Converts a model.
+///
+/// `progress` hears of each step in a few words.
+///
+/// # Errors
+/// [`ConvertError`]; no output exists then, and an older one is as it was.
+pub fn convert(
+    request: &Request,
+    progress: &mut dyn FnMut(&str),
+) -> Result<ConvertReport, ConvertError> {
+    progress("reading the model");
+    let file = OnnxFile::open(&request.model)?;
+    let name = request.model.display().to_string();
+    refuse_converted(&file.model, &name)?;
+    progress("looking for attention");
+    let analysis = Analysis::with_grid(&file, request.selection.grid);
+    request.selection.check(&analysis.sites)?;
+    let mut actions = plan(&analysis, &request.selection, &[]);
+    // A model with nothing to convert needs no checkpoint to say so.
+    let enough = refuse_fewer(&name, &analysis, &actions, request.partial);
+    let checkpoint = match (open_checkpoint(request, &name, &analysis), &enough) {
+        // Window attention alone does with the graph's own weights.
+        (Err(ConvertError::NoWeights { .. }), Ok(()))
+            if actions
+                .iter()
+                .filter_map(Action::method)
+                .all(|m| m == Method::Window) =>
+        {
+            None
+        }
+        (Ok(checkpoint), _) => checkpoint,
+        (Err(e), _) => return enough.and(Err(e)),
+    };
+    let modules = match modules(&analysis, checkpoint.as_ref()) {
+        Ok(modules) => modules,
+        Err(e) => return enough.and(Err(e)),
+    };
+    if checkpoint.is_some() {
+        let learned: Vec<Option<Method>> = modules
+            .iter()
+            .map(|module| module.map(|m| of_module(m, None).0))
+            .collect();
+        actions = plan(&analysis, &request.selection, &learned);
+        refuse_fewer(&name, &analysis, &actions, request.partial)?;
+    } else {
+        enough?;
+    }
+    let mut warnings = Vec::new();
+    let (patches, converted, used) = patches(
+        request,
+        &analysis,
+        &mut actions,
+        checkpoint.as_ref(),
+        &modules,
+        &mut warnings,
+    )?;
+    refuse_fewer(&name, &analysis, &actions, request.partial)?;
+
+    let mid = checkpoint.as_ref().map_or(0, mlp_width);
+    let asked = request.selection.window.unwrap_or_default();
+    let mut report = ConvertReport {
+        model: ModelReport::new(&name, &analysis, &actions, asked, mid),
+        output: None,
+        companions: Vec::new(),
+        weights: match (&checkpoint, converted.iter().any(|c| c.linear.is_some())) {
+            (Some(_), _) => "checkpoint",
+            (None, true) => "none",
+            (None, false) => "graph",
+        },
+        checkpoint: checkpoint.as_ref().map(|c| c.path.display().to_string()),
+        checkpoint_sha256: checkpoint.as_ref().map(|c| c.sha256().to_owned()),
+        emit: request.emit,
+        converted: patches.len(),
+        nodes_removed: 0,
+        initializers_removed: 0,
+        verified: None,
+        warnings,
+    };
+    if report.weights == "none" {
+        report.warnings.push(
+            "untrained: --weights none keeps the graph's own projections with F = 0; the file is for measuring speed, its images are garbage".to_owned(),
+        );
+    }
+    let out = output(request);
+    let options = WriteOptions {
+        external: request.external,
+        overwrite: request.overwrite,
+        ..WriteOptions::default()
+    };
+    if request.run == Run::Dry {
+        check_output(Some(&file), &out, &options)?;
+        return Ok(report);
+    }
+    progress("rewriting");
+    let element = converted.first().map_or(ElementType::F32, |c| c.element);
+    let types: BTreeSet<&str> = converted.iter().map(|c| c.element.name()).collect();
+    if types.len() > 1 && request.emit == Emit::Function {
+        return Err(ConvertError::MixedTypes {
+            model: name,
+            found: types.into_iter().collect::<Vec<_>>().join(" and "),
+        });
+    }
+    let mut model = file.model.clone();
+    let pruned = apply(&mut model, patches, &analysis.shapes, &analysis.again);
+    report.nodes_removed = pruned.nodes;
+    report.initializers_removed = pruned.initializers;
+    if !converted.is_empty() {
+        let opset = analysis.opset;
+        declare_operators(&mut model, request.emit, used, opset, element).map_err(|source| {
+            ConvertError::Opset {
+                model: name.clone(),
+                opset,
+                source,
+            }
+        })?;
+    }
+    record(&mut model, &report, &converted);
+
+    progress("writing");
+    let staged = stage(&model, Some(&file), &out, &options)?;
+    if request.verify != Verify::Off {
+        let before = known_problems(&file);
+        let written = staged.open()?;
+        let mut tell = |site: &str| progress(&format!("verifying {site}"));
+        let verified: Verified = verify(
+            &written,
+            &before,
+            &converted,
+            checkpoint.as_ref(),
+            request.verify,
+            &mut tell,
+        )?;
+        report.verified = Some(verified);
+    }
+    let published = staged.publish()?;
+    report.output = Some(out.display().to_string());
+    report.companions = published
+        .companions()
+        .map(|p| p.display().to_string())
+        .collect();
+    if !published.reused.is_empty() && published.data.is_some() {
+        report.warnings.push(format!(
+            "'{}' needs all of these beside it: {}",
+            out.display(),
+            report.companions.join(", ")
+        ));
+    }
+    report
+        .warnings
+        .extend(published.notes.iter().map(ToString::to_string));
+    Ok(report)
+}
+
+/// The metadata that lists the converted modules, separated by spaces.
+pub const CONVERTED_KEY: &str = "linfusion.converted";
+
+/// `<stem>.linfusion.onnx` beside the model.
+#[must_use]
+pub fn default_output(model: &Path) -> PathBuf {
+    model.with_extension("linfusion.onnx")
+}
+
+fn refuse_converted(model: &ModelProto, name: &str) -> Result<(), ConvertError> {
+    let recorded = model
+        .metadata_props
+        .iter()
+        .find(|p| p.key.as_deref() == Some(METADATA_KEY));
+    let has_node = model
+        .graph
+        .node
+        .iter()
+        .any(|n| n.domain.as_deref() == Some(linfusion_ops::schema::DOMAIN));
+    if recorded.is_none() && !has_node {
+        return Ok(());
+    }
+    let how = recorded
+        .and_then(|p| p.value.clone())
+        .unwrap_or_else(|| "it holds ai.linfusion nodes".to_owned());
+    Err(ConvertError::AlreadyConverted {
+        model: name.to_owned(),
+        how,
+    })
+}
+
+/// Sites the user chose to keep are no shortfall; sites that cannot be converted are.
+fn refuse_fewer(
+    name: &str,
+    analysis: &Analysis<'_>,
+    actions: &[Action],
+    partial: Partial,
+) -> Result<(), ConvertError> {
+    let converted = actions.iter().filter(|a| a.method().is_some()).count();
+    let stuck: Vec<usize> = (0..actions.len())
+        .filter(|&i| matches!(actions[i], Action::Cannot(_)))
+        .collect();
+    let unread = stuck
+        .iter()
+        .filter(|&&i| analysis.sites[i].kind == Kind::Other)
+        .count();
+    let expected = analysis
+        .recognised
+        .as_ref()
+        .map_or(0, |r| r.expected_self() + r.expected_joint())
+        .max(analysis.own_sites().count() + unread);
+    let missing = analysis.own_sites().count() < expected;
+    if converted > 0 && (partial == Partial::Allow || (stuck.is_empty() && !missing)) {
+        return Ok(());
+    }
+    let line = |i: usize| {
+        let s = &analysis.sites[i];
+        let reason = actions[i].reason().unwrap_or_default();
+        format!(
+            "  {} [{}]: {reason}",
+            s.module.as_deref().unwrap_or(&s.anchor),
+            s.kind
+        )
+    };
+    let mut shown: Vec<usize> = if stuck.is_empty() {
+        (0..analysis.sites.len())
+            .filter(|&i| actions[i].method().is_none())
+            .collect()
+    } else {
+        stuck
+    };
+    let more = shown.len().saturating_sub(12);
+    shown.truncate(12);
+    let mut reasons = shown.into_iter().map(line).collect::<Vec<_>>().join("\n");
+    if analysis.sites.is_empty() {
+        reasons = "  the file has no Softmax and no attention operator".to_owned();
+    }
+    if more > 0 {
+        reasons += &format!("\n  and {more} more (inspect shows all)");
+    }
+    Err(ConvertError::Fewer {
+        model: name.to_owned(),
+        converted,
+        expected,
+        reasons,
+        report: Box::new(ModelReport::new(
+            name,
+            analysis,
+            actions,
+            WindowSpec::default(),
+            0,
+        )),
+    })
+}
+
+fn open_checkpoint(
+    request: &Request,
+    name: &str,
+    analysis: &Analysis<'_>,
+) -> Result<Option<Checkpoint>, ConvertError> {
+    let architecture = analysis.recognised.as_ref().map(|r| r.architecture);
+    match &request.weights {
+        WeightsFrom::Untrained => Ok(None),
+        WeightsFrom::Path(path) => Ok(Some(Checkpoint::open(path)?)),
+        WeightsFrom::Search => {
+            let found = discover(
+                &request.model,
+                architecture,
+                &SearchPlaces::from_environment(),
+            );
+            let list = |paths: &[PathBuf]| {
+                paths
+                    .iter()
+                    .map(|p| p.display().to_string())
+                    .collect::<Vec<_>>()
+                    .join(", ")
+            };
+            match &found.found[..] {
+                [one] => Ok(Some(Checkpoint::open(one)?)),
+                [] => Err(ConvertError::NoWeights {
+                    model: name.to_owned(),
+                    architecture: analysis.architecture().to_owned(),
+                    searched: list(&found.searched),
+                    download: architecture.and_then(download_command).map_or_else(
+                        || "no checkpoint is published for this architecture".to_owned(),
+                        |command| format!("{command}, in the folder of the model, then again"),
+                    ),
+                }),
+                many => Err(ConvertError::ManyWeights {
+                    model: name.to_owned(),
+                    found: list(many),
+                }),
+            }
+        }
+    }
+}
+
+/// The checkpoint's module of each site, by site index.
+fn modules<'c>(
+    analysis: &Analysis<'_>,
+    checkpoint: Option<&'c Checkpoint>,
+) -> Result<Vec<Option<&'c CheckpointModule>>, ConvertError> {
+    let mut modules = vec![None; analysis.sites.len()];
+    if let Some(checkpoint) = checkpoint {
+        let own: Vec<_> = analysis.own_sites().collect();
+        let assigned = assign(&own, checkpoint, analysis.recognised.as_ref())?;
+        for (site, module) in own.iter().zip(assigned) {
+            modules[site.index] = module;
+        }
+    }
+    Ok(modules)
+}
+
+fn output(request: &Request) -> PathBuf {
+    let named = request.out.clone();
+    named.unwrap_or_else(|| default_output(&request.model))
+}
+
+fn mlp_width(checkpoint: &Checkpoint) -> u64 {
+    let width = checkpoint.modules.first().map_or(0, |m| match m.mid {
+        MlpWidth::Identity => 0,
+        MlpWidth::Width(w) => w,
+    });
+    width as u64
+}
+
+/// Writes what was done into the model's metadata.
+fn record(model: &mut ModelProto, report: &ConvertReport, converted: &[Converted]) {
+    let kept: Vec<&str> = report
+        .model
+        .sites
+        .iter()
+        .filter(|s| matches!(s.kind, Kind::SelfAttention | Kind::Joint) && s.action == "keep")
+        .map(|s| s.module.as_deref().unwrap_or(&s.anchor))
+        .collect();
+    let converted: Vec<&str> = converted.iter().map(|c| c.module.as_str()).collect();
+    let entries = [
+        (
+            METADATA_KEY,
+            format!("linfusion-convert {}", env!("CARGO_PKG_VERSION")),
+        ),
+        (
+            "linfusion.weights",
+            match report.weights {
+                "none" => "none (untrained)".to_owned(),
+                other => other.to_owned(),
+            },
+        ),
+        (
+            "linfusion.checkpoint_sha256",
+            report.checkpoint_sha256.clone().unwrap_or_default(),
+        ),
+        (CONVERTED_KEY, converted.join(" ")),
+        ("linfusion.kept", kept.join(" ")),
+    ];
+    for (key, value) in entries.iter().filter(|(_, v)| !v.is_empty()) {
+        model.metadata_props.push(make::metadata(key, value));
+    }
+}
+
+/// Reads a model and says what would be done with it.
+///
+/// # Errors
+/// The model cannot be read.
+pub fn inspect(model: &Path, selection: &Selection) -> Result<ModelReport, ConvertError> {
+    let file = OnnxFile::open(model)?;
+    let analysis = Analysis::with_grid(&file, selection.grid);
+    selection.check(&analysis.sites)?;
+    let actions = plan(&analysis, selection, &[]);
+    Ok(ModelReport::new(
+        &model.display().to_string(),
+        &analysis,
+        &actions,
+        selection.window.unwrap_or_default(),
+        0,
+    ))
+}
