@@ -60,7 +60,7 @@ impl<'m> Analysis<'m> {
         let look = |here: &Probe, there: &Probe| {
             let shapes = Shapes::propagate(model, &read, here);
             let again = Shapes::propagate(model, &read, there);
-            let grids = Grids::find(&graph, &shapes, &again, stated);
+            let grids = Grids::new(&graph, &shapes, &again, stated);
             let sites = find(model, &graph, &shapes, &grids);
             (shapes, again, sites)
         };

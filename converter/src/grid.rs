@@ -1,11 +1,9 @@
 //! Where the rows and columns of the image's tokens can be read off a graph.
 
-use std::collections::HashMap;
+use linfusion_ops::schema::TextSide;
 
-use linfusion_models::onnx::proto::NodeProto;
-
-use crate::graph::{Graph, op, tensor_name};
-use crate::shapes::eval::element::is_float;
+use crate::attention::origin::{Origin, Origins};
+use crate::graph::{Graph, tensor_name};
 use crate::shapes::{Dim, Shapes, tensor_type};
 
 /// A size in tokens that the user states.
@@ -28,7 +26,7 @@ impl GridSize {
 /// What the grid is computed from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GridSource<'m> {
-    /// Two adjacent dimensions of a rank-4 value, the first at `axis`.
+    /// Two adjacent dimensions of a value, the first at `axis`.
     Spatial {
         /// The value.
         value: &'m str,
@@ -66,135 +64,202 @@ pub struct Grid<'m> {
     pub size: GridSize,
 }
 
-/// Every grid of a graph, by its number of tokens under the probe.
-#[derive(Clone, Debug, Default)]
-pub struct Grids<'m> {
-    by_tokens: HashMap<i64, Grid<'m>>,
+/// What a graph says of its image's rows and columns.
+pub struct Grids<'g, 'm> {
+    shapes: &'g Shapes,
+    again: &'g Shapes,
+    origins: Origins<'g, 'm>,
+    /// The ids of packed tokens, with their rank.
+    ids: Option<(&'m str, usize)>,
+    stated: Option<GridSize>,
 }
 
-impl<'m> Grids<'m> {
-    /// Finds the grids of `graph`. `again` has its shapes under another probe: what
-    /// keeps the image's proportions under both is the image. A stated size is taken
-    /// where the graph says nothing.
+/// The image among the tokens of an attention.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Layout<'m> {
+    /// Its grid.
+    pub grid: Grid<'m>,
+    /// Where text lies beside it.
+    pub text: Option<TextSide>,
+}
+
+impl<'g, 'm> Grids<'g, 'm> {
+    /// Of `graph`; `again` has its shapes under another probe. A stated size is taken where
+    /// the graph says nothing.
     #[must_use]
-    pub fn find(
-        graph: &Graph<'m>,
-        shapes: &Shapes,
-        again: &Shapes,
+    pub fn new(
+        graph: &'g Graph<'m>,
+        shapes: &'g Shapes,
+        again: &'g Shapes,
         stated: Option<GridSize>,
     ) -> Self {
-        let mut grids = Self::default();
         let stored: Vec<&str> = graph.proto.initializer.iter().map(tensor_name).collect();
-        let inputs = || {
-            let all = graph.proto.input.iter();
-            all.filter_map(|v| Some((v.name.as_deref()?, tensor_type(v)?)))
-                .filter(|(name, _)| !stored.contains(name))
-        };
-        let of_rank = |rank: usize| {
-            let mut names = inputs().map(|(name, _)| name);
-            names.find(|name| shapes.shape(name).is_some_and(|s| s.len() == rank))
-        };
-        let packed = of_rank(3).and_then(|name| shapes.shape(name)?.get(1).copied());
-        if let Some(size) = stated {
-            grids.add(Grid {
-                source: GridSource::Fixed(size),
-                size,
-            });
-            // Under the probe there are as many tokens as the probe has.
-            grids.add_packed(GridSource::Fixed(size), packed);
+        let inputs = graph.proto.input.iter();
+        let mut inputs = inputs.filter_map(|v| Some((v.name.as_deref()?, tensor_type(v)?)));
+        let ids = inputs
+            .find(|(name, (_, dims))| !stored.contains(name) && is_image_ids(name, dims.as_deref()))
+            .map(|(name, (_, dims))| (name, dims.map_or(2, |d| d.len())));
+        Grids {
+            shapes,
+            again,
+            origins: Origins::new(graph, shapes),
+            ids,
+            stated,
         }
-        match of_rank(4) {
-            Some(image) => grids.spatial(graph, shapes, again, image),
-            None => {
-                let ids = inputs().find(|(name, (_, dims))| is_image_ids(name, dims.as_deref()));
-                if let Some((input, (_, dims))) = ids {
-                    let rank = dims.map_or(2, |d| d.len());
-                    grids.add_packed(GridSource::Ids { input, rank }, packed);
+    }
+
+    /// The image among the tokens on axis `axis` of `value`.
+    ///
+    /// # Errors
+    /// One sentence: it cannot be told, or there is more than one.
+    pub fn of(&self, value: &'m str, axis: usize) -> Result<Layout<'m>, String> {
+        let tokens = |shapes: &Shapes| shapes.shape(value)?.get(axis).copied();
+        let (Some(here), Some(there)) = (tokens(self.shapes), tokens(self.again)) else {
+            return Err(format!("the tokens of '{value}' cannot be counted"));
+        };
+        let parts = match self.origins.of(value, axis) {
+            Origin::Joined(parts) => parts,
+            origin => vec![(origin, here)],
+        };
+        let named = parts.len() == 1;
+        let images: Vec<_> = parts
+            .iter()
+            .enumerate()
+            .filter_map(|(i, (origin, count))| {
+                let stored = || self.stated.filter(|_| named || !is_text(origin));
+                let grid = self.grid(origin, *count, stored, here == there);
+                grid.map(|grid| (i, grid))
+            })
+            .collect();
+        let unknown = |why: &str| {
+            format!(
+                "the rows and columns of the {here} tokens cannot be told from the graph: {why}; --grid ROWSxCOLS states them"
+            )
+        };
+        match (&images[..], &parts[..]) {
+            (&[(_, grid)], [_]) => {
+                let again = self.size_again(grid);
+                if again.is_some_and(|n| n != there) {
+                    return Err(unknown("they depend on more than the image's size"));
                 }
+                Ok(Layout { grid, text: None })
             }
-        }
-        grids
-    }
-
-    /// The grid of this many tokens.
-    #[must_use]
-    pub fn of(&self, tokens: i64) -> Option<Grid<'m>> {
-        self.by_tokens.get(&tokens).copied()
-    }
-
-    /// The numbers of tokens that there is a grid for.
-    pub fn tokens(&self) -> impl Iterator<Item = i64> {
-        self.by_tokens.keys().copied()
-    }
-
-    fn add(&mut self, grid: Grid<'m>) {
-        self.by_tokens.entry(grid.size.tokens()).or_insert(grid);
-    }
-
-    fn spatial(&mut self, graph: &Graph<'m>, shapes: &Shapes, again: &Shapes, image: &'m str) {
-        let side = |s: &Shapes| match s.shape(image) {
-            Some(&[_, _, rows, cols]) if rows > 0 && cols > 0 => Some((rows, cols)),
-            _ => None,
-        };
-        let (Some(here), Some(there)) = (side(shapes), side(again)) else {
-            return;
-        };
-        let proportional = |(rows, cols): (i64, i64), (r, c): (i64, i64)| {
-            r > 0 && c > 0 && rows.checked_mul(c) == cols.checked_mul(r) && rows % r == 0
-        };
-        // Patch embeddings and resolutions of a UNet begin with a convolution; a value
-        // of any other node could have two equal sides by chance.
-        let convs = graph.nodes().filter(|(_, n)| is_convolution(n));
-        let others = graph.nodes().filter(|(_, n)| !is_convolution(n));
-        let made = convs.chain(others).flat_map(|(_, n)| n.output.first());
-        for value in std::iter::once(image).chain(made.map(String::as_str)) {
-            let fact = shapes.fact(value);
-            if fact.constant || !fact.element.is_some_and(is_float) {
-                continue;
+            (&[(0, grid)], _) => Ok(Layout {
+                grid,
+                text: Some(TextSide::Suffix),
+            }),
+            (&[(i, grid)], _) if i + 1 == parts.len() => Ok(Layout {
+                grid,
+                text: Some(TextSide::Prefix),
+            }),
+            (&[_], _) => Err("text tokens lie on both sides of the image's".to_owned()),
+            ([], [(Origin::Unknown(why), _)]) => Err(unknown(why)),
+            ([], [(Origin::Input(name), _)]) => {
+                Err(unknown(&format!("they are the tokens of input '{name}'")))
             }
-            let (Some(&[_, a, b, c]), Some(&[_, d, e, f])) =
-                (shapes.shape(value), again.shape(value))
-            else {
-                continue;
-            };
-            for (axis, size, other) in [(2, (b, c), (e, f)), (1, (a, b), (d, e))] {
-                if proportional(here, size)
-                    && proportional(there, other)
-                    && here.0 / size.0 == there.0 / other.0
-                {
-                    self.add(Grid {
-                        source: GridSource::Spatial { value, axis },
-                        size: GridSize {
-                            rows: size.0,
-                            cols: size.1,
-                        },
-                    });
-                    break;
-                }
-            }
+            ([], _) => Err(unknown("none of the joined sequences is an image")),
+            _ => Err("the tokens are of several images, one after the other".to_owned()),
         }
     }
 
-    /// A source whose size under the probe is not known: any grid of as many tokens
-    /// serves.
-    fn add_packed(&mut self, source: GridSource<'m>, tokens: Option<i64>) {
-        let Some(tokens) = tokens else { return };
-        let rows = (1..=tokens)
-            .take_while(|&r| r.saturating_mul(r) <= tokens)
-            .filter(|&r| tokens % r == 0)
-            .last();
-        if let Some(rows) = rows {
-            let cols = tokens / rows;
-            self.add(Grid {
-                source,
-                size: GridSize { rows, cols },
-            });
+    /// The grid of tokens of this origin, if they are an image's.
+    fn grid(
+        &self,
+        origin: &Origin<'m>,
+        tokens: i64,
+        stated: impl Fn() -> Option<GridSize>,
+        fixed: bool,
+    ) -> Option<Grid<'m>> {
+        match *origin {
+            Origin::Plane { value, axis } => {
+                let shape = self.shapes.shape(value)?;
+                Some(Grid {
+                    source: GridSource::Spatial {
+                        value,
+                        axis: i64::try_from(axis).ok()?,
+                    },
+                    size: GridSize {
+                        rows: *shape.get(axis)?,
+                        cols: *shape.get(axis + 1)?,
+                    },
+                })
+            }
+            Origin::Input(name) if self.is_packed_image(name) => {
+                let (input, rank) = self.ids?;
+                some_grid(GridSource::Ids { input, rank }, tokens)
+            }
+            // Beside ids, whatever else is an input is none of the image's.
+            Origin::Input(_) if self.ids.is_some() => None,
+            Origin::Input(_) => {
+                let size = stated()?;
+                let possible = !fixed || size.tokens() == tokens;
+                possible.then_some(())?;
+                some_grid(GridSource::Fixed(size), tokens)
+            }
+            Origin::Unknown(_) => {
+                let size = stated()?;
+                (fixed && size.tokens() == tokens).then_some(Grid {
+                    source: GridSource::Fixed(size),
+                    size,
+                })
+            }
+            Origin::Joined(_) => None,
         }
+    }
+
+    /// Whether an input's tokens are those that the ids are of.
+    fn is_packed_image(&self, name: &str) -> bool {
+        let Some((ids, rank)) = self.ids else {
+            return false;
+        };
+        let tokens = |shapes: &Shapes| shapes.shape(ids)?.get(rank.checked_sub(2)?).copied();
+        let of_input = |shapes: &Shapes| {
+            let shape = shapes.shape(name)?;
+            shape.get(shape.len().checked_sub(2)?).copied()
+        };
+        let same = |shapes: &Shapes| tokens(shapes).is_some() && tokens(shapes) == of_input(shapes);
+        name == ids || (same(self.shapes) && same(self.again) && !looks_like_text(name))
+    }
+
+    /// The number of tokens of a grid under the other probe, where the graph tells.
+    fn size_again(&self, grid: Grid<'m>) -> Option<i64> {
+        let GridSource::Spatial { value, axis } = grid.source else {
+            return None;
+        };
+        let axis = usize::try_from(axis).ok()?;
+        let shape = self.again.shape(value)?;
+        shape.get(axis)?.checked_mul(*shape.get(axis + 1)?)
     }
 }
 
-fn is_convolution(node: &NodeProto) -> bool {
-    op(node).contains("Conv")
+/// A grid of a source whose size under the probe is not known: any of as many tokens
+/// serves.
+fn some_grid(source: GridSource<'_>, tokens: i64) -> Option<Grid<'_>> {
+    let rows = (1..=tokens)
+        .take_while(|&r| r.saturating_mul(r) <= tokens)
+        .filter(|&r| tokens % r == 0)
+        .last()?;
+    let size = GridSize {
+        rows,
+        cols: tokens / rows,
+    };
+    Some(Grid { source, size })
+}
+
+/// Whether an origin is an input that is named like text.
+fn is_text(origin: &Origin<'_>) -> bool {
+    matches!(origin, Origin::Input(name) if looks_like_text(name))
+}
+
+/// Whether an input is named as those that bring text, in any library.
+#[must_use]
+pub fn looks_like_text(name: &str) -> bool {
+    let name = name.to_ascii_lowercase();
+    [
+        "encoder", "text", "txt", "context", "prompt", "caption", "cond",
+    ]
+    .iter()
+    .any(|part| name.contains(part))
 }
 
 /// FLUX's `img_ids`: `[tokens, 3]`, named so in every export.

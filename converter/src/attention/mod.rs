@@ -8,6 +8,7 @@ pub mod kind;
 pub mod layer;
 pub mod layout;
 pub mod names;
+pub mod origin;
 pub mod plain;
 pub mod projection;
 pub mod site;

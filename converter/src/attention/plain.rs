@@ -550,7 +550,7 @@ pub(super) fn from_integer(graph: &Graph<'_>, value: &str) -> bool {
     })
 }
 
-fn is_pointwise(graph: &Graph<'_>, shapes: &Shapes, linear: Linear<'_>) -> bool {
+pub(super) fn is_pointwise(graph: &Graph<'_>, shapes: &Shapes, linear: Linear<'_>) -> bool {
     let node = graph.node(linear.node);
     let slot = if op(node) == "QLinearConv" { 3 } else { 1 };
     let kernel = input(node, slot)

@@ -14,7 +14,7 @@ use super::names::{
 };
 use super::plain::{Plain, plain};
 use super::projection::roots;
-use super::stream::{TextSide, stream, text_side};
+use super::stream::{TextSide, stream};
 use crate::graph::{Graph, NodeId, label, qualified_op, subgraphs};
 use crate::grid::{Grid, Grids};
 use crate::shapes::Shapes;
@@ -98,7 +98,7 @@ pub fn find<'m>(
     model: &'m ModelProto,
     graph: &Graph<'m>,
     shapes: &Shapes,
-    grids: &Grids<'m>,
+    grids: &Grids<'_, 'm>,
 ) -> Vec<Site<'m>> {
     let mut sites: Vec<Site<'m>> = anchors(graph)
         .into_iter()
@@ -167,7 +167,7 @@ fn unreachable_site<'m>(anchor: &str, place: &str) -> Site<'m> {
     }
 }
 
-fn read<'m>(graph: &Graph<'m>, shapes: &Shapes, grids: &Grids<'m>, anchor: NodeId) -> Site<'m> {
+fn read<'m>(graph: &Graph<'m>, shapes: &Shapes, grids: &Grids<'_, 'm>, anchor: NodeId) -> Site<'m> {
     let name = label(graph.node(anchor)).to_owned();
     let core = match core(graph, shapes, anchor) {
         Ok(core) => core,
@@ -264,7 +264,7 @@ fn read<'m>(graph: &Graph<'m>, shapes: &Shapes, grids: &Grids<'m>, anchor: NodeI
 fn image<'m>(
     graph: &Graph<'m>,
     shapes: &Shapes,
-    grids: &Grids<'m>,
+    grids: &Grids<'_, 'm>,
     core: &Core<'m>,
     exact: &Exact<'m>,
     plain: Option<&Plain<'m>>,
@@ -278,30 +278,30 @@ fn image<'m>(
         };
         own.or_else(|own| stream(graph, shapes, core, exact, total).map_err(|_| own))
     };
-    if let Some(grid) = grids.of(total) {
-        return Ok(Image {
-            grid,
-            text: None,
-            stream: streams(total),
-            text_stream: Err("there is no text among the tokens".to_owned()),
-        });
-    }
-    let mut sizes: Vec<i64> = grids.tokens().filter(|&n| n < total).collect();
-    sizes.sort_unstable();
-    for tokens in sizes.into_iter().rev() {
-        let side = text_side(graph, shapes, core.k.value, tokens, total);
-        if let (Some(side), Some(grid)) = (side, grids.of(tokens)) {
-            return Ok(Image {
-                grid,
-                text: Some(side),
-                stream: streams(tokens),
-                text_stream: stream(graph, shapes, core, exact, total - tokens),
-            });
+    let axis = core.k.roles.iter().position(|r| *r == Role::Token);
+    let axis = axis.ok_or("the keys have no axis of tokens")?;
+    let layout = grids.of(core.k.value, axis)?;
+    let tokens = layout.grid.size.tokens();
+    let text_stream = match layout.text {
+        None if tokens == total => Err("there is no text among the tokens".to_owned()),
+        Some(_) if tokens < total => stream(graph, shapes, core, exact, total - tokens),
+        _ => {
+            return Err(format!(
+                "the image has {tokens} tokens, the attention {total}"
+            ));
         }
+    };
+    if layout.text.is_some() && 2 * tokens == total {
+        return Err(format!(
+            "there are as many text tokens as image tokens, {tokens}: which layers read which cannot be told"
+        ));
     }
-    Err(format!(
-        "the rows and columns of the {total} tokens cannot be told from the graph; --grid ROWSxCOLS states them"
-    ))
+    Ok(Image {
+        grid: layout.grid,
+        text: layout.text,
+        stream: streams(tokens),
+        text_stream,
+    })
 }
 
 /// Heads and channels a head where no strict reading gives them: from the

@@ -2,7 +2,7 @@
 //! its own, and joins them. Where the norms or rotary embeddings behind a layer forbid
 //! the strict reading, the layer itself can still be read.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, VecDeque};
 
 pub use linfusion_ops::schema::TextSide;
 
@@ -10,58 +10,8 @@ use super::core::{Core, Operand};
 use super::exact::{Axes, Exact};
 use super::plain::{Between, Layout, Matrix, Plain, Tap, between, out_projection, tap};
 use super::projection::{Linear, data_inputs, roots};
-use crate::graph::{Graph, attr_int, op};
+use crate::graph::Graph;
 use crate::shapes::Shapes;
-
-/// The side of the text among `total` tokens of which `image` are the image's, from
-/// the join of the two streams somewhere above `value`.
-#[must_use]
-pub fn text_side(
-    graph: &Graph<'_>,
-    shapes: &Shapes,
-    value: &str,
-    image: i64,
-    total: i64,
-) -> Option<TextSide> {
-    let text = total - image;
-    if text == image {
-        return None;
-    }
-    let mut seen = HashSet::new();
-    let mut queue = VecDeque::from([value]);
-    while let Some(value) = queue.pop_front() {
-        if !seen.insert(value) {
-            continue;
-        }
-        let Some(port) = graph.producer(value) else {
-            continue;
-        };
-        let node = graph.node(port.node);
-        if op(node) == "Concat" {
-            let axis = attr_int(node, "axis").unwrap_or(0);
-            let size = |v: &str| {
-                let shape = shapes.shape(v)?;
-                let axis = if axis < 0 {
-                    axis + shape.len() as i64
-                } else {
-                    axis
-                };
-                shape.get(usize::try_from(axis).ok()?).copied()
-            };
-            let sizes: Vec<_> = node.input.iter().map(|i| size(i)).collect();
-            if size(value) == Some(total) {
-                if sizes == [Some(text), Some(image)] {
-                    return Some(TextSide::Prefix);
-                }
-                if sizes == [Some(image), Some(text)] {
-                    return Some(TextSide::Suffix);
-                }
-            }
-        }
-        queue.extend(data_inputs(node));
-    }
-    None
-}
 
 /// The linear layers of q, k and v over a stream of `rows` tokens, read as a strict
 /// reading of that stream; its `merged` output is the attention's.
