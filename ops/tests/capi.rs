@@ -17,7 +17,7 @@ use linfusion_ops::body::{BodySpec, linfusion_attention_body, linfusion_attentio
 use linfusion_ops::ort::{RegisterCustomOps, register_in_process};
 use linfusion_ops::{ElementType, Layout, LinFusionAttentionAttrs, reference};
 use ndarray::ArrayD;
-use onnx_bytes::{Form, OneNode};
+use onnx_bytes::{Form, OneNode, Site};
 use ort_sys::{
     ONNXTensorElementDataType, OrtAllocatorType, OrtApi, OrtApiBase, OrtEnv, OrtErrorCode,
     OrtLoggingLevel, OrtMemType, OrtSession, OrtSessionOptions, OrtStatus, OrtStatusPtr, OrtValue,
@@ -176,7 +176,7 @@ fn model(form: Form, eps: Option<f32>) -> Vec<u8> {
         layout: Layout::Packed,
         element: ElementType::F32,
         heads: HEADS as i64,
-        eps,
+        site: Site::Linear { eps },
         widths: WIDTHS,
         form,
     }
