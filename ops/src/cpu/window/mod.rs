@@ -9,6 +9,7 @@
 //! Tiles are cut by the sizes alone and each is computed by one thread: the result has the same bits
 //! for any number of threads.
 
+mod blocks;
 mod product;
 mod task;
 mod tile;
@@ -92,8 +93,12 @@ impl Plan<'_> {
                 out_of_memory.store(true, Ordering::Relaxed);
                 return;
             };
-            // Neighbouring tasks are neighbouring tiles of one head: they share keys.
-            let (head, tile) = (index / tiles, index % tiles);
+            // Neighbouring tasks are close in memory: heads of the same tokens, or tokens of the
+            // same head.
+            let (head, tile) = match dims.layout {
+                Layout::Packed => (index % heads, index / heads),
+                Layout::Heads => (index / tiles, index % tiles),
+            };
             let tile = self.tiles.tile(tile);
             let (batch, head) = (head / dims.heads, head % dims.heads);
             let task = WindowTask {

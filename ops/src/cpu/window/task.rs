@@ -7,15 +7,15 @@
 
 use std::ops::Range;
 
+use super::super::ahead::prefetch;
 use super::super::simd::{Accumulator, Convert, Kernel, Simd, Vector};
 use super::super::task::On;
 use super::HeadRows;
+use super::blocks::{Blocks, KEYS, Segment, share};
 use super::product::{Part, score_rows, value_columns, value_width};
 use super::tile::{Group, QUERIES, RowReach, Tile};
 use crate::schema::{TextSide, WindowDims};
 
-/// Keys that are read at once at most.
-const KEYS: usize = 128;
 /// Rows are padded to this many numbers, a multiple of every vector.
 const LINE: usize = 16;
 /// Subtracted from scores outside the window, per column outside: far below every score, and
@@ -53,11 +53,12 @@ struct Lengths {
 
 impl Lengths {
     fn of(dims: &WindowDims) -> Self {
+        let key = dims.head_dim.next_multiple_of(LINE);
         let value = value_width(dims.value_dim).next_multiple_of(LINE);
         Self {
-            key: dims.head_dim.next_multiple_of(LINE),
+            key,
             value,
-            queries: dims.head_dim * QUERIES,
+            queries: key * QUERIES,
             outputs: value * QUERIES,
         }
     }
@@ -66,11 +67,8 @@ impl Lengths {
 /// Scratch numbers that a task with so many groups needs.
 pub(super) fn scratch_len(dims: &WindowDims, groups: usize) -> usize {
     let l = Lengths::of(dims);
-    // A group's queries, outputs, largest scores and sums; keys and values; scores; a row.
-    groups * (l.queries + l.outputs + 2 * QUERIES)
-        + KEYS * (l.key + l.value)
-        + KEYS * QUERIES
-        + l.key.max(l.value)
+    // A group's queries, outputs, largest scores and sums; keys and values; scores.
+    groups * (l.queries + l.outputs + 2 * QUERIES) + KEYS * (l.key + l.value) + KEYS * QUERIES
 }
 
 /// The scratch memory, cut up.
@@ -91,8 +89,6 @@ struct Scratch<A> {
     values: *mut A,
     /// Scores and weights of a group, `[KEYS][QUERIES]`.
     scores: *mut A,
-    /// One row of k or v.
-    row: *mut A,
 }
 
 impl<A> Scratch<A> {
@@ -116,7 +112,6 @@ impl<A> Scratch<A> {
             keys: take(KEYS * lengths.key),
             values: take(KEYS * lengths.value),
             scores: take(KEYS * QUERIES),
-            row: take(lengths.key.max(lengths.value)),
         }
     }
 
@@ -138,15 +133,6 @@ impl<A> Scratch<A> {
     }
 }
 
-/// Neighbouring keys of a block.
-struct Segment {
-    /// Place of the first in the block.
-    first: usize,
-    count: usize,
-    /// Row and first column in the grid; `None` where every query attends to them.
-    place: Option<[usize; 2]>,
-}
-
 impl<S, T> Kernel for On<S, WindowTask<'_, T, S::Number>>
 where
     S: Convert<T>,
@@ -156,25 +142,36 @@ where
     unsafe fn run(self) {
         let task = self.0;
         let groups = &task.tile.groups;
-        // SAFETY: the scratch memory was made for the most groups of a tile; tokens lie below N.
+        let blocks = Blocks::of(task.tile, task.dims, task.text);
+        let mut parts = Vec::with_capacity(KEYS);
+        // SAFETY: the scratch memory was made for the most groups of a tile; tokens lie below N,
+        // and blocks have KEYS keys at most.
         unsafe {
             let scratch = Scratch::cut(task.scratch, task.dims, groups.len());
             for (i, group) in groups.iter().enumerate() {
                 start::<S, T>(&task, &scratch.of_group(i), group);
             }
-            let mut block = Block {
-                task: &task,
-                scratch,
-                segments: Vec::with_capacity(KEYS),
-                parts: Vec::with_capacity(KEYS),
-                keys: 0,
-            };
-            match &task.tile.reach {
-                None => block.tokens::<S>(0..task.dims.tokens()),
-                Some([rows, cols]) => {
-                    block.image::<S>(rows.clone(), cols.clone());
-                    let first = task.dims.text_start(task.text);
-                    block.tokens::<S>(first..first + task.dims.text);
+            for number in 0..blocks.count() {
+                let block = blocks.block(number);
+                read::<S, T>(&task, &scratch, block);
+                let next = blocks.block(number + 1);
+                for (i, group) in groups.iter().enumerate() {
+                    for tokens in share(next, i, groups.len()) {
+                        task.fetch(tokens);
+                    }
+                    let scratch = scratch.of_group(i);
+                    let keys = scores::<S, T>(&task, &scratch, group, block, &mut parts);
+                    if keys > 0 {
+                        let keep = weights::<S>(&scratch, keys);
+                        value_columns::<S>(
+                            &parts,
+                            (scratch.values, scratch.lengths.value),
+                            scratch.scores,
+                            keep.as_ptr(),
+                            scratch.outputs,
+                            task.dims.value_dim,
+                        );
+                    }
                 }
             }
             for (i, group) in groups.iter().enumerate() {
@@ -183,6 +180,26 @@ where
         }
     }
 }
+
+impl<T, A> WindowTask<'_, T, A> {
+    /// Asks for the memory of keys and values that will be read.
+    #[inline(always)]
+    fn fetch(&self, tokens: Range<usize>) {
+        let rows = [(self.k, self.dims.head_dim), (self.v, self.dims.value_dim)];
+        for token in tokens {
+            for (rows, width) in rows {
+                let row = rows.first.wrapping_add(token * rows.stride).cast::<u8>();
+                let bytes = width * size_of::<T>();
+                for at in (0..bytes).step_by(CACHE_LINE).chain([bytes - 1]) {
+                    prefetch(row.wrapping_add(at));
+                }
+            }
+        }
+    }
+}
+
+/// Bytes that memory is read in.
+const CACHE_LINE: usize = 64;
 
 /// Reads and scales a group's queries, clears its sums.
 #[inline(always)]
@@ -194,20 +211,33 @@ unsafe fn start<S, T>(
     S: Convert<T>,
     T: Copy,
 {
-    let zero = S::Number::ZERO;
-    // SAFETY: rows of queries exist.
+    let lanes = S::Full::LANES;
+    let step = scratch.lengths.key;
+    // SAFETY: rows of queries exist; the block's keys, which are not there yet, have room for
+    // them.
     unsafe {
         for (lane, token) in group.tokens.into_iter().enumerate() {
             let from = task.q.first.add(token * task.q.stride);
-            read_row::<S, T>(from, task.dims.head_dim, scratch.row);
-            for d in 0..task.dims.head_dim {
-                *scratch.queries.add(d * QUERIES + lane) = (*scratch.row.add(d)).mul(task.scale);
-            }
-            *scratch.largest.add(lane) = S::Number::from_f64(f64::NEG_INFINITY);
-            *scratch.sums.add(lane) = zero;
+            read_row::<S, T>(from, task.dims.head_dim, scratch.keys.add(lane * step));
         }
-        for i in 0..scratch.lengths.outputs {
-            *scratch.outputs.add(i) = zero;
+        let scale = S::Full::splat(task.scale);
+        let zero = S::Full::splat(S::Number::ZERO);
+        let lowest = S::Full::splat(S::Number::from_f64(f64::NEG_INFINITY));
+        for at in (0..QUERIES).step_by(lanes) {
+            let queries = scratch.queries.add(at);
+            for d in (0..task.dims.head_dim).step_by(lanes) {
+                let to = queries.add(d * QUERIES);
+                S::transpose(scratch.keys.add(at * step + d), step, to, QUERIES);
+            }
+            for d in 0..task.dims.head_dim {
+                let place = queries.add(d * QUERIES);
+                S::Full::load(place).mul(scale).store(place);
+            }
+            for j in 0..scratch.lengths.value {
+                zero.store(scratch.outputs.add(j * QUERIES + at));
+            }
+            lowest.store(scratch.largest.add(at));
+            zero.store(scratch.sums.add(at));
         }
     }
 }
@@ -233,150 +263,76 @@ where
     }
 }
 
-/// Keys that are read once for all groups of the tile.
-struct Block<'a, T, A> {
-    task: &'a WindowTask<'a, T, A>,
-    scratch: Scratch<A>,
-    segments: Vec<Segment>,
-    /// Of one group.
-    parts: Vec<Part>,
-    /// Keys in it.
-    keys: usize,
-}
-
-impl<T: Copy, A: Accumulator> Block<'_, T, A> {
-    /// Goes over tokens that every query attends to.
-    #[inline(always)]
-    unsafe fn tokens<S: Convert<T, Number = A>>(&mut self, tokens: Range<usize>) {
-        let mut first = tokens.start;
-        while first < tokens.end {
-            let count = KEYS.min(tokens.end - first);
-            // SAFETY: tokens lie below N.
-            unsafe {
-                self.read::<S>(first, count, None);
-                self.use_up::<S>();
-            }
-            first += count;
-        }
-    }
-
-    /// Goes over rows and columns of the grid, in blocks of about one size.
-    #[inline(always)]
-    unsafe fn image<S: Convert<T, Number = A>>(&mut self, rows: Range<usize>, cols: Range<usize>) {
-        let dims = self.task.dims;
-        let image = dims.image_start(self.task.text);
-        let at_once = (KEYS / cols.len().max(1)).clamp(1, rows.len().max(1));
-        let blocks = rows.len().div_ceil(at_once);
-        let at_once = rows.len().div_ceil(blocks.max(1)).max(1);
-        for first in rows.clone().step_by(at_once) {
-            for column in cols.clone().step_by(KEYS) {
-                let count = KEYS.min(cols.end - column);
-                // SAFETY: the tile's reach lies in the image; `at_once` rows fit.
-                unsafe {
-                    for row in first..(first + at_once).min(rows.end) {
-                        let token = image + row * dims.cols + column;
-                        self.read::<S>(token, count, Some([row, column]));
-                    }
-                    self.use_up::<S>();
-                }
-            }
-        }
-    }
-
-    /// Reads keys and values into the block, which has room for them.
-    #[inline(always)]
-    unsafe fn read<S: Convert<T, Number = A>>(
-        &mut self,
-        token: usize,
-        count: usize,
-        place: Option<[usize; 2]>,
-    ) {
-        let (task, scratch) = (self.task, &self.scratch);
-        let lengths = scratch.lengths;
-        for i in 0..count {
+/// Reads the keys and values of a block.
+#[inline(always)]
+unsafe fn read<S, T>(
+    task: &WindowTask<'_, T, S::Number>,
+    scratch: &Scratch<S::Number>,
+    block: &[Segment],
+) where
+    S: Convert<T>,
+    T: Copy,
+{
+    let lengths = scratch.lengths;
+    for segment in block {
+        for i in 0..segment.count {
+            let (token, place) = (segment.token + i, segment.first + i);
             // SAFETY: tokens lie below N and the block's keys below KEYS.
             unsafe {
-                let key = task.k.first.add((token + i) * task.k.stride);
-                let to = scratch.keys.add((self.keys + i) * lengths.key);
+                let key = task.k.first.add(token * task.k.stride);
+                let to = scratch.keys.add(place * lengths.key);
                 read_row::<S, T>(key, task.dims.head_dim, to);
-                let value = task.v.first.add((token + i) * task.v.stride);
-                let to = scratch.values.add((self.keys + i) * lengths.value);
+                let value = task.v.first.add(token * task.v.stride);
+                let to = scratch.values.add(place * lengths.value);
                 read_row::<S, T>(value, task.dims.value_dim, to);
             }
         }
-        self.segments.push(Segment {
-            first: self.keys,
-            count,
-            place,
-        });
-        self.keys += count;
     }
+}
 
-    /// Takes the block's keys into account for every group, and empties it.
-    #[inline(always)]
-    unsafe fn use_up<S: Convert<T, Number = A>>(&mut self) {
-        for (i, group) in self.task.tile.groups.iter().enumerate() {
-            // SAFETY: scratch memory was cut for these groups.
-            unsafe {
-                let scratch = self.scratch.of_group(i);
-                let keys = self.scores::<S>(&scratch, group);
-                if keys > 0 {
-                    let keep = weights::<S>(&scratch, keys);
-                    value_columns::<S>(
-                        &self.parts,
-                        (scratch.values, scratch.lengths.value),
-                        scratch.scores,
-                        keep.as_ptr(),
-                        scratch.outputs,
-                        self.task.dims.value_dim,
-                    );
-                }
-            }
+/// Scores of a block's keys that a group reaches: which these are, and how many.
+#[inline(always)]
+unsafe fn scores<S: Simd, T>(
+    task: &WindowTask<'_, T, S::Number>,
+    scratch: &Scratch<S::Number>,
+    group: &Group,
+    block: &[Segment],
+    parts: &mut Vec<Part>,
+) -> usize {
+    parts.clear();
+    let mut keys = 0;
+    for segment in block {
+        let columns = |start: usize| start..start + segment.count;
+        let (columns, reach) = match segment.place {
+            None => (columns(0), RowReach::whole(columns(0))),
+            Some([row, _]) if !group.all_rows.contains(&row) => continue,
+            Some([row, column]) => (columns(column), group.reach(row, task.halves)),
+        };
+        let from = reach.any.start.max(columns.start);
+        let to = reach.any.end.min(columns.end);
+        if from >= to {
+            continue;
         }
-        self.segments.clear();
-        self.keys = 0;
-    }
-
-    /// Scores of the keys that a group reaches, and how many they are.
-    #[inline(always)]
-    unsafe fn scores<S: Simd<Number = A>>(&mut self, scratch: &Scratch<A>, group: &Group) -> usize {
-        self.parts.clear();
-        let mut keys = 0;
-        for segment in &self.segments {
-            let columns = |start: usize| start..start + segment.count;
-            let (columns, reach) = match segment.place {
-                None => (columns(0), RowReach::whole(columns(0))),
-                Some([row, _]) if !group.all_rows.contains(&row) => continue,
-                Some([row, column]) => (columns(column), group.reach(row, self.task.halves)),
-            };
-            let from = reach.any.start.max(columns.start);
-            let to = reach.any.end.min(columns.end);
-            if from >= to {
-                continue;
-            }
-            let part = Part {
-                first: segment.first + from - columns.start,
-                count: to - from,
-            };
-            // SAFETY: a part lies in the block; scores have room for all its keys.
-            unsafe {
-                let scores = scratch.scores.add(keys * QUERIES);
-                score_rows::<S>(
-                    part.count,
-                    (
-                        scratch.keys.add(part.first * scratch.lengths.key),
-                        scratch.lengths.key,
-                    ),
-                    (scratch.queries, self.task.dims.head_dim),
-                    scores,
-                );
-                mask::<S>(scores, from..to, &reach);
-            }
-            keys += part.count;
-            self.parts.push(part);
+        let part = Part {
+            first: segment.first + from - columns.start,
+            count: to - from,
+        };
+        // SAFETY: a part lies in the block; scores have room for all its keys.
+        unsafe {
+            let scores = scratch.scores.add(keys * QUERIES);
+            let first = scratch.keys.add(part.first * scratch.lengths.key);
+            score_rows::<S>(
+                part.count,
+                (first, scratch.lengths.key),
+                (scratch.queries, task.dims.head_dim),
+                scores,
+            );
+            mask::<S>(scores, from..to, &reach);
         }
-        keys
+        keys += part.count;
+        parts.push(part);
     }
+    keys
 }
 
 /// Lowers the scores of one row's keys for the queries that don't reach them.
@@ -456,21 +412,37 @@ unsafe fn finish<S, T>(
 {
     let lanes = S::Full::LANES;
     let width = task.dims.value_dim;
-    // SAFETY: rows of the output exist and belong to this task.
+    let step = scratch.lengths.value;
+    // SAFETY: rows of the output exist and belong to this task; the block's values, which are no
+    // longer needed, have room for them.
     unsafe {
-        for (lane, &token) in group.tokens.iter().enumerate().take(group.count) {
-            let sum = *scratch.sums.add(lane);
+        let one = S::Number::from_f64(1.0);
+        for lane in 0..QUERIES {
+            let sum = scratch.sums.add(lane);
+            *sum = one.div(*sum);
+        }
+        for at in (0..QUERIES).step_by(lanes) {
+            let outputs = scratch.outputs.add(at);
+            let inverse = S::Full::load(scratch.sums.add(at));
             for j in 0..width {
-                *scratch.row.add(j) = (*scratch.outputs.add(j * QUERIES + lane)).div(sum);
+                let place = outputs.add(j * QUERIES);
+                S::Full::load(place).mul(inverse).store(place);
             }
+            for j in (0..width).step_by(lanes) {
+                let from = outputs.add(j * QUERIES);
+                S::transpose(from, QUERIES, scratch.values.add(at * step + j), step);
+            }
+        }
+        for (lane, &token) in group.tokens.iter().enumerate().take(group.count) {
+            let row = scratch.values.add(lane * step);
             let to = task.out.first.add(token * task.out.stride);
             let mut at = 0;
             while at + lanes <= width {
-                S::write(S::Full::load(scratch.row.add(at)), to.add(at));
+                S::write(S::Full::load(row.add(at)), to.add(at));
                 at += lanes;
             }
             if at < width {
-                S::write_part(S::Full::load(scratch.row.add(at)), to.add(at), width - at);
+                S::write_part(S::Full::load(row.add(at)), to.add(at), width - at);
             }
         }
     }
