@@ -22,7 +22,7 @@ mod models;
 #[path = "../tests/support/onnx_bytes.rs"]
 mod onnx_bytes;
 
-use std::fmt::Write;
+use std::fmt::{self, Write};
 use std::num::NonZeroUsize;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -186,7 +186,27 @@ impl Report {
 enum Outcome {
     /// Seconds or bytes.
     Value(f64),
-    Skipped(&'static str),
+    Skipped(Reason),
+}
+
+/// Why a contender was not run.
+#[derive(Clone, Copy)]
+enum Reason {
+    Memory,
+    /// It would take longer than so many seconds.
+    Time(f64),
+    /// The system doesn't tell.
+    Unknown,
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Memory => write!(f, "does not fit"),
+            Self::Time(longest) => write!(f, "over {longest} s"),
+            Self::Unknown => write!(f, "not known here"),
+        }
+    }
 }
 
 /// A time or a peak of one contender.
@@ -294,7 +314,7 @@ impl Cell {
     }
 
     /// Why a contender is not run.
-    fn skip(&self, contender: Contender) -> Option<&'static str> {
+    fn skip(&self, contender: Contender) -> Option<Reason> {
         let scores = HEADS as f64 * (self.tokens as f64).powi(2);
         let seconds = 4.0 * scores * WIDTH as f64 / self.gflops / 1e9;
         let longest = std::env::var("LINFUSION_BENCH_SECONDS")
@@ -305,9 +325,9 @@ impl Cell {
             Contender::Operator | Contender::Body => None,
             // The scores and their softmax.
             Contender::Softmax if 8.0 * scores > 0.7 * machine::free_memory() => {
-                Some("does not fit")
+                Some(Reason::Memory)
             }
-            _ if seconds > longest => Some("over 60 s"),
+            _ if seconds > longest => Some(Reason::Time(longest)),
             _ => None,
         }
     }
@@ -452,7 +472,7 @@ fn peak_elsewhere(contender: usize, window: usize, side: usize) -> Result<Outcom
     let text = String::from_utf8_lossy(&output.stdout);
     match text.trim().parse() {
         Ok(bytes) => Ok(Outcome::Value(bytes)),
-        Err(_) if output.status.success() => Ok(Outcome::Skipped("not known here")),
+        Err(_) if output.status.success() => Ok(Outcome::Skipped(Reason::Unknown)),
         Err(_) => Err(format!("the run for peak memory: {}", output.status)),
     }
 }

@@ -652,3 +652,6 @@ impl Builder {
         self.op("Loop", &[count, go_on], "tiles", body)
     }
 }
+
+#[cfg(test)]
+mod tests;

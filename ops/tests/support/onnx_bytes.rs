@@ -33,6 +33,7 @@ pub enum Form {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Site {
     /// `LinFusionAttention`.
+    #[allow(dead_code, reason = "not everyone who writes models has it")]
     Linear {
         /// Attribute `eps`, if the node has one.
         eps: Option<f32>,
