@@ -149,23 +149,40 @@ where
         unsafe {
             let scratch = Scratch::cut(task.scratch, task.dims, groups.len());
             for (i, group) in groups.iter().enumerate() {
+                for &token in groups.get(i + 1).iter().flat_map(|next| &next.tokens) {
+                    fetch(task.q, token, task.dims.head_dim);
+                }
                 start::<S, T>(&task, &scratch.of_group(i), group);
             }
+            let key_copy = (scratch.keys, scratch.lengths.key);
+            let value_copy = (scratch.values, scratch.lengths.value);
+            let keys = Source::new(task.k, S::in_place(task.k.first), key_copy);
+            // What is padded must not be read from the tensor.
+            let padded = value_width(task.dims.value_dim) != task.dims.value_dim;
+            let in_place = S::in_place(task.v.first).filter(|_| !padded);
+            let values = Source::new(task.v, in_place, value_copy);
             for number in 0..blocks.count() {
                 let block = blocks.block(number);
-                read::<S, T>(&task, &scratch, block);
+                if !keys.in_place {
+                    copy::<S, T>(task.k, task.dims.head_dim, key_copy, block);
+                }
+                if !values.in_place {
+                    copy::<S, T>(task.v, task.dims.value_dim, value_copy, block);
+                }
                 let next = blocks.block(number + 1);
                 for (i, group) in groups.iter().enumerate() {
-                    for tokens in share(next, i, groups.len()) {
-                        task.fetch(tokens);
+                    for token in share(next, i, groups.len()).flatten() {
+                        fetch(task.k, token, task.dims.head_dim);
+                        fetch(task.v, token, task.dims.value_dim);
                     }
                     let scratch = scratch.of_group(i);
-                    let keys = scores::<S, T>(&task, &scratch, group, block, &mut parts);
-                    if keys > 0 {
-                        let keep = weights::<S>(&scratch, keys);
+                    let sources = [keys, values];
+                    let count = scores::<S, T>(&task, &scratch, group, block, sources, &mut parts);
+                    if count > 0 {
+                        let keep = weights::<S>(&scratch, count);
                         value_columns::<S>(
                             &parts,
-                            (scratch.values, scratch.lengths.value),
+                            (values.first, values.step),
                             scratch.scores,
                             keep.as_ptr(),
                             scratch.outputs,
@@ -181,20 +198,13 @@ where
     }
 }
 
-impl<T, A> WindowTask<'_, T, A> {
-    /// Asks for the memory of keys and values that will be read.
-    #[inline(always)]
-    fn fetch(&self, tokens: Range<usize>) {
-        let rows = [(self.k, self.dims.head_dim), (self.v, self.dims.value_dim)];
-        for token in tokens {
-            for (rows, width) in rows {
-                let row = rows.first.wrapping_add(token * rows.stride).cast::<u8>();
-                let bytes = width * size_of::<T>();
-                for at in (0..bytes).step_by(CACHE_LINE).chain([bytes - 1]) {
-                    prefetch(row.wrapping_add(at));
-                }
-            }
-        }
+/// Asks for the memory of a row that will be read.
+#[inline(always)]
+fn fetch<T>(rows: HeadRows<*const T>, token: usize, width: usize) {
+    let row = rows.first.wrapping_add(token * rows.stride).cast::<u8>();
+    let bytes = width * size_of::<T>();
+    for at in (0..bytes).step_by(CACHE_LINE).chain([bytes - 1]) {
+        prefetch(row.wrapping_add(at));
     }
 }
 
@@ -263,28 +273,66 @@ where
     }
 }
 
-/// Reads the keys and values of a block.
+/// Where keys or values are taken from: the tensor itself where its elements are the numbers that
+/// are summed, or a copy of the block.
+#[derive(Clone, Copy)]
+struct Source<A> {
+    first: *const A,
+    /// Numbers from one token to the next.
+    step: usize,
+    in_place: bool,
+}
+
+impl<A> Source<A> {
+    #[inline(always)]
+    fn new<T>(
+        tensor: HeadRows<*const T>,
+        in_place: Option<*const A>,
+        copy: (*mut A, usize),
+    ) -> Self {
+        match in_place {
+            Some(first) => Self {
+                first,
+                step: tensor.stride,
+                in_place: true,
+            },
+            None => Self {
+                first: copy.0,
+                step: copy.1,
+                in_place: false,
+            },
+        }
+    }
+
+    /// Number of the key or value that is so far behind a segment's first.
+    #[inline(always)]
+    fn place(&self, segment: &Segment, behind: usize) -> usize {
+        behind
+            + if self.in_place {
+                segment.token
+            } else {
+                segment.first
+            }
+    }
+}
+
+/// Copies keys or values of a block.
 #[inline(always)]
-unsafe fn read<S, T>(
-    task: &WindowTask<'_, T, S::Number>,
-    scratch: &Scratch<S::Number>,
+unsafe fn copy<S, T>(
+    tensor: HeadRows<*const T>,
+    width: usize,
+    to: (*mut S::Number, usize),
     block: &[Segment],
 ) where
     S: Convert<T>,
     T: Copy,
 {
-    let lengths = scratch.lengths;
     for segment in block {
         for i in 0..segment.count {
-            let (token, place) = (segment.token + i, segment.first + i);
             // SAFETY: tokens lie below N and the block's keys below KEYS.
             unsafe {
-                let key = task.k.first.add(token * task.k.stride);
-                let to = scratch.keys.add(place * lengths.key);
-                read_row::<S, T>(key, task.dims.head_dim, to);
-                let value = task.v.first.add(token * task.v.stride);
-                let to = scratch.values.add(place * lengths.value);
-                read_row::<S, T>(value, task.dims.value_dim, to);
+                let from = tensor.first.add((segment.token + i) * tensor.stride);
+                read_row::<S, T>(from, width, to.0.add((segment.first + i) * to.1));
             }
         }
     }
@@ -297,6 +345,7 @@ unsafe fn scores<S: Simd, T>(
     scratch: &Scratch<S::Number>,
     group: &Group,
     block: &[Segment],
+    [source, values]: [Source<S::Number>; 2],
     parts: &mut Vec<Part>,
 ) -> usize {
     parts.clear();
@@ -313,17 +362,18 @@ unsafe fn scores<S: Simd, T>(
         if from >= to {
             continue;
         }
+        let behind = from - columns.start;
         let part = Part {
-            first: segment.first + from - columns.start,
+            first: values.place(segment, behind),
             count: to - from,
         };
         // SAFETY: a part lies in the block; scores have room for all its keys.
         unsafe {
             let scores = scratch.scores.add(keys * QUERIES);
-            let first = scratch.keys.add(part.first * scratch.lengths.key);
+            let first = source.place(segment, behind);
             score_rows::<S>(
                 part.count,
-                (first, scratch.lengths.key),
+                (source.first.add(first * source.step), source.step),
                 (scratch.queries, task.dims.head_dim),
                 scores,
             );
@@ -433,7 +483,7 @@ unsafe fn finish<S, T>(
                 S::transpose(from, QUERIES, scratch.values.add(at * step + j), step);
             }
         }
-        for (lane, &token) in group.tokens.iter().enumerate().take(group.count) {
+        for (lane, &token) in group.tokens.iter().enumerate() {
             let row = scratch.values.add(lane * step);
             let to = task.out.first.add(token * task.out.stride);
             let mut at = 0;

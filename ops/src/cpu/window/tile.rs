@@ -1,5 +1,10 @@
 //! A tile of queries: its groups, and which keys each reaches.
 
+#![allow(
+    clippy::needless_range_loop,
+    reason = "constant bounds over lanes; iterators hide that they run together"
+)]
+
 use std::ops::Range;
 
 use crate::schema::{GridAxis, Window, WindowAttentionAttrs, WindowDims};
@@ -19,17 +24,17 @@ pub(in super::super) struct Tile {
     pub(super) reach: Option<[Range<usize>; 2]>,
 }
 
-/// [`QUERIES`] queries close to each other; the last is repeated where there are fewer.
+/// [`QUERIES`] queries close to each other; some are repeated where there are fewer.
 pub(super) struct Group {
     pub(super) tokens: [usize; QUERIES],
-    /// Queries that are not repeated.
-    pub(super) count: usize,
-    /// Row and column of each in the grid.
-    at: [[i32; 2]; QUERIES],
-    /// First and last row of the bounding box of each one's window.
-    rows: [[i32; 2]; QUERIES],
-    /// Likewise, columns.
-    cols: [[i32; 2]; QUERIES],
+    /// Places in the grid.
+    rows: [i32; QUERIES],
+    cols: [i32; QUERIES],
+    /// First and last row and column of the bounding boxes of their windows.
+    first_row: [i32; QUERIES],
+    last_row: [i32; QUERIES],
+    first_col: [i32; QUERIES],
+    last_col: [i32; QUERIES],
     /// All rows of these.
     pub(super) all_rows: Range<usize>,
 }
@@ -55,6 +60,14 @@ impl RowReach {
             all: cols,
         }
     }
+}
+
+/// A row or column of queries, and the first and last of the bounding box of its windows.
+#[derive(Clone, Copy)]
+struct Ends {
+    at: i32,
+    first: i32,
+    last: i32,
 }
 
 /// A call's tiles.
@@ -128,10 +141,23 @@ impl<'a> Tiles<'a> {
         };
         let rows = range(0, row, self.dims.rows);
         let cols = range(1, column, self.dims.cols);
+        let ends = |axis, range: &Range<usize>, size| -> Vec<Ends> {
+            let ends = |at| {
+                let reach = self.attrs.key_range(axis, at, size);
+                Ends {
+                    at: at as i32,
+                    first: reach.start as i32,
+                    last: reach.end as i32 - 1,
+                }
+            };
+            range.clone().map(ends).collect()
+        };
+        let row_ends = ends(GridAxis::Rows, &rows, self.dims.rows);
+        let col_ends = ends(GridAxis::Cols, &cols, self.dims.cols);
         let mut groups = Vec::new();
-        for y in rows.clone().step_by(self.group[0]) {
-            for x in cols.clone().step_by(self.group[1]) {
-                groups.push(self.group(y, x, &rows, &cols));
+        for row_ends in row_ends.chunks(self.group[0]) {
+            for col_ends in col_ends.chunks(self.group[1]) {
+                groups.push(self.group(row_ends, col_ends));
             }
         }
         let union = |axis, range: &Range<usize>, size| {
@@ -147,25 +173,20 @@ impl<'a> Tiles<'a> {
         }
     }
 
-    fn group(&self, y: usize, x: usize, rows: &Range<usize>, cols: &Range<usize>) -> Group {
-        let places: Vec<[usize; 2]> = (y..(y + self.group[0]).min(rows.end))
-            .flat_map(|y| (x..(x + self.group[1]).min(cols.end)).map(move |x| [y, x]))
-            .collect();
-        let last = places.len() - 1;
-        let lane = |lane: usize| places[lane.min(last)];
-        let ends = |axis, at, size| {
-            let range = self.attrs.key_range(axis, at, size);
-            [range.start as i32, range.end as i32 - 1]
-        };
+    fn group(&self, rows: &[Ends], cols: &[Ends]) -> Group {
         let image = self.dims.image_start(self.attrs.text);
-        let rows = std::array::from_fn(|i| ends(GridAxis::Rows, lane(i)[0], self.dims.rows));
+        let row = |lane: usize| rows[(lane / self.group[1]).min(rows.len() - 1)];
+        let col = |lane: usize| cols[(lane % self.group[1]).min(cols.len() - 1)];
+        let token = |lane| image + row(lane).at as usize * self.dims.cols + col(lane).at as usize;
         Group {
-            tokens: std::array::from_fn(|i| image + lane(i)[0] * self.dims.cols + lane(i)[1]),
-            count: places.len(),
-            at: std::array::from_fn(|i| lane(i).map(|v| v as i32)),
-            rows,
-            cols: std::array::from_fn(|i| ends(GridAxis::Cols, lane(i)[1], self.dims.cols)),
-            all_rows: rows[0][0] as usize..rows[QUERIES - 1][1] as usize + 1,
+            tokens: std::array::from_fn(token),
+            rows: std::array::from_fn(|lane| row(lane).at),
+            cols: std::array::from_fn(|lane| col(lane).at),
+            first_row: std::array::from_fn(|lane| row(lane).first),
+            last_row: std::array::from_fn(|lane| row(lane).last),
+            first_col: std::array::from_fn(|lane| col(lane).first),
+            last_col: std::array::from_fn(|lane| col(lane).last),
+            all_rows: row(0).first as usize..row(QUERIES - 1).last as usize + 1,
         }
     }
 
@@ -173,16 +194,16 @@ impl<'a> Tiles<'a> {
         let start = self.dims.text_start(self.attrs.text);
         let first = number * GROUPS * QUERIES;
         let end = (first + GROUPS * QUERIES).min(self.dims.text);
-        let group = |first: usize| {
-            let count = QUERIES.min(end - first);
-            Group {
-                tokens: std::array::from_fn(|i| start + first + i.min(count - 1)),
-                count,
-                at: [[0; 2]; QUERIES],
-                rows: [[0; 2]; QUERIES],
-                cols: [[0; 2]; QUERIES],
-                all_rows: 0..0,
-            }
+        let none = [0; QUERIES];
+        let group = |first: usize| Group {
+            tokens: std::array::from_fn(|lane| start + (first + lane).min(end - 1)),
+            rows: none,
+            cols: none,
+            first_row: none,
+            last_row: none,
+            first_col: none,
+            last_col: none,
+            all_rows: 0..0,
         };
         Tile {
             groups: (first..end).step_by(QUERIES).map(group).collect(),
@@ -216,29 +237,25 @@ impl Group {
     #[inline(always)]
     pub(super) fn reach(&self, row: usize, halves: &[i32]) -> RowReach {
         let row = row as i32;
-        let mut first = [0; QUERIES];
-        let mut last = [0; QUERIES];
-        for lane in 0..QUERIES {
-            first[lane] = self.cols[lane][0];
-            last[lane] = self.cols[lane][1];
-        }
+        let mut first = self.first_col;
+        let mut last = self.last_col;
         if !halves.is_empty() {
             for lane in 0..QUERIES {
-                let [y, x] = self.at[lane];
-                let half = halves.get(y.abs_diff(row) as usize);
-                // A row farther away is outside of `rows`, too.
+                let half = halves.get(self.rows[lane].abs_diff(row) as usize);
+                // A row farther away is outside of the box, too.
                 let half = half.copied().unwrap_or(0);
-                first[lane] = first[lane].max(x - half);
-                last[lane] = last[lane].min(x + half);
+                first[lane] = first[lane].max(self.cols[lane] - half);
+                last[lane] = last[lane].min(self.cols[lane] + half);
             }
+        }
+        for lane in 0..QUERIES {
+            let inside = row >= self.first_row[lane] && row <= self.last_row[lane];
+            first[lane] = if inside { first[lane] } else { NOWHERE };
+            last[lane] = if inside { last[lane] } else { -1 };
         }
         let (mut from, mut to) = (i32::MAX, -1);
         let (mut all_from, mut all_to) = (0, i32::MAX);
         for lane in 0..QUERIES {
-            if row < self.rows[lane][0] || row > self.rows[lane][1] {
-                first[lane] = NOWHERE;
-                last[lane] = -1;
-            }
             from = from.min(first[lane]);
             to = to.max(last[lane]);
             all_from = all_from.max(first[lane]);
