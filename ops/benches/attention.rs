@@ -68,12 +68,12 @@ impl Limits {
             return Ok(Self { gflops, gbytes });
         };
         let product = Product::new(host, threads)?;
-        product.time()?;
-        let seconds = limits::best_time(|| {
+        product.run(1)?;
+        limits::best_time(|| {
             // The first run went well, and all are the same.
-            let _ = product.time();
+            let _ = product.run(1);
         });
-        let gflops = Product::gflops(seconds);
+        let gflops = product.best();
         Ok(Self { gflops, gbytes })
     }
 

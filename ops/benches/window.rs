@@ -86,9 +86,9 @@ fn run() -> Result<(), String> {
          \"full softmax\" is MatMul, Softmax, MatMul over all N tokens; like MultiHeadAttention it \
          does not depend on the window. ×: how many times the operator's time. \"useful\" counts \
          the window's own products, 4·N·W²·H·D; \"with halo\" those of all keys that the windows \
-         of a tile of {TILE}×{TILE} queries reach together. \"of limit\" is the time that a \
-         matrix product (MatMul of ONNX Runtime, 1024³, run in turn with the contenders of the \
-         row) would need for them, over the time taken; a kernel that skips keys on a finer grain than that tile can pass 100 % with \
+         of a tile of {TILE}×{TILE} queries reach together. \"of limit\" is the time that \
+         the matrix product (MatMul of ONNX Runtime, 1024³, the best of its runs between those of \
+         the contenders) would need for them, over the time taken; a kernel that skips keys on a finer grain than that tile can pass 100 % with \
          halo, but not of the useful ones.\n",
         machine::processor(),
         host.release,
@@ -97,23 +97,31 @@ fn run() -> Result<(), String> {
     let mut measured = vec![];
     for &threads in &threads {
         let product = Product::new(&host, threads)?;
-        let gflops = Product::gflops(product.median(PRODUCTS)?);
-        report.add(&format!(
-            "\n## {threads} thread{}\n\n\
-             | N | window | operator ms | body ms | × | full softmax ms | × | MultiHeadAttention ms | × | \
-             MatMul GFLOP/s | useful GFLOP | with halo | of limit with halo | of useful limit |\n\
-             |--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|\n",
-            if threads == 1 { "" } else { "s" }
-        ));
+        product.run(PRODUCTS)?;
+        let mut cells = vec![];
         for &tokens in &tokens {
-            let cell = Cell::new(threads, gflops, tokens)?;
+            let cell = Cell::new(threads, product.best(), tokens)?;
             let mut times = vec![];
             for (i, &window) in windows.iter().enumerate() {
                 let contenders = Contender::ALL
                     .iter()
                     .filter(|c| i == 0 || takes_window(**c));
-                let rate = cell.times(&host, &product, window, contenders, &mut times)?;
-                report.add(&cell.row(window, rate, &times));
+                cell.times(&host, &product, window, contenders, &mut times)?;
+                eprintln!("{threads} threads, {tokens} tokens, window {window}: done");
+            }
+            cells.push((cell, times));
+        }
+        let gflops = product.best();
+        report.add(&format!(
+            "\n## {threads} thread{}\n\nMatrix product {gflops:.0} GFLOP/s.\n\n\
+             | N | window | operator ms | body ms | × | full softmax ms | × | MultiHeadAttention ms | × | \
+             useful GFLOP | with halo | of limit with halo | of useful limit |\n\
+             |--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|\n",
+            if threads == 1 { "" } else { "s" }
+        ));
+        for (cell, times) in cells {
+            for &window in &windows {
+                report.add(&cell.row(window, gflops, &times));
             }
             measured.extend(times);
         }
@@ -129,9 +137,10 @@ fn run() -> Result<(), String> {
     );
     let mut peaks = vec![];
     report.add("\n| N | window | operator | body | full softmax | MultiHeadAttention |\n|--:|--:|--:|--:|--:|--:|\n");
-    let gflops = Product::gflops(Product::new(&host, 1)?.median(PRODUCTS)?);
+    let product = Product::new(&host, 1)?;
+    product.run(PRODUCTS)?;
     for &tokens in &tokens {
-        let cell = Cell::new(1, gflops, tokens)?;
+        let cell = Cell::new(1, product.best(), tokens)?;
         let found = cell.peaks(&windows)?;
         for &window in &windows {
             report.add(&cell.peak_row(window, &found));
@@ -252,8 +261,8 @@ impl Cell {
         })
     }
 
-    /// Median times of contenders with a window, run in turn, and the rate in GFLOP/s of the
-    /// matrix product between them.
+    /// Median times of contenders with a window, run in turn with each other and the matrix
+    /// product.
     fn times<'c>(
         &self,
         host: &Host,
@@ -261,7 +270,7 @@ impl Cell {
         window: usize,
         contenders: impl Iterator<Item = &'c Contender>,
         found: &mut Vec<Measured>,
-    ) -> Result<f64, String> {
+    ) -> Result<(), String> {
         let inputs = Inputs::new(host, self.side)?;
         let mut running = vec![];
         for &contender in contenders {
@@ -288,19 +297,19 @@ impl Cell {
                 times,
             });
         }
-        let mut products = vec![product.median(PRODUCTS)?];
+        product.run(PRODUCTS)?;
         while running.iter().any(|r| r.runs > 0) {
             for r in running.iter_mut().filter(|r| r.runs > 0) {
                 r.times.push(inputs.time(r.contender, &r.session)?);
                 r.runs -= 1;
             }
-            products.push(product.median(PRODUCTS)?);
+            product.run(PRODUCTS)?;
         }
         for r in running {
             let outcome = Outcome::Value(median(r.times));
             found.push(self.measured(r.contender, r.window, outcome));
         }
-        Ok(Product::gflops(median(products)))
+        Ok(())
     }
 
     fn measured(&self, contender: Contender, window: Option<usize>, outcome: Outcome) -> Measured {
@@ -347,7 +356,7 @@ impl Cell {
         let [useful, halo] = [1, TILE].map(|tile| self.flops(window, tile));
         let share = |flops: f64| 100.0 * flops / gflops / 1e9 / operator;
         row + &format!(
-            " {gflops:.0} | {:.2} | {:.2} | {:.0} % | {:.0} % |\n",
+            " {:.2} | {:.2} | {:.0} % | {:.0} % |\n",
             useful / 1e9,
             halo / 1e9,
             share(halo),
