@@ -111,6 +111,12 @@ impl Host {
         unsafe {
             self.check((self.api.CreateSessionOptions)(&mut options))?;
             self.check((self.api.SetIntraOpNumThreads)(options, threads))?;
+            // Threads of one session that wait for work would take the processors from the next.
+            self.check((self.api.AddSessionConfigEntry)(
+                options,
+                c"session.force_spinning_stop".as_ptr(),
+                c"1".as_ptr(),
+            ))?;
             register_in_process(options, self.api).map_err(|e| e.to_string())?;
             let made = self.check((self.api.CreateSessionFromArray)(
                 self.env,
