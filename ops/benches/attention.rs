@@ -10,8 +10,12 @@
 
 #[path = "support/host.rs"]
 mod host;
+#[path = "support/limits.rs"]
+mod limits;
 #[path = "support/machine.rs"]
 mod machine;
+#[path = "support/measure.rs"]
+mod measure;
 #[path = "support/models.rs"]
 mod models;
 #[path = "../tests/support/onnx_bytes.rs"]
@@ -27,7 +31,11 @@ use linfusion_ops::cpu::{
     Element, Execution, Isa, Tensors, Threads, as_output, linfusion_attention,
 };
 use linfusion_ops::{Dims, ElementType, Layout};
-use models::{BATCH, Contender, HEADS};
+use measure::{Product, list, median, numbers};
+use models::{Attention, Contender, Operator};
+
+const BATCH: usize = 2;
+const HEADS: usize = 8;
 
 /// Seconds spent on one cell of the table, all contenders together.
 const CELL_SECONDS: f64 = 2.0;
@@ -39,7 +47,7 @@ fn main() {
     if !std::env::args().any(|argument| argument == "--bench") {
         return;
     }
-    if let Err(message) = measure() {
+    if let Err(message) = run() {
         eprintln!("attention benchmark: {message}");
         std::process::exit(1);
     }
@@ -53,13 +61,29 @@ struct Limits {
 }
 
 impl Limits {
+    fn measure(host: Option<&Host>, threads: usize) -> Result<Self, String> {
+        let gbytes = limits::copy_bandwidth(threads);
+        let Some(host) = host else {
+            let gflops = limits::fma_peak(threads);
+            return Ok(Self { gflops, gbytes });
+        };
+        let product = Product::new(host, threads)?;
+        product.run(1)?;
+        limits::best_time(|| {
+            // The first run went well, and all are the same.
+            let _ = product.run(1);
+        });
+        let gflops = product.best();
+        Ok(Self { gflops, gbytes })
+    }
+
     /// Seconds that the slower of the two resources needs at least.
     fn seconds(&self, dims: &Dims, element: ElementType) -> f64 {
         (dims.flops() / self.gflops / 1e9).max(dims.bytes(element) / self.gbytes / 1e9)
     }
 }
 
-fn measure() -> Result<(), String> {
+fn run() -> Result<(), String> {
     let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
     let widths = list("LINFUSION_BENCH_WIDTHS", &[40, 64, 80, 160]);
     let tokens = list("LINFUSION_BENCH_TOKENS", &[256, 1024, 4096, 16384, 65536]);
@@ -91,7 +115,7 @@ fn measure() -> Result<(), String> {
             continue;
         }
         seen.push(threads);
-        let limits = limits(host.as_ref().ok(), threads)?;
+        let limits = Limits::measure(host.as_ref().ok(), threads)?;
         let head = format!(
             "\n## {threads} thread{}\n\nMatrix product {:.0} GFLOP/s, copy {:.1} GB/s.\n\n\
              | D | N | operator ms | body ms | × | softmax ms | × | MultiHeadAttention ms | × | GFLOP/s | GB/s | of limit |\n\
@@ -143,16 +167,6 @@ fn measure() -> Result<(), String> {
         .map_err(|e| format!("{}: {e}", folder.display()))
 }
 
-fn list(variable: &str, default: &[usize]) -> Vec<usize> {
-    match std::env::var(variable) {
-        Ok(text) => text
-            .split(',')
-            .filter_map(|s| s.trim().parse().ok())
-            .collect(),
-        Err(_) => default.to_vec(),
-    }
-}
-
 fn dims(width: usize, tokens: usize) -> Dims {
     Dims {
         layout: Layout::Packed,
@@ -163,35 +177,6 @@ fn dims(width: usize, tokens: usize) -> Dims {
         head_dim: width,
         value_dim: width,
     }
-}
-
-fn numbers(len: usize, salt: usize) -> Vec<f32> {
-    (0..len)
-        .map(|i| ((i + salt).wrapping_mul(2_654_435_761) % 1000) as f32 / 250.0 - 2.0)
-        .collect()
-}
-
-fn limits(host: Option<&Host>, threads: usize) -> Result<Limits, String> {
-    let gbytes = machine::copy_bandwidth(threads);
-    let Some(host) = host else {
-        let gflops = machine::fma_peak(threads);
-        return Ok(Limits { gflops, gbytes });
-    };
-    let session = host.session(&models::matrix_product(), threads)?;
-    let size = models::PRODUCT;
-    let shape = [1, size as i64, size as i64];
-    let tensors = [0, 1, 2].map(|salt| host.tensor(&shape, numbers(size * size, salt)));
-    let [a, b, c] = tensors;
-    let (a, b, c) = (a?, b?, c?);
-    session.time([&a, &b, &c])?;
-    let seconds = machine::best_time(|| {
-        // The first run went well, and all are the same.
-        let _ = session.time([&a, &b, &c]);
-    });
-    Ok(Limits {
-        gflops: 2.0 * (size as f64).powi(3) / seconds / 1e9,
-        gbytes,
-    })
 }
 
 /// What became of a contender.
@@ -216,6 +201,11 @@ impl Cell {
         let q = host.tensor(&shape, numbers(len, 0))?;
         let k = host.tensor(&shape, numbers(len, 1))?;
         let v = host.tensor(&shape, numbers(len, 2))?;
+        let attention = Attention {
+            operator: Operator::Linear,
+            heads: HEADS,
+            width,
+        };
         let mut found = vec![];
         let mut running = vec![];
         for contender in Contender::ALL {
@@ -223,16 +213,16 @@ impl Cell {
                 found.push((contender, Outcome::Skipped(reason)));
                 continue;
             }
-            let session = host.session(&models::model(contender, width)?, self.threads)?;
+            let session = host.session(&models::model(contender, attention)?, self.threads)?;
             // Memory is taken and caches are filled before it counts, unless that takes long.
-            let first = session.time([&q, &k, &v])?;
+            let first = session.time(&[&q, &k, &v])?;
             running.push((contender, session, first, vec![]));
         }
         for (_, session, first, times) in &mut running {
             if *first > CELL_SECONDS / 2.0 {
                 times.push(*first);
             } else {
-                times.push(session.time([&q, &k, &v])?);
+                times.push(session.time(&[&q, &k, &v])?);
             }
         }
         let start = std::time::Instant::now();
@@ -240,7 +230,7 @@ impl Cell {
             let mut ran = false;
             for (_, session, first, times) in &mut running {
                 if *first <= CELL_SECONDS / 2.0 {
-                    times.push(session.time([&q, &k, &v])?);
+                    times.push(session.time(&[&q, &k, &v])?);
                     ran = true;
                 }
             }
@@ -325,11 +315,6 @@ impl Cell {
             100.0 * self.limits.seconds(&self.dims, ElementType::F32) / operator
         )
     }
-}
-
-fn median(mut times: Vec<f64>) -> f64 {
-    times.sort_by(f64::total_cmp);
-    times[times.len() / 2]
 }
 
 /// The kernel on f32, f16 and bf16, without ONNX Runtime.

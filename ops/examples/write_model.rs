@@ -13,7 +13,7 @@ use linfusion_ops::body::{
     linfusion_attention_inline,
 };
 use linfusion_ops::{ElementType, Layout, LinFusionAttentionAttrs};
-use onnx_bytes::{Form, OneNode};
+use onnx_bytes::{Form, OneNode, Site};
 
 fn main() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -50,7 +50,7 @@ fn main() -> Result<(), Box<dyn Error>> {
                     layout,
                     element,
                     heads,
-                    eps: None,
+                    site: Site::Linear { eps: None },
                     widths,
                     form,
                 };

@@ -4,171 +4,24 @@
 //! Needs `LINFUSION_TEST_ORT_DIR`: a folder with one folder per release that holds
 //! `libonnxruntime.so*`. Without it the test that needs one does nothing but say so.
 
+#[path = "support/host.rs"]
+mod host;
 #[path = "support/onnx_bytes.rs"]
 mod onnx_bytes;
 
-use std::ffi::{CStr, CString, c_char, c_void};
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::ffi::{CStr, CString, c_char};
 use std::ptr;
 
-use libloading::Library;
+use host::{Host, our_library};
 use linfusion_ops::body::{BodySpec, linfusion_attention_body, linfusion_attention_inline};
 use linfusion_ops::ort::{RegisterCustomOps, register_in_process};
 use linfusion_ops::{ElementType, Layout, LinFusionAttentionAttrs, reference};
 use ndarray::ArrayD;
-use onnx_bytes::{Form, OneNode};
-use ort_sys::{
-    ONNXTensorElementDataType, OrtAllocatorType, OrtApi, OrtApiBase, OrtEnv, OrtErrorCode,
-    OrtLoggingLevel, OrtMemType, OrtSession, OrtSessionOptions, OrtStatus, OrtStatusPtr, OrtValue,
-};
+use onnx_bytes::{Form, OneNode, Site};
+use ort_sys::{OrtApi, OrtApiBase, OrtErrorCode, OrtStatus, OrtStatusPtr};
 
 const HEADS: usize = 4;
 const WIDTHS: [usize; 2] = [40, 24];
-
-/// A loaded ONNX Runtime with an environment. Nothing is released: the process ends with the test.
-struct Host {
-    api: &'static OrtApi,
-    base: *const OrtApiBase,
-    env: *mut OrtEnv,
-    release: String,
-}
-
-impl Host {
-    fn load(library: &Path) -> Self {
-        // SAFETY: a real ONNX Runtime, which stays loaded; the table is that of version 17.
-        unsafe {
-            let library: &'static Library = Box::leak(Box::new(Library::new(library).unwrap()));
-            let get = library
-                .get::<unsafe extern "C" fn() -> *const OrtApiBase>(b"OrtGetApiBase\0")
-                .unwrap();
-            let base = get();
-            let api = ((*base).GetApi)(17).as_ref().unwrap();
-            let release = CStr::from_ptr(((*base).GetVersionString)());
-            let mut host = Self {
-                api,
-                base,
-                env: ptr::null_mut(),
-                release: release.to_string_lossy().into_owned(),
-            };
-            let mut env = ptr::null_mut();
-            let level = OrtLoggingLevel::ORT_LOGGING_LEVEL_FATAL;
-            host.check((api.CreateEnv)(level, c"test".as_ptr(), &mut env))
-                .unwrap();
-            host.env = env;
-            host
-        }
-    }
-
-    fn check(&self, status: OrtStatusPtr) -> Result<(), String> {
-        if status.0.is_null() {
-            return Ok(());
-        }
-        // SAFETY: a status that is not null is ours.
-        unsafe {
-            let message = CStr::from_ptr((self.api.GetErrorMessage)(status.0));
-            let message = message.to_string_lossy().into_owned();
-            (self.api.ReleaseStatus)(status.0);
-            Err(message)
-        }
-    }
-
-    fn options(&self) -> *mut OrtSessionOptions {
-        let mut options = ptr::null_mut();
-        // SAFETY: the result is written before it is read.
-        self.check(unsafe { (self.api.CreateSessionOptions)(&mut options) })
-            .unwrap();
-        options
-    }
-
-    fn session(
-        &self,
-        model: &[u8],
-        options: *const OrtSessionOptions,
-    ) -> Result<Session<'_>, String> {
-        let mut session = ptr::null_mut();
-        // SAFETY: valid arguments; the model is copied.
-        self.check(unsafe {
-            (self.api.CreateSessionFromArray)(
-                self.env,
-                model.as_ptr().cast(),
-                model.len(),
-                options,
-                &mut session,
-            )
-        })?;
-        Ok(Session {
-            host: self,
-            session,
-        })
-    }
-
-    fn tensor(&self, data: &ArrayD<f32>) -> *mut OrtValue {
-        let shape: Vec<i64> = data.shape().iter().map(|&d| d as i64).collect();
-        let (mut info, mut value) = (ptr::null_mut(), ptr::null_mut());
-        let bytes = data.as_slice().unwrap();
-        // SAFETY: the array outlives the value in every test.
-        unsafe {
-            self.check((self.api.CreateCpuMemoryInfo)(
-                OrtAllocatorType::OrtArenaAllocator,
-                OrtMemType::OrtMemTypeDefault,
-                &mut info,
-            ))
-            .unwrap();
-            self.check((self.api.CreateTensorWithDataAsOrtValue)(
-                info,
-                bytes.as_ptr().cast_mut().cast(),
-                size_of_val(bytes),
-                shape.as_ptr(),
-                shape.len(),
-                ONNXTensorElementDataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT,
-                &mut value,
-            ))
-            .unwrap();
-        }
-        value
-    }
-}
-
-struct Session<'h> {
-    host: &'h Host,
-    session: *mut OrtSession,
-}
-
-// SAFETY: sessions of ONNX Runtime may run on several threads at once.
-unsafe impl Sync for Session<'_> {}
-
-impl Session<'_> {
-    fn run(&self, inputs: [&ArrayD<f32>; 3]) -> Result<Vec<f32>, String> {
-        let values = inputs.map(|x| self.host.tensor(x).cast_const());
-        let input_names = [c"q".as_ptr(), c"k".as_ptr(), c"v".as_ptr()];
-        let output_names = [c"out".as_ptr()];
-        let mut out: *mut OrtValue = ptr::null_mut();
-        let api = self.host.api;
-        // SAFETY: names, values and the place of the output have the counts given.
-        unsafe {
-            self.host.check((api.Run)(
-                self.session,
-                ptr::null(),
-                input_names.as_ptr(),
-                values.as_ptr(),
-                3,
-                output_names.as_ptr(),
-                1,
-                &mut out,
-            ))?;
-            let (mut info, mut count) = (ptr::null_mut(), 0);
-            self.host
-                .check((api.GetTensorTypeAndShape)(out, &mut info))?;
-            self.host
-                .check((api.GetTensorShapeElementCount)(info, &mut count))?;
-            let mut data: *mut c_void = ptr::null_mut();
-            self.host
-                .check((api.GetTensorMutableData)(out, &mut data))?;
-            Ok(std::slice::from_raw_parts(data.cast::<f32>(), count).to_vec())
-        }
-    }
-}
 
 fn model(form: Form, eps: Option<f32>) -> Vec<u8> {
     OneNode {
@@ -176,7 +29,7 @@ fn model(form: Form, eps: Option<f32>) -> Vec<u8> {
         layout: Layout::Packed,
         element: ElementType::F32,
         heads: HEADS as i64,
-        eps,
+        site: Site::Linear { eps },
         widths: WIDTHS,
         form,
     }
@@ -220,63 +73,15 @@ fn assert_right(found: &[f32], [q, k, v]: [&ArrayD<f32>; 3], eps: Option<f32>) {
     }
 }
 
-/// Every `libonnxruntime.so*` one folder below `LINFUSION_TEST_ORT_DIR`.
-fn runtimes() -> Vec<PathBuf> {
-    let Some(root) = std::env::var_os("LINFUSION_TEST_ORT_DIR") else {
-        eprintln!("LINFUSION_TEST_ORT_DIR is not set: no ONNX Runtime to test with");
-        return vec![];
-    };
-    let files = |folder: &Path| -> Vec<PathBuf> {
-        std::fs::read_dir(folder)
-            .into_iter()
-            .flatten()
-            .flatten()
-            .map(|entry| entry.path())
-            .collect()
-    };
-    let mut found: Vec<PathBuf> = files(Path::new(&root))
-        .iter()
-        .flat_map(|p| files(p))
-        .collect();
-    found.retain(|p| {
-        let name = p.file_name().unwrap_or_default().to_string_lossy();
-        name.starts_with("libonnxruntime.so")
-    });
-    found.sort();
-    assert!(!found.is_empty(), "no libonnxruntime.so* below {root:?}");
-    found
-}
-
-/// The cdylib beside this test; cargo builds it with the library.
-fn our_library() -> PathBuf {
-    let folder = std::env::current_exe().unwrap();
-    let folder = folder.ancestors().nth(1).unwrap();
-    ["", ".."]
-        .map(|up| folder.join(up).join("liblinfusion_ops.so"))
-        .into_iter()
-        .find(|p| p.is_file())
-        .expect("cargo builds liblinfusion_ops.so before the tests")
-}
-
-/// Each release runs in a process of its own, as two of them don't share one well.
 #[test]
 fn every_release() {
-    for library in runtimes() {
-        let status = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "one_release", "--ignored", "--nocapture"])
-            .env("LINFUSION_TEST_ORT_LIB", &library)
-            .status()
-            .unwrap();
-        assert!(status.success(), "{}", library.display());
-    }
+    host::every_release();
 }
 
 #[test]
 #[ignore = "run by `every_release` with LINFUSION_TEST_ORT_LIB"]
 fn one_release() {
-    let library = std::env::var_os("LINFUSION_TEST_ORT_LIB").expect("LINFUSION_TEST_ORT_LIB");
-    let host = Host::load(Path::new(&library));
-    eprintln!("ONNX Runtime {}", host.release);
+    let host = host::this_release();
     by_path_and_twice(&host);
     in_process(&host);
     without_the_library(&host);

@@ -66,6 +66,13 @@ fn cases() -> Vec<Case> {
         case(attrs(circle(9), Truncate, Prefix), 70, [10, 12]),
         case(attrs(RECT(3, 3), Clamp, Prefix), 77, [1, 9]),
         case(attrs(RECT(3, 3), Truncate, Suffix), 65, [9, 1]),
+        // Several tiles and blocks of keys, in each direction.
+        case(attrs(RECT(9, 7), Clamp, Prefix), 0, [37, 35]),
+        case(attrs(RECT(8, 12), Truncate, Suffix), 5, [35, 37]),
+        case(attrs(circle(12), Truncate, Prefix), 2, [40, 33]),
+        case(attrs(RECT(1, 200), Clamp, Prefix), 3, [2, 300]),
+        case(attrs(RECT(150, 1), Truncate, Prefix), 0, [260, 2]),
+        case(attrs(RECT(3, 3), Clamp, Prefix), 300, [5, 5]),
     ];
     for (head_dim, value_dim) in [(5, 5), (40, 40), (64, 64), (72, 72), (80, 33), (16, 128)] {
         cases.push(Case {

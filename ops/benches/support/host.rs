@@ -1,5 +1,6 @@
 //! ONNX Runtime through its C API: sessions of one-node models, and time per run.
 
+use std::any::Any;
 use std::ffi::CStr;
 use std::path::Path;
 use std::ptr;
@@ -24,7 +25,20 @@ pub struct Host {
 pub struct Tensor {
     value: *mut OrtValue,
     api: &'static OrtApi,
-    _data: Vec<f32>,
+    _data: Box<dyn Any>,
+}
+
+/// What tensors are made of.
+pub trait Number: Copy + 'static {
+    const TYPE: ONNXTensorElementDataType;
+}
+impl Number for f32 {
+    const TYPE: ONNXTensorElementDataType =
+        ONNXTensorElementDataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+}
+impl Number for i64 {
+    const TYPE: ONNXTensorElementDataType =
+        ONNXTensorElementDataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
 }
 
 impl Drop for Tensor {
@@ -97,6 +111,12 @@ impl Host {
         unsafe {
             self.check((self.api.CreateSessionOptions)(&mut options))?;
             self.check((self.api.SetIntraOpNumThreads)(options, threads))?;
+            // Threads of one session that wait for work would take the processors from the next.
+            self.check((self.api.AddSessionConfigEntry)(
+                options,
+                c"session.force_spinning_stop".as_ptr(),
+                c"1".as_ptr(),
+            ))?;
             register_in_process(options, self.api).map_err(|e| e.to_string())?;
             let made = self.check((self.api.CreateSessionFromArray)(
                 self.env,
@@ -115,7 +135,7 @@ impl Host {
     }
 
     /// A tensor of this shape.
-    pub fn tensor(&self, shape: &[i64], mut data: Vec<f32>) -> Result<Tensor, String> {
+    pub fn tensor<T: Number>(&self, shape: &[i64], mut data: Vec<T>) -> Result<Tensor, String> {
         let (mut info, mut value) = (ptr::null_mut(), ptr::null_mut());
         // SAFETY: the data lives as long as the value.
         unsafe {
@@ -130,7 +150,7 @@ impl Host {
                 size_of_val(&data[..]),
                 shape.as_ptr(),
                 shape.len(),
-                ONNXTensorElementDataType::ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT,
+                T::TYPE,
                 &mut value,
             ));
             (self.api.ReleaseMemoryInfo)(info);
@@ -139,16 +159,19 @@ impl Host {
         Ok(Tensor {
             value,
             api: self.api,
-            _data: data,
+            _data: Box::new(data),
         })
     }
 }
 
 impl Session<'_> {
-    /// Seconds of one run.
-    pub fn time(&self, inputs: [&Tensor; 3]) -> Result<f64, String> {
-        let values = inputs.map(|tensor| tensor.value.cast_const());
-        let input_names = [c"q".as_ptr(), c"k".as_ptr(), c"v".as_ptr()];
+    /// Seconds of one run on q, k, v and, where the model has it, grid.
+    pub fn time(&self, inputs: &[&Tensor]) -> Result<f64, String> {
+        let values: Vec<_> = inputs.iter().map(|t| t.value.cast_const()).collect();
+        let input_names = [c"q", c"k", c"v", c"grid"].map(CStr::as_ptr);
+        if values.len() > input_names.len() {
+            return Err(format!("{} inputs", values.len()));
+        }
         let output_names = [c"out".as_ptr()];
         let mut out: *mut OrtValue = ptr::null_mut();
         let api = self.host.api;
@@ -160,7 +183,7 @@ impl Session<'_> {
                 ptr::null(),
                 input_names.as_ptr(),
                 values.as_ptr(),
-                3,
+                values.len(),
                 output_names.as_ptr(),
                 1,
                 &mut out,

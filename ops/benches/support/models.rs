@@ -1,16 +1,36 @@
-//! The models that are timed: the operator and the other ways to compute attention.
+//! The models that are timed: an operator and the other ways to compute attention.
 
 use linfusion_ops::body::{
     AttributeValue, BodyAttribute, BodyFunction, BodyNode, BodySpec, linfusion_attention_inline,
+    window_attention_inline,
 };
+use linfusion_ops::schema::{ATTR_NUM_HEADS, WindowAttentionAttrs};
 use linfusion_ops::{ElementType, Layout, LinFusionAttentionAttrs};
 
-use crate::onnx_bytes::{Form, OneNode};
+use crate::onnx_bytes::{Form, OneNode, Site};
 
-pub const BATCH: usize = 2;
-pub const HEADS: usize = 8;
 /// Rows and columns of the factors of [`matrix_product`].
 pub const PRODUCT: usize = 1024;
+
+/// What the operator of a model is.
+#[derive(Clone, Copy)]
+pub enum Operator {
+    /// `LinFusionAttention`.
+    #[allow(dead_code, reason = "each benchmark has one of them")]
+    Linear,
+    /// `WindowAttention`.
+    #[allow(dead_code, reason = "each benchmark has one of them")]
+    Window(WindowAttentionAttrs),
+}
+
+/// An operator and its heads.
+#[derive(Clone, Copy)]
+pub struct Attention {
+    pub operator: Operator,
+    pub heads: usize,
+    /// Of each head.
+    pub width: usize,
+}
 
 /// A way to compute attention.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -44,40 +64,58 @@ const SPEC: BodySpec = BodySpec {
     element: ElementType::F32,
 };
 
-/// The model of a contender for heads of this width.
-pub fn model(contender: Contender, width: usize) -> Result<Vec<u8>, String> {
+/// The model of a contender. The operator and its body take the inputs of the operator, the
+/// others q, k and v.
+pub fn model(contender: Contender, attention: Attention) -> Result<Vec<u8>, String> {
     let form = match contender {
         Contender::Operator => Form::Op,
         // The standard operators in place of the node, as ONNX Runtime runs a function without
         // our library.
-        Contender::Body => {
-            let attrs =
-                LinFusionAttentionAttrs::new(HEADS as i64, None).map_err(|e| e.to_string())?;
-            let body = linfusion_attention_inline(SPEC, attrs);
-            Form::Inlined(body.map_err(|e| e.to_string())?)
-        }
-        Contender::Softmax => Form::Inlined(softmax(width)),
+        Contender::Body => Form::Inlined(body(attention)?),
+        Contender::Softmax => Form::Inlined(softmax(attention)),
         Contender::Fused => Form::Other {
             op_type: "MultiHeadAttention".into(),
             domain: "com.microsoft".into(),
         },
     };
-    Ok(one_node(form, width))
+    let site = match (contender, attention.operator) {
+        (Contender::Operator | Contender::Body, Operator::Window(attrs)) => Site::Window {
+            attributes: attrs
+                .attributes()
+                .into_iter()
+                .filter(|a| a.name != ATTR_NUM_HEADS)
+                .collect(),
+        },
+        _ => Site::Linear { eps: None },
+    };
+    Ok(one_node(form, site, attention.heads, attention.width))
+}
+
+fn body(attention: Attention) -> Result<BodyFunction, String> {
+    let body = match attention.operator {
+        Operator::Linear => {
+            let attrs = LinFusionAttentionAttrs::new(attention.heads as i64, None)
+                .map_err(|e| e.to_string())?;
+            linfusion_attention_inline(SPEC, attrs)
+        }
+        Operator::Window(attrs) => window_attention_inline(SPEC, &attrs),
+    };
+    body.map_err(|e| e.to_string())
 }
 
 /// out = q · k with square factors.
 pub fn matrix_product() -> Vec<u8> {
     let body = function(vec![node("MatMul", &["q", "k"], "out", vec![])]);
-    one_node(Form::Inlined(body), PRODUCT / HEADS)
+    one_node(Form::Inlined(body), Site::Linear { eps: None }, 1, PRODUCT)
 }
 
-fn one_node(form: Form, width: usize) -> Vec<u8> {
+fn one_node(form: Form, site: Site, heads: usize, width: usize) -> Vec<u8> {
     OneNode {
         opset: SPEC.opset,
         layout: SPEC.layout,
         element: SPEC.element,
-        heads: HEADS as i64,
-        eps: None,
+        heads: heads as i64,
+        site,
         widths: [width, width],
         form,
     }
@@ -109,7 +147,7 @@ fn attribute(name: &str, value: AttributeValue) -> Vec<BodyAttribute> {
 }
 
 /// Softmax attention as exporters write it.
-fn softmax(width: usize) -> BodyFunction {
+fn softmax(Attention { heads, width, .. }: Attention) -> BodyFunction {
     let ints = |data: &[i64]| {
         let (dims, data) = (vec![data.len() as i64], data.to_vec());
         attribute("value", AttributeValue::TensorI64 { dims, data })
@@ -124,13 +162,13 @@ fn softmax(width: usize) -> BodyFunction {
             "Constant",
             &[],
             "split",
-            ints(&[0, 0, HEADS as i64, width as i64]),
+            ints(&[0, 0, heads as i64, width as i64]),
         ),
         node(
             "Constant",
             &[],
             "merged",
-            ints(&[0, 0, (HEADS * width) as i64]),
+            ints(&[0, 0, (heads * width) as i64]),
         ),
         node("Constant", &[], "scale", attribute("value", scale)),
         node("Reshape", &["q", "split"], "q4", vec![]),

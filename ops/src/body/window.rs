@@ -655,3 +655,6 @@ impl Builder {
         self.op("Loop", &[count, go_on], "tiles", body)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -127,7 +127,7 @@ impl Ahead {
 
 /// Brings a cache line into the second level. Harmless for any address.
 #[inline(always)]
-fn prefetch(at: *const u8) {
+pub(super) fn prefetch(at: *const u8) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a prefetch never faults.
     unsafe {

@@ -173,6 +173,49 @@ unsafe impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    unsafe fn transpose(from: *const f32, from_step: usize, to: *mut f32, to_step: usize) {
+        // SAFETY: as for the trait.
+        unsafe {
+            let mut rows = [_mm512_setzero_ps(); 16];
+            for (i, row) in rows.iter_mut().enumerate() {
+                *row = _mm512_loadu_ps(from.add(i * from_step));
+            }
+            // In fours of rows, lane by lane of 128 bits: element j of each.
+            let mut fours = rows;
+            for i in (0..16).step_by(4) {
+                let [a, b, c, d] = [rows[i], rows[i + 1], rows[i + 2], rows[i + 3]];
+                let low = [_mm512_unpacklo_ps(a, b), _mm512_unpacklo_ps(c, d)];
+                let high = [_mm512_unpackhi_ps(a, b), _mm512_unpackhi_ps(c, d)];
+                fours[i] = _mm512_shuffle_ps::<0x44>(low[0], low[1]);
+                fours[i + 1] = _mm512_shuffle_ps::<0xee>(low[0], low[1]);
+                fours[i + 2] = _mm512_shuffle_ps::<0x44>(high[0], high[1]);
+                fours[i + 3] = _mm512_shuffle_ps::<0xee>(high[0], high[1]);
+            }
+            // Lanes of 128 bits of the four fours.
+            for j in 0..4 {
+                let [a, b, c, d] = [fours[j], fours[4 + j], fours[8 + j], fours[12 + j]];
+                let even = [
+                    _mm512_shuffle_f32x4::<0x88>(a, b),
+                    _mm512_shuffle_f32x4::<0x88>(c, d),
+                ];
+                let odd = [
+                    _mm512_shuffle_f32x4::<0xdd>(a, b),
+                    _mm512_shuffle_f32x4::<0xdd>(c, d),
+                ];
+                let columns = [
+                    _mm512_shuffle_f32x4::<0x88>(even[0], even[1]),
+                    _mm512_shuffle_f32x4::<0x88>(odd[0], odd[1]),
+                    _mm512_shuffle_f32x4::<0xdd>(even[0], even[1]),
+                    _mm512_shuffle_f32x4::<0xdd>(odd[0], odd[1]),
+                ];
+                for (lane, column) in columns.into_iter().enumerate() {
+                    _mm512_storeu_ps(to.add((lane * 4 + j) * to_step), column);
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
     unsafe fn vectorize<K: Kernel>(kernel: K) {
         // Not inlined: each tile stays a function of its own, with registers of its own.
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]

@@ -74,6 +74,22 @@ pub(super) unsafe trait Simd: Copy + Send + Sync + 'static {
     unsafe fn extend_half(v: Self::Half) -> Self::Full;
     /// Sum of all lanes.
     unsafe fn sum(v: Self::Full) -> Self::Number;
+    /// Copies a square of `Full::LANES` rows of so many numbers, rows as columns. Steps are the
+    /// numbers from one row to the next.
+    #[inline(always)]
+    unsafe fn transpose(
+        from: *const Self::Number,
+        from_step: usize,
+        to: *mut Self::Number,
+        to_step: usize,
+    ) {
+        for row in 0..Self::Full::LANES {
+            for column in 0..Self::Full::LANES {
+                // SAFETY: the caller gives both squares.
+                unsafe { *to.add(column * to_step + row) = *from.add(row * from_step + column) };
+            }
+        }
+    }
     /// Runs the kernel compiled for this instruction set.
     unsafe fn vectorize<K: Kernel>(kernel: K);
 }

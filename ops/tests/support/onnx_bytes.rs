@@ -1,10 +1,12 @@
-//! Just enough protobuf to write a model with one `LinFusionAttention` node, with or without its
+//! Just enough protobuf to write a model with one node of our domain, with or without its
 //! function body: this crate stays free of a protobuf library.
 
 use linfusion_ops::body::{
     AttributeValue, BodyAttribute, BodyFunction, BodyNode, GraphValue, RefKind,
 };
-use linfusion_ops::schema::{DOMAIN, LINFUSION_ATTENTION, OPSET_VERSION};
+use linfusion_ops::schema::{
+    DOMAIN, INPUT_NAMES, LINFUSION_ATTENTION, OPSET_VERSION, WINDOW_ATTENTION, WINDOW_INPUT_NAMES,
+};
 use linfusion_ops::{ElementType, Layout};
 
 /// How the operator stands in the model.
@@ -27,7 +29,54 @@ pub enum Form {
     },
 }
 
-/// A model with inputs q, k, v and the output out; every dimension but the widths is symbolic.
+/// Which operator, and the attributes of its node.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Site {
+    /// `LinFusionAttention`.
+    #[allow(dead_code, reason = "not everyone who writes models has it")]
+    Linear {
+        /// Attribute `eps`, if the node has one.
+        eps: Option<f32>,
+    },
+    /// `WindowAttention`, with an input `grid` after q, k and v.
+    #[allow(dead_code, reason = "not everyone who writes models has windows")]
+    Window {
+        /// All attributes but `num_heads`.
+        attributes: Vec<BodyAttribute>,
+    },
+}
+
+impl Site {
+    fn op_type(&self) -> &'static str {
+        match self {
+            Self::Linear { .. } => LINFUSION_ATTENTION,
+            Self::Window { .. } => WINDOW_ATTENTION,
+        }
+    }
+
+    fn inputs(&self) -> &'static [&'static str] {
+        match self {
+            Self::Linear { .. } => &INPUT_NAMES,
+            Self::Window { .. } => &WINDOW_INPUT_NAMES,
+        }
+    }
+
+    fn attributes(&self) -> Vec<BodyAttribute> {
+        match self {
+            Self::Linear { eps } => eps
+                .map(|eps| BodyAttribute {
+                    name: "eps".into(),
+                    value: AttributeValue::Float(eps),
+                })
+                .into_iter()
+                .collect(),
+            Self::Window { attributes } => attributes.clone(),
+        }
+    }
+}
+
+/// A model with the operator's inputs and the output out; every dimension but the widths is
+/// symbolic.
 #[derive(Debug, Clone, PartialEq)]
 pub struct OneNode {
     /// The default domain's opset.
@@ -38,8 +87,8 @@ pub struct OneNode {
     pub element: ElementType,
     /// Attribute `num_heads`.
     pub heads: i64,
-    /// Attribute `eps`, if the node has one.
-    pub eps: Option<f32>,
+    /// Which operator.
+    pub site: Site,
     /// D and Dv.
     pub widths: [usize; 2],
     /// How the operator stands in it.
@@ -181,7 +230,7 @@ fn function(f: &BodyFunction, opset: i64) -> Message {
         .text(10, DOMAIN)
 }
 
-fn value_info(name: &str, element: ElementType, dims: &[Dim]) -> Message {
+fn value_info(name: &str, element: i32, dims: &[Dim]) -> Message {
     let shape = Message::default().each(dims, |m, d| {
         m.message(
             1,
@@ -192,12 +241,15 @@ fn value_info(name: &str, element: ElementType, dims: &[Dim]) -> Message {
         )
     });
     let tensor = Message::default()
-        .int(1, i64::from(element.onnx_code()))
+        .int(1, i64::from(element))
         .message(2, shape);
     Message::default()
         .text(1, name)
         .message(2, Message::default().message(1, tensor))
 }
+
+/// `TensorProto.INT64`.
+const INT64: i32 = 7;
 
 enum Dim {
     Value(usize),
@@ -222,21 +274,23 @@ impl OneNode {
             ],
         };
         let [d, dv] = self.widths;
+        let element = self.element.onnx_code();
         let mut attributes = vec![BodyAttribute {
             name: "num_heads".into(),
             value: AttributeValue::Int(self.heads),
         }];
-        attributes.extend(self.eps.map(|eps| BodyAttribute {
-            name: "eps".into(),
-            value: AttributeValue::Float(eps),
-        }));
-        let (op_type, domain) = match &self.form {
-            Form::Other { op_type, domain } => (op_type.as_str(), domain.as_str()),
-            _ => (LINFUSION_ATTENTION, DOMAIN),
+        let (op_type, domain, inputs) = match &self.form {
+            Form::Other { op_type, domain } => {
+                (op_type.as_str(), domain.as_str(), &INPUT_NAMES[..])
+            }
+            _ => {
+                attributes.extend(self.site.attributes());
+                (self.site.op_type(), DOMAIN, self.site.inputs())
+            }
         };
         let site = BodyNode {
             op_type: op_type.into(),
-            inputs: ["q", "k", "v"].map(String::from).to_vec(),
+            inputs: inputs.iter().map(|&s| s.into()).collect(),
             outputs: vec!["out".into()],
             attributes,
         };
@@ -247,10 +301,13 @@ impl OneNode {
         };
         graph = graph
             .text(2, "one_node")
-            .message(11, value_info("q", self.element, &dims("queries", d)))
-            .message(11, value_info("k", self.element, &dims("keys", d)))
-            .message(11, value_info("v", self.element, &dims("keys", dv)))
-            .message(12, value_info("out", self.element, &dims("queries", dv)));
+            .message(11, value_info("q", element, &dims("queries", d)))
+            .message(11, value_info("k", element, &dims("keys", d)))
+            .message(11, value_info("v", element, &dims("keys", dv)));
+        if inputs.len() == WINDOW_INPUT_NAMES.len() {
+            graph = graph.message(11, value_info("grid", INT64, &[Dim::Value(2)]));
+        }
+        graph = graph.message(12, value_info("out", element, &dims("queries", dv)));
         let mut model = Message::default()
             .int(1, 8)
             .text(2, "linfusion-ops tests")

@@ -1,14 +1,18 @@
 //! `WindowAttention` on the CPU: one task for each tile of queries of each head.
 //!
-//! A tile's queries meet the keys that their windows reach, block by block, with a running maximum
-//! and sum (online softmax): memory does not depend on the window or the image. Queries lie in the
-//! lanes of the vectors, so that neither maximum nor sum crosses lanes and keys and values are
-//! read as they are, one number at a time.
+//! A tile is cut into groups of neighbouring queries, which lie in the lanes of the vectors: neither
+//! maximum nor sum crosses lanes, and keys and values are read as they are, one number at a time.
+//! The keys that the tile's windows reach are read block by block, once for all groups; of a block
+//! each group meets the keys that its own windows reach, with a running maximum and sum (online
+//! softmax): memory does not depend on the window or the image.
 //!
 //! Tiles are cut by the sizes alone and each is computed by one thread: the result has the same bits
 //! for any number of threads.
 
+mod blocks;
+mod product;
 mod task;
+mod tile;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -16,17 +20,11 @@ use super::buffer::Buffer;
 use super::element::{Dispatch, Element};
 use super::simd::Accumulator;
 use super::{Execution, Isa, KernelError, Tensors};
-use crate::schema::{GridAxis, Layout, Window, WindowAttentionAttrs, WindowDims};
+use crate::schema::{Layout, WindowAttentionAttrs, WindowDims};
 
 pub(super) use task::WindowTask;
-
-/// Queries of a tile: lanes of the scores.
-pub(super) const QUERIES: usize = 64;
-/// Rows and columns of a tile of image queries: larger ones reach more keys that most of their
-/// queries don't.
-const TILE: usize = 8;
-/// Keys of a block; a multiple of every register tile's rows.
-pub(super) const KEYS: usize = 60;
+use task::scratch_len;
+use tile::Tiles;
 
 /// Computes the operator of [`crate::schema`], `WindowAttention`.
 ///
@@ -62,7 +60,7 @@ pub fn window_attention<T: Element>(
     let plan = Plan {
         dims,
         attrs,
-        tile: [TILE.min(dims.rows), TILE.min(dims.cols)],
+        tiles: Tiles::new(dims, attrs),
     };
     plan.run(tensors, execution)
 }
@@ -70,31 +68,7 @@ pub fn window_attention<T: Element>(
 struct Plan<'a> {
     dims: &'a WindowDims,
     attrs: &'a WindowAttentionAttrs,
-    /// Rows and columns of a tile of image queries.
-    tile: [usize; 2],
-}
-
-/// The queries of one task and the keys they may attend to.
-pub(super) struct Tile {
-    /// Tokens of the queries, [`QUERIES`] at most.
-    pub(super) queries: Vec<usize>,
-    /// Rows and columns of the keys, `None` for text queries, which attend to all tokens.
-    pub(super) reach: Option<Reach>,
-}
-
-/// The image keys that a tile's windows reach, and which query reaches which.
-///
-/// The key at (row, column) is outside the window of query `lane` by
-/// `rows[row][lane] + columns[column][lane] - limit`, where that is above zero.
-pub(super) struct Reach {
-    pub(super) first_row: usize,
-    pub(super) first_column: usize,
-    /// By row of keys, a number a lane.
-    pub(super) rows: Vec<[f32; QUERIES]>,
-    /// By column of keys.
-    pub(super) columns: Vec<[f32; QUERIES]>,
-    /// Where a circle ends; 0 for a rectangle, whose numbers are 0 or 1.
-    pub(super) limit: f32,
+    tiles: Tiles<'a>,
 }
 
 impl Plan<'_> {
@@ -104,13 +78,9 @@ impl Plan<'_> {
         execution: Execution<'_>,
     ) -> Result<(), KernelError> {
         let dims = self.dims;
-        let [tile_rows, tile_cols] = self.tile;
-        let across = dims.cols.div_ceil(tile_cols);
-        let image_tiles = dims.rows.div_ceil(tile_rows) * across;
-        let text_tiles = dims.text.div_ceil(QUERIES);
-        let tiles = image_tiles + text_tiles;
+        let tiles = self.tiles.count();
         let heads = dims.batch * dims.heads;
-        let scratch_len = WindowTask::<T, T::Number>::scratch(dims);
+        let scratch_len = scratch_len(dims, self.tiles.most_groups());
         let out = SendPtr(tensors.out.as_mut_ptr().cast::<T>());
         let (q, k, v) = (tensors.q, tensors.k, tensors.v);
         let scale = match self.attrs.scale.filter(|s| *s != 0.0) {
@@ -123,18 +93,19 @@ impl Plan<'_> {
                 out_of_memory.store(true, Ordering::Relaxed);
                 return;
             };
-            // Neighbouring tasks are neighbouring tiles of one head: they share keys.
-            let (head, tile) = (index / tiles, index % tiles);
-            let tile = if tile < image_tiles {
-                self.image_tile(tile / across, tile % across)
-            } else {
-                self.text_tile(tile - image_tiles)
+            // Neighbouring tasks are close in memory: heads of the same tokens, or tokens of the
+            // same head.
+            let (head, tile) = match dims.layout {
+                Layout::Packed => (index % heads, index / heads),
+                Layout::Heads => (index / tiles, index % tiles),
             };
+            let tile = self.tiles.tile(tile);
             let (batch, head) = (head / dims.heads, head % dims.heads);
             let task = WindowTask {
                 dims,
                 text: self.attrs.text,
                 tile: &tile,
+                halves: &self.tiles.halves,
                 q: self.rows(q.as_ptr(), batch, head, dims.head_dim),
                 k: self.rows(k.as_ptr(), batch, head, dims.head_dim),
                 v: self.rows(v.as_ptr(), batch, head, dims.value_dim),
@@ -159,70 +130,6 @@ impl Plan<'_> {
             });
         }
         Ok(())
-    }
-
-    fn image_tile(&self, row: usize, column: usize) -> Tile {
-        let dims = self.dims;
-        let image = dims.image_start(self.attrs.text);
-        let [tile_rows, tile_cols] = self.tile;
-        let rows = row * tile_rows..((row + 1) * tile_rows).min(dims.rows);
-        let cols = column * tile_cols..((column + 1) * tile_cols).min(dims.cols);
-        let places: Vec<(usize, usize)> = rows
-            .clone()
-            .flat_map(|y| cols.clone().map(move |x| (y, x)))
-            .collect();
-        let union = |axis: GridAxis, range: &std::ops::Range<usize>, size: usize| {
-            let first = self.attrs.key_range(axis, range.start, size).start;
-            let end = self.attrs.key_range(axis, range.end - 1, size).end;
-            first..end
-        };
-        let key_rows = union(GridAxis::Rows, &rows, dims.rows);
-        let key_cols = union(GridAxis::Cols, &cols, dims.cols);
-        let outside = |axis: GridAxis, key: usize, at: usize, size: usize| match self.attrs.window {
-            Window::Circle { .. } => {
-                let apart = key.abs_diff(at) as f32;
-                apart * apart
-            }
-            Window::Rect { .. } => f32::from(!self.attrs.key_range(axis, at, size).contains(&key)),
-        };
-        let lanes = |of: &dyn Fn((usize, usize)) -> f32| {
-            let mut lanes = [0.0; QUERIES];
-            for (lane, place) in lanes.iter_mut().zip(&places) {
-                *lane = of(*place);
-            }
-            lanes
-        };
-        Tile {
-            queries: places
-                .iter()
-                .map(|(y, x)| image + y * dims.cols + x)
-                .collect(),
-            reach: Some(Reach {
-                first_row: key_rows.start,
-                first_column: key_cols.start,
-                rows: key_rows
-                    .map(|key| lanes(&|(y, _)| outside(GridAxis::Rows, key, y, dims.rows)))
-                    .collect(),
-                columns: key_cols
-                    .map(|key| lanes(&|(_, x)| outside(GridAxis::Cols, key, x, dims.cols)))
-                    .collect(),
-                limit: match self.attrs.window {
-                    // d² < r² for whole numbers.
-                    Window::Circle { radius } => (radius * radius) as f32 - 0.5,
-                    Window::Rect { .. } => 0.0,
-                },
-            }),
-        }
-    }
-
-    fn text_tile(&self, index: usize) -> Tile {
-        let start = self.dims.text_start(self.attrs.text);
-        let first = index * QUERIES;
-        let end = (first + QUERIES).min(self.dims.text);
-        Tile {
-            queries: (start + first..start + end).collect(),
-            reach: None,
-        }
     }
 
     /// The rows of one head of a tensor.
