@@ -58,8 +58,9 @@ impl<'m> Analysis<'m> {
         let read = |t: &TensorProto| file.tensor_bytes(t).ok();
         let graph = Graph::new(&model.graph);
         let look = |here: &Probe, there: &Probe| {
-            let shapes = Shapes::propagate(model, &read, here);
+            let mut shapes = Shapes::propagate(model, &read, here);
             let again = Shapes::propagate(model, &read, there);
+            shapes.forget_what_varies(&graph, &again);
             let grids = Grids::new(&graph, &shapes, &again, stated);
             let sites = find(model, &graph, &shapes, &grids);
             (shapes, again, sites)

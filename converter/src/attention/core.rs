@@ -5,7 +5,8 @@ use linfusion_models::onnx::proto::NodeProto;
 
 use super::plain::from_integer;
 use crate::graph::{Graph, NodeId, attr_float, attr_int, attr_str, domain, input, op};
-use crate::shapes::{Shapes, einsum_terms};
+use crate::shapes::eval::element::BOOL;
+use crate::shapes::{Elements, Shapes, einsum_terms};
 
 /// What an axis of an operand means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -494,7 +495,7 @@ fn weighted_sum<'m>(
             }
             "Einsum" => return einsum_sum(graph, shapes, reader, value),
             _ => {
-                let Some((p, v, _)) = product_operands(graph, shapes, reader)? else {
+                let Some((p, v, factor)) = product_operands(graph, shapes, reader)? else {
                     return not(format!(
                         "Softmax is followed by {} '{}', not by a product with values",
                         op(node),
@@ -504,6 +505,13 @@ fn weighted_sum<'m>(
                 if p.value != value {
                     return not(format!(
                         "the Softmax is the right operand of '{}'",
+                        crate::graph::label(node)
+                    ));
+                }
+                let rows_first = matches!(p.roles[..], [.., Role::Token, Role::Channel]);
+                if factor != 1.0 || !rows_first {
+                    return not(format!(
+                        "the product with values '{}' is scaled by {factor} or takes the weights transposed",
                         crate::graph::label(node)
                     ));
                 }
@@ -771,6 +779,16 @@ fn is_zero(graph: &Graph<'_>, shapes: &Shapes, value: &str) -> bool {
     }
 }
 
+/// Whether a mask hides nothing: zeros to be added, or truth.
+fn lets_all_through(graph: &Graph<'_>, shapes: &Shapes, mask: &str) -> bool {
+    let fact = shapes.fact(mask);
+    if fact.element == Some(BOOL) {
+        let all = |e: &Elements| (0..e.len()).all(|i| e.float(i) == Some(1.0));
+        return !shapes.is_default(mask) && fact.elements.as_ref().is_some_and(all);
+    }
+    is_zero(graph, shapes, mask)
+}
+
 fn named_mask(node: &NodeProto, slots: &[(usize, &str)]) -> Option<String> {
     slots
         .iter()
@@ -803,9 +821,11 @@ fn standard<'m>(
             (3, "an attention mask"),
             (4, "a key cache"),
             (5, "a value cache"),
+            (6, "lengths of the sequences"),
         ],
     );
-    if input(node, 3).is_some_and(|m| is_zero(graph, shapes, m)) && input(node, 4).is_none() {
+    let only_a_mask = [4, 5, 6].iter().all(|&slot| input(node, slot).is_none());
+    if only_a_mask && input(node, 3).is_some_and(|m| lets_all_through(graph, shapes, m)) {
         mask = None;
     }
     if attr_int(node, "is_causal") == Some(1) {
@@ -902,6 +922,9 @@ fn merged<'m>(
     };
     if attr_int(node, "unidirectional") == Some(1) {
         mask = Some("causal attention".into());
+    }
+    if attr_int(node, "do_rotary") == Some(1) {
+        mask = Some("rotary embeddings that the node makes itself".into());
     }
     let out = output_like(graph, shapes, anchor, heads)?;
     let scale = attr_float(node, "scale")

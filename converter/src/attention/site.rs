@@ -15,7 +15,7 @@ use super::names::{
 use super::plain::{Plain, plain};
 use super::projection::roots;
 use super::stream::{TextSide, stream};
-use crate::graph::{Graph, NodeId, label, qualified_op, subgraphs};
+use crate::graph::{Graph, NodeId, label, op, qualified_op, subgraphs};
 use crate::grid::{Grid, Grids};
 use crate::shapes::Shapes;
 
@@ -181,7 +181,8 @@ fn read<'m>(graph: &Graph<'m>, shapes: &Shapes, grids: &Grids<'_, 'm>, anchor: N
                 unread: graph
                     .input(anchor, 0)
                     .is_none_or(|scores| shapes.shape(scores).is_none()),
-                attends: between_products(graph, anchor),
+                attends: !op(graph.node(anchor)).ends_with("Softmax")
+                    || between_products(graph, anchor),
                 ..unreachable_site(&name, "")
             };
         }

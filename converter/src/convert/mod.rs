@@ -6,6 +6,7 @@ mod patches;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
+use linfusion_models::catalogue::canonical_module;
 use linfusion_models::checkpoint::{
     Checkpoint, CheckpointModule, MlpWidth, SearchPlaces, discover, download_command,
 };
@@ -129,7 +130,9 @@ pub fn convert(
     } else {
         enough?;
     }
-    let mut warnings = Vec::new();
+    let mut warnings = checkpoint
+        .as_ref()
+        .map_or_else(Vec::new, |c| doubts(&analysis, c, &modules));
     let (patches, converted, used) = patches(
         request,
         &analysis,
@@ -242,6 +245,40 @@ pub const CONVERTED_KEY: &str = "linfusion.converted";
 #[must_use]
 pub fn default_output(model: &Path) -> PathBuf {
     model.with_extension("linfusion.onnx")
+}
+
+/// What of a checkpoint looks as if it were meant for another model.
+fn doubts(
+    analysis: &Analysis<'_>,
+    checkpoint: &Checkpoint,
+    modules: &[Option<&CheckpointModule>],
+) -> Vec<String> {
+    const MANY: usize = 4;
+    let mut doubts = Vec::new();
+    let unused = checkpoint.unused_tensors();
+    if let Some(first) = unused.first() {
+        doubts.push(format!(
+            "{} of the checkpoint's tensors are none that the format has, and are ignored: '{first}'{}",
+            unused.len(),
+            if unused.len() > 1 { ", …" } else { "" }
+        ));
+    }
+    let renamed = analysis
+        .sites
+        .iter()
+        .zip(modules)
+        .filter_map(|(site, module)| {
+            let (path, module) = (site.module.as_deref()?, (*module)?);
+            let same = canonical_module(path) == canonical_module(&module.module_name);
+            (!same).then(|| {
+                format!(
+                    "'{path}' gets the checkpoint's '{}', by its place in the order: names differ",
+                    module.module_name
+                )
+            })
+        });
+    doubts.extend(renamed.take(MANY));
+    doubts
 }
 
 fn refuse_converted(model: &ModelProto, name: &str) -> Result<(), ConvertError> {

@@ -14,6 +14,7 @@ use crate::attention::exact::{Axes, Exact, Reading};
 use crate::attention::plain::Plain;
 use crate::attention::site::{Image, Site};
 use crate::attention::stream::TextSide;
+use crate::graph::label;
 use crate::grid::{GridSize, GridSource};
 use crate::plan::Method;
 
@@ -83,6 +84,11 @@ pub fn patch(
         .graph
         .producer(exact.merged)
         .ok_or_else(|| fail(format!("no node makes '{}'", exact.merged)))?;
+    let makes = |o: &&String| !o.is_empty();
+    let replaced = context.graph.node(port.node);
+    if replaced.output.iter().filter(makes).count() > 1 {
+        return Err(fail(format!("'{}' has several outputs", label(replaced))));
+    }
     if let Weights::Module { module, .. } = weights {
         check_module(&frame, &site.anchor, module)?;
     }
@@ -101,6 +107,7 @@ pub fn patch(
         border: window.border,
         text: image.text.unwrap_or(without_text),
     };
+    attrs.check().map_err(|e| fail(e.to_string()))?;
     let qkv = parts.operands(&mut b)?;
     let grid = b.grid(image.grid.source, context.shapes);
     let attended = b.window_attention(&qkv, &grid, &attrs)?;
@@ -380,8 +387,23 @@ impl Builder<'_, '_> {
                 let size = self.op("Add", "grid/size", &[&span, &one], vec![]);
                 let size = self.slice(&size, 1, 3, rank as i64 - 1, "grid/pixel");
                 let flat = self.ints("grid/flat", &[-1]);
-                let size = self.op("Reshape", "grid", &[&size, &flat], vec![]);
-                self.slice(&size, 0, 2, 0, "grid")
+                let size = self.op("Reshape", "grid/last_pixel", &[&size, &flat], vec![]);
+                let size = self.slice(&size, 0, 2, 0, "grid/stated");
+                // Rows and columns of other ids (of two images, say) do not multiply to their
+                // number: then this Reshape fails, and nothing is computed wrong.
+                let column = self.ints("grid/column", &[0]);
+                let last = vec![make::int("axis", rank as i64 - 1)];
+                let column = self.op("Gather", "grid/column", &[&ids, &column], last);
+                let mut shape = size;
+                if rank > 2 {
+                    let batch = self.ints("grid/batch", &[0]);
+                    let axis = vec![make::int("axis", 0)];
+                    shape = self.op("Concat", "grid/shape", &[&batch, &shape], axis);
+                }
+                let step = "grid/ids_are_rows_times_columns";
+                let plane = self.op("Reshape", step, &[&column, &shape], vec![]);
+                let shape = self.op("Shape", "grid", &[&plane], vec![]);
+                self.slice(&shape, axis, axis + 2, 0, "grid")
             }
         }
     }

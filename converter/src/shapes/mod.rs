@@ -20,7 +20,7 @@ use linfusion_models::onnx::proto::{
 pub use probe::Probe;
 pub use value::{Elements, Fact};
 
-use crate::graph::{domain, op, subgraphs, tensor_name};
+use crate::graph::{Graph, domain, op, subgraphs, tensor_name};
 
 /// Tensors up to this many elements are evaluated, not only shaped.
 pub const SMALL: i64 = 1024;
@@ -85,6 +85,52 @@ impl Shapes {
         }
     }
 
+    /// Forgets the numbers that depend on the sizes of the probe, which `other` has other
+    /// ones of: a scale or a mask that is known at one size is not known.
+    pub fn forget_what_varies(&mut self, graph: &Graph<'_>, other: &Shapes) {
+        let mut varies: HashSet<&str> = HashSet::new();
+        for (_, node) in graph.nodes() {
+            let differs = |v: &str| match (&self.fact(v).elements, &other.fact(v).elements) {
+                (None, _) => false,
+                (here, there) => here != there,
+            };
+            let inputs = || node.input.iter().map(String::as_str);
+            // A comparison may come out alike at both probes and not at others.
+            let decides = matches!(
+                op(node),
+                "Equal"
+                    | "Less"
+                    | "LessOrEqual"
+                    | "Greater"
+                    | "GreaterOrEqual"
+                    | "Where"
+                    | "Min"
+                    | "Max"
+                    | "Clip"
+                    | "Sign"
+                    | "Floor"
+                    | "Ceil"
+                    | "Round"
+                    | "Mod"
+            );
+            let taints = inputs().any(|v| varies.contains(v) || (decides && differs(v)));
+            for output in node.output.iter().map(String::as_str) {
+                if taints || differs(output) {
+                    varies.insert(output);
+                }
+            }
+        }
+        for name in varies {
+            if let Some(fact) = self.facts.get_mut(name)
+                && fact
+                    .element
+                    .is_none_or(|e| eval::element::is_float(e) || e == eval::element::BOOL)
+            {
+                fact.elements = None;
+            }
+        }
+    }
+
     /// Opset of the default domain; 0 if the model imports none.
     #[must_use]
     pub fn opset(&self) -> i64 {
@@ -119,6 +165,43 @@ impl Shapes {
 /// Nesting limit for subgraphs and functions: deeper models are malformed.
 const MAX_DEPTH: usize = 16;
 
+/// The nodes so that each comes after those that make its inputs, and otherwise in file
+/// order: some tools append what belongs to the front, and ONNX Runtime sorts as well.
+fn execution_order(graph: &GraphProto) -> Vec<usize> {
+    let mut makers: HashMap<&str, usize> = HashMap::new();
+    for (index, node) in graph.node.iter().enumerate() {
+        let named = node.output.iter().filter(|o| !o.is_empty());
+        makers.extend(named.map(|o| (o.as_str(), index)));
+    }
+    let above = |index: usize| {
+        let inputs = graph.node.get(index).map_or(&[][..], |n| &n.input);
+        inputs
+            .iter()
+            .filter_map(|i| makers.get(i.as_str()).copied())
+    };
+    if (0..graph.node.len()).all(|i| above(i).all(|m| m < i)) {
+        return (0..graph.node.len()).collect();
+    }
+    let mut order = Vec::with_capacity(graph.node.len());
+    let mut entered = vec![false; graph.node.len()];
+    for start in 0..graph.node.len() {
+        let mut stack = vec![(start, false)];
+        while let Some((index, ready)) = stack.pop() {
+            if ready {
+                order.push(index);
+                continue;
+            }
+            // In a cycle, which is no model, whatever was entered counts as made.
+            if std::mem::replace(&mut entered[index], true) {
+                continue;
+            }
+            stack.push((index, true));
+            stack.extend(above(index).filter(|&m| !entered[m]).map(|m| (m, false)));
+        }
+    }
+    order
+}
+
 struct Env<'m> {
     facts: HashMap<String, Fact>,
     symbols: HashMap<String, i64>,
@@ -139,8 +222,10 @@ impl Env<'_> {
             let fact = tensor_fact(tensor, self.read);
             self.facts.insert(tensor_name(tensor).to_owned(), fact);
         }
-        for node in &graph.node {
-            self.node(node, &declared);
+        for index in execution_order(graph) {
+            if let Some(node) = graph.node.get(index) {
+                self.node(node, &declared);
+            }
         }
     }
 

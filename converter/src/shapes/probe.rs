@@ -7,6 +7,7 @@ use linfusion_models::onnx::proto::{GraphProto, TensorProto, ValueInfoProto};
 use super::value::Fact;
 use super::{Dim, tensor_type};
 use crate::graph::{Graph, op};
+use crate::grid::looks_like_text;
 
 /// The sizes at which a graph is looked at.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -108,7 +109,7 @@ impl Probe {
         let packed = if image.is_some() {
             None
         } else {
-            inputs.iter().position(|i| i.dims.len() == 3)
+            packed_image(&inputs)
         };
         for (index, input) in inputs.iter().enumerate() {
             let role = match input.dims.len() {
@@ -151,6 +152,23 @@ impl Probe {
             _ => self.text,
         }
     }
+}
+
+/// The input of packed image tokens: the one whose tokens the image's ids are of, else one
+/// that is not named like text.
+fn packed_image(inputs: &[Input<'_>]) -> Option<usize> {
+    let ids = inputs.iter().find(|i| i.name.contains("img_ids"));
+    let tokens = ids.and_then(|i| i.dims.get(i.dims.len().checked_sub(2)?));
+    let sequences = || (0..inputs.len()).filter(|&i| inputs[i].dims.len() == 3);
+    let is_text = |i: &usize| looks_like_text(inputs[*i].name);
+    sequences()
+        .find(|&i| {
+            !is_text(&i)
+                && tokens.is_some_and(|t| *t != Dim::Unknown && inputs[i].dims.get(1) == Some(t))
+                && !inputs[i].name.contains("ids")
+        })
+        .or_else(|| sequences().find(|i| !is_text(i)))
+        .or_else(|| sequences().next())
 }
 
 /// The elements of a stored int64 vector.

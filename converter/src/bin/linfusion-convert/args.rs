@@ -8,7 +8,7 @@ use linfusion_convert::plan::Method;
 use linfusion_convert::rewrite::Emit;
 use linfusion_convert::verify::Verify;
 use linfusion_models::onnx::write::ExternalData;
-use linfusion_ops::schema::{Border, Window, WindowSpec};
+use linfusion_ops::schema::{Border, MAX_WINDOW, Window, WindowSpec};
 
 /// Rewrites the self-attention of a diffusion model in ONNX to LinFusion linear
 /// attention. `linfusion-convert unet.onnx` writes `unet.linfusion.onnx`.
@@ -82,7 +82,7 @@ pub struct SelectionArgs {
     #[arg(long, value_name = "ROWSxCOLS", value_parser = pair, conflicts_with = "window_radius")]
     pub window: Option<[u32; 2]>,
     /// A circular window instead: keys at a distance below N tokens.
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(LARGEST)))]
     pub window_radius: Option<u32>,
     /// Windows at the image's border: shifted inside (clamp, as NATTEN has it) or cut off
     /// (truncate) [default: clamp; circular windows are always cut off].
@@ -127,14 +127,17 @@ fn attention(text: &str) -> Result<AttentionArg, String> {
     Ok(AttentionArg { glob, method })
 }
 
+/// The largest window that the operator takes.
+const LARGEST: u32 = MAX_WINDOW as u32;
+
 /// N or ROWSxCOLS.
 fn pair(text: &str) -> Result<[u32; 2], String> {
-    let number = |t: &str| t.parse::<u32>().ok().filter(|&n| n > 0);
+    let number = |t: &str| t.parse::<u32>().ok().filter(|n| (1..=LARGEST).contains(n));
     let (rows, cols) = text.split_once('x').unwrap_or((text, text));
     match (number(rows), number(cols)) {
         (Some(rows), Some(cols)) => Ok([rows, cols]),
         _ => Err(format!(
-            "'{text}' is no size; e.g. 16 or 16x24 (rows x columns)"
+            "'{text}' is no size of 1 to {LARGEST}; e.g. 16 or 16x24 (rows x columns)"
         )),
     }
 }

@@ -252,12 +252,16 @@ fn summary(report: &ConvertReport, explain: bool) -> String {
             match &report.verified {
                 None => text += "not verified (--verify off)\n",
                 Some(v) => {
-                    text += &format!(
-                        "verified: structure, and {} sites run on {} within {:.1e} of the reference\n",
-                        v.sites,
-                        v.engine.as_deref().unwrap_or("nothing"),
-                        v.max_relative_error
-                    );
+                    if v.sites == 0 && report.converted > 0 {
+                        text += "verified: the structure alone\n";
+                    } else {
+                        text += &format!(
+                            "verified: structure, and {} sites run on {} within {:.1e} of the reference\n",
+                            v.sites,
+                            v.engine.as_deref().unwrap_or("nothing"),
+                            v.max_relative_error
+                        );
+                    }
                     for skipped in v.skipped.iter().take(4) {
                         text += &format!("  not run: {skipped}\n");
                     }
