@@ -64,6 +64,38 @@ pub struct Grid<'m> {
     pub size: GridSize,
 }
 
+/// Why an attention's tokens are no image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NoImage {
+    /// They are the tokens of another input, beside an image: text, attending to itself.
+    OtherInput(String),
+    /// It cannot be told, in one sentence.
+    Unknown(String),
+}
+
+impl std::fmt::Display for NoImage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::OtherInput(name) => {
+                write!(f, "its tokens are those of input '{name}', not the image's")
+            }
+            Self::Unknown(reason) => f.write_str(reason),
+        }
+    }
+}
+
+impl From<String> for NoImage {
+    fn from(reason: String) -> Self {
+        Self::Unknown(reason)
+    }
+}
+
+impl From<&str> for NoImage {
+    fn from(reason: &str) -> Self {
+        Self::Unknown(reason.to_owned())
+    }
+}
+
 /// What a graph says of its image's rows and columns.
 pub struct Grids<'g, 'm> {
     shapes: &'g Shapes,
@@ -71,6 +103,8 @@ pub struct Grids<'g, 'm> {
     origins: Origins<'g, 'm>,
     /// The ids of packed tokens, with their rank.
     ids: Option<(&'m str, usize)>,
+    /// Whether an input is an image itself: tokens that come in are something else then.
+    pictures: bool,
     stated: Option<GridSize>,
 }
 
@@ -95,15 +129,22 @@ impl<'g, 'm> Grids<'g, 'm> {
     ) -> Self {
         let stored: Vec<&str> = graph.proto.initializer.iter().map(tensor_name).collect();
         let inputs = graph.proto.input.iter();
-        let mut inputs = inputs.filter_map(|v| Some((v.name.as_deref()?, tensor_type(v)?)));
+        let inputs: Vec<_> = inputs
+            .filter_map(|v| Some((v.name.as_deref()?, tensor_type(v)?.1)))
+            .filter(|(name, _)| !stored.contains(name))
+            .collect();
         let ids = inputs
-            .find(|(name, (_, dims))| !stored.contains(name) && is_image_ids(name, dims.as_deref()))
-            .map(|(name, (_, dims))| (name, dims.map_or(2, |d| d.len())));
+            .iter()
+            .find(|(name, dims)| is_image_ids(name, dims.as_deref()))
+            .map(|(name, dims)| (*name, dims.as_ref().map_or(2, Vec::len)));
+        let picture = |dims: &Option<Vec<Dim<'_>>>| dims.as_ref().is_some_and(|d| d.len() > 3);
+        let pictures = inputs.iter().any(|(_, dims)| picture(dims));
         Grids {
             shapes,
             again,
             origins: Origins::new(graph, shapes),
             ids,
+            pictures,
             stated,
         }
     }
@@ -112,10 +153,10 @@ impl<'g, 'm> Grids<'g, 'm> {
     ///
     /// # Errors
     /// One sentence: it cannot be told, or there is more than one.
-    pub fn of(&self, value: &'m str, axis: usize) -> Result<Layout<'m>, String> {
+    pub fn of(&self, value: &'m str, axis: usize) -> Result<Layout<'m>, NoImage> {
         let tokens = |shapes: &Shapes| shapes.shape(value)?.get(axis).copied();
         let (Some(here), Some(there)) = (tokens(self.shapes), tokens(self.again)) else {
-            return Err(format!("the tokens of '{value}' cannot be counted"));
+            return Err(format!("the tokens of '{value}' cannot be counted").into());
         };
         let parts = match self.origins.of(value, axis) {
             Origin::Joined(parts) => parts,
@@ -132,33 +173,28 @@ impl<'g, 'm> Grids<'g, 'm> {
             })
             .collect();
         let unknown = |why: &str| {
-            format!(
+            NoImage::Unknown(format!(
                 "the rows and columns of the {here} tokens cannot be told from the graph: {why}; --grid ROWSxCOLS states them"
-            )
+            ))
         };
+        let layout = |grid: Grid<'m>, text: Option<TextSide>| Ok(Layout { grid, text });
         match (&images[..], &parts[..]) {
-            (&[(_, grid)], [_]) => {
-                let again = self.size_again(grid);
-                if again.is_some_and(|n| n != there) {
-                    return Err(unknown("they depend on more than the image's size"));
-                }
-                Ok(Layout { grid, text: None })
-            }
-            (&[(0, grid)], _) => Ok(Layout {
-                grid,
-                text: Some(TextSide::Suffix),
-            }),
-            (&[(i, grid)], _) if i + 1 == parts.len() => Ok(Layout {
-                grid,
-                text: Some(TextSide::Prefix),
-            }),
-            (&[_], _) => Err("text tokens lie on both sides of the image's".to_owned()),
+            (&[(_, grid)], [_]) => match self.size_again(grid) {
+                Some(n) if n != there => Err(unknown("they depend on more than the image's size")),
+                _ => layout(grid, None),
+            },
+            (&[(0, grid)], _) => layout(grid, Some(TextSide::Suffix)),
+            (&[(i, grid)], _) if i + 1 == parts.len() => layout(grid, Some(TextSide::Prefix)),
+            (&[_], _) => Err("text tokens lie on both sides of the image's".into()),
             ([], [(Origin::Unknown(why), _)]) => Err(unknown(why)),
+            ([], [(Origin::Input(name), _)]) if self.pictures || self.ids.is_some() => {
+                Err(NoImage::OtherInput((*name).to_owned()))
+            }
             ([], [(Origin::Input(name), _)]) => {
                 Err(unknown(&format!("they are the tokens of input '{name}'")))
             }
             ([], _) => Err(unknown("none of the joined sequences is an image")),
-            _ => Err("the tokens are of several images, one after the other".to_owned()),
+            _ => Err("the tokens are of several images, one after the other".into()),
         }
     }
 
@@ -188,8 +224,8 @@ impl<'g, 'm> Grids<'g, 'm> {
                 let (input, rank) = self.ids?;
                 some_grid(GridSource::Ids { input, rank }, tokens)
             }
-            // Beside ids, whatever else is an input is none of the image's.
-            Origin::Input(_) if self.ids.is_some() => None,
+            // Beside ids or an image, whatever else is an input is none of the image's.
+            Origin::Input(_) if self.ids.is_some() || self.pictures => None,
             Origin::Input(_) => {
                 let size = stated()?;
                 let possible = !fixed || size.tokens() == tokens;

@@ -10,6 +10,7 @@ use crate::analysis::Analysis;
 use crate::attention::kind::Kind;
 use crate::attention::site::Site;
 use crate::grid::GridSize;
+use crate::grid::NoImage;
 
 /// A pattern of `--keep` or `--only` that no site matches.
 #[derive(Debug, thiserror::Error)]
@@ -209,6 +210,9 @@ pub fn plan(
                 .map_or(Some(weights.unwrap_or(default)), |rule| rule.method)
             {
                 None => Action::Keep("kept by --attention".to_owned()),
+                Some(Method::Hybrid | Method::Window) if other_input(site).is_some() => {
+                    Action::Keep(other_input(site).unwrap_or_default())
+                }
                 Some(method) => match obstacle(site, method, analysis.not_a_denoiser.as_deref()) {
                     None => Action::Convert(method),
                     Some(obstacle) => Action::Cannot(obstacle),
@@ -216,6 +220,14 @@ pub fn plan(
             }
         })
         .collect()
+}
+
+/// Text that attends to itself, beside an image: nothing for windows.
+fn other_input(site: &Site<'_>) -> Option<String> {
+    match &site.image {
+        Err(reason @ NoImage::OtherInput(_)) => Some(reason.to_string()),
+        _ => None,
+    }
 }
 
 /// What stands between a site and a method.
@@ -230,7 +242,8 @@ fn obstacle(site: &Site<'_>, method: Method, not_a_denoiser: Option<&str>) -> Op
         });
     }
     let image = match (&site.exact, &site.image) {
-        (Err(reason), _) | (_, Err(reason)) => return Some(reason.clone()),
+        (Err(reason), _) => return Some(reason.clone()),
+        (_, Err(reason)) => return Some(reason.to_string()),
         (Ok(_), Ok(image)) => image,
     };
     match (&image.stream, method) {

@@ -16,7 +16,7 @@ use super::plain::{Plain, plain};
 use super::projection::roots;
 use super::stream::{TextSide, stream};
 use crate::graph::{Graph, NodeId, label, op, qualified_op, subgraphs};
-use crate::grid::{Grid, Grids};
+use crate::grid::{Grid, Grids, NoImage};
 use crate::shapes::Shapes;
 
 /// One Softmax or attention operator of the model.
@@ -48,7 +48,7 @@ pub struct Site<'m> {
     /// q, k, v and the output as the attention has them, or why they cannot be had.
     pub exact: Result<Exact<'m>, String>,
     /// The image among the tokens, or why it cannot be told.
-    pub image: Result<Image<'m>, String>,
+    pub image: Result<Image<'m>, NoImage>,
     /// Whether nothing can be said of it: shapes are unknown, or it lies in a
     /// subgraph or function.
     pub unread: bool,
@@ -160,7 +160,7 @@ fn unreachable_site<'m>(anchor: &str, place: &str) -> Site<'m> {
         context_width: None,
         plain: Err(format!("it lies {place}")),
         exact: Err(format!("it lies {place}")),
-        image: Err(format!("it lies {place}")),
+        image: Err(format!("it lies {place}").into()),
         unread: true,
         attends: true,
         mask: None,
@@ -177,7 +177,7 @@ fn read<'m>(graph: &Graph<'m>, shapes: &Shapes, grids: &Grids<'_, 'm>, anchor: N
                 module: module_of_node(graph, anchor),
                 plain: Err(reason.0.clone()),
                 exact: Err(reason.0.clone()),
-                image: Err(reason.0),
+                image: Err(reason.0.into()),
                 unread: graph
                     .input(anchor, 0)
                     .is_none_or(|scores| shapes.shape(scores).is_none()),
@@ -208,7 +208,7 @@ fn read<'m>(graph: &Graph<'m>, shapes: &Shapes, grids: &Grids<'_, 'm>, anchor: N
     };
     let image = match &exact {
         Ok(exact) => image(graph, shapes, grids, &core, exact, strict.as_ref().ok()),
-        Err(reason) => Err(reason.clone()),
+        Err(reason) => Err(reason.clone().into()),
     };
     // FLUX's single blocks project the joined tokens with one layer: self-attention by
     // data flow, joint by meaning.
@@ -269,7 +269,7 @@ fn image<'m>(
     core: &Core<'m>,
     exact: &Exact<'m>,
     plain: Option<&Plain<'m>>,
-) -> Result<Image<'m>, String> {
+) -> Result<Image<'m>, NoImage> {
     let total = exact.tokens;
     let streams = |image: i64| {
         // A layer over all tokens reads the image's as well.
@@ -287,15 +287,14 @@ fn image<'m>(
         None if tokens == total => Err("there is no text among the tokens".to_owned()),
         Some(_) if tokens < total => stream(graph, shapes, core, exact, total - tokens),
         _ => {
-            return Err(format!(
-                "the image has {tokens} tokens, the attention {total}"
-            ));
+            return Err(format!("the image has {tokens} tokens, the attention {total}").into());
         }
     };
     if layout.text.is_some() && 2 * tokens == total {
         return Err(format!(
             "there are as many text tokens as image tokens, {tokens}: which layers read which cannot be told"
-        ));
+        )
+        .into());
     }
     Ok(Image {
         grid: layout.grid,

@@ -17,6 +17,8 @@ use linfusion_ops::schema::WindowSpec;
 
 use crate::analysis::{Analysis, METADATA_KEY};
 use crate::attention::kind::Kind;
+use crate::attention::site::Site;
+use crate::grid::GridSource;
 use crate::mapping::assign;
 use crate::plan::{Action, Method, Selection, plan};
 use crate::report::{ConvertReport, ModelReport};
@@ -130,9 +132,18 @@ pub fn convert(
     } else {
         enough?;
     }
-    let mut warnings = checkpoint
-        .as_ref()
-        .map_or_else(Vec::new, |c| doubts(&analysis, c, &modules));
+    let mut warnings = checkpoint.as_ref().map_or_else(Vec::new, |c| {
+        doubts(&analysis, c, &modules, &request.selection)
+    });
+    let stated = |s: &Site<'_>| {
+        let image = s.image.as_ref();
+        image.is_ok_and(|i| matches!(i.grid.source, GridSource::Fixed(_)))
+    };
+    if request.selection.grid.is_some() && !analysis.sites.iter().any(stated) {
+        warnings.push(
+            "--grid is not used: the graph tells its rows and columns itself, or has no attention of so many tokens".to_owned(),
+        );
+    }
     let (patches, converted, used) = patches(
         request,
         &analysis,
@@ -252,6 +263,7 @@ fn doubts(
     analysis: &Analysis<'_>,
     checkpoint: &Checkpoint,
     modules: &[Option<&CheckpointModule>],
+    selection: &Selection,
 ) -> Vec<String> {
     const MANY: usize = 4;
     let mut doubts = Vec::new();
@@ -278,6 +290,17 @@ fn doubts(
             })
         });
     doubts.extend(renamed.take(MANY));
+    let other = modules.iter().flatten().find_map(|module| {
+        let (_, learned) = of_module(module, None);
+        let (asked, learned) = (selection.window?, learned?);
+        (asked != learned).then(|| {
+            format!(
+                "{}: the checkpoint was learned with window {learned}, the file gets {asked}",
+                module.module_name
+            )
+        })
+    });
+    doubts.extend(other);
     doubts
 }
 

@@ -72,7 +72,7 @@ pub fn patch(
         reason,
     };
     let exact = site.exact.as_ref().map_err(|e| fail(e.clone()))?;
-    let image = site.image.as_ref().map_err(|e| fail(e.clone()))?;
+    let image = site.image.as_ref().map_err(|e| fail(e.to_string()))?;
     let frame = match (&image.stream, method) {
         (Ok(stream), _) => stream.clone(),
         (Err(_), Method::Window) => exact.frame(),

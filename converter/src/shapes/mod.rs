@@ -88,11 +88,15 @@ impl Shapes {
     /// Forgets the numbers that depend on the sizes of the probe, which `other` has other
     /// ones of: a scale or a mask that is known at one size is not known.
     pub fn forget_what_varies(&mut self, graph: &Graph<'_>, other: &Shapes) {
-        let mut varies: HashSet<&str> = HashSet::new();
-        for (_, node) in graph.nodes() {
-            let differs = |v: &str| match (&self.fact(v).elements, &other.fact(v).elements) {
-                (None, _) => false,
-                (here, there) => here != there,
+        let differs = |v: &str| match (&self.fact(v).elements, &other.fact(v).elements) {
+            (None, _) => false,
+            (here, there) => here != there,
+        };
+        let mut decided: HashSet<&str> = HashSet::new();
+        let mut varies: Vec<&str> = Vec::new();
+        for index in execution_order(graph.proto) {
+            let Some(node) = graph.proto.node.get(index) else {
+                continue;
             };
             let inputs = || node.input.iter().map(String::as_str);
             // A comparison may come out alike at both probes and not at others.
@@ -113,10 +117,14 @@ impl Shapes {
                     | "Round"
                     | "Mod"
             );
-            let taints = inputs().any(|v| varies.contains(v) || (decides && differs(v)));
+            let taints = inputs().any(|v| decided.contains(v) || (decides && differs(v)));
             for output in node.output.iter().map(String::as_str) {
+                // Large values are data: only their shapes are known, by value.
+                if taints && self.fact(output).elements.is_some() {
+                    decided.insert(output);
+                }
                 if taints || differs(output) {
-                    varies.insert(output);
+                    varies.push(output);
                 }
             }
         }

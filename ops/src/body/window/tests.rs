@@ -123,7 +123,8 @@ fn since(op_type: &str) -> Option<i64> {
         // Softmax along one axis is of 13; the others are older in the types used here.
         "Add" | "And" | "Cast" | "Concat" | "Constant" | "Div" | "Equal" | "Expand"
         | "GreaterOrEqual" | "Identity" | "Less" | "Loop" | "MatMul" | "Max" | "Min" | "Mul"
-        | "Pad" | "Reshape" | "Shape" | "Slice" | "Softmax" | "Sqrt" | "Sub" | "Transpose" => 13,
+        | "Pad" | "Range" | "Reshape" | "Shape" | "Slice" | "Softmax" | "Sqrt" | "Sub"
+        | "Transpose" => 13,
         _ => return None,
     })
 }
