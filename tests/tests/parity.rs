@@ -106,20 +106,25 @@ fn transformers_equal_pytorch(
     let expected = npz::read(&case.join("expected.npz")).unwrap();
     let values = expected.iter().flat_map(|(_, t)| t.to_f64());
     let largest = values.fold(f64::MIN_POSITIVE, |m, v| m.max(v.abs()));
-    let apart = |model: &Path, operators: Operators| {
-        let found = run(Engine::Ort, model, operators, &inputs).unwrap();
+    let apart = |engine: Engine, model: &Path, operators: Operators| {
+        let found = run(engine, model, operators, &inputs).unwrap();
         max_difference(&found, &expected) / largest
     };
     // It would mean nothing if the original passed too.
-    let before = apart(&original, Operators::None);
+    let before = apart(Engine::Ort, &original, Operators::None);
     assert!(before > 100.0 * BOUND, "the original is {before:e} off");
-    let mut runs = vec![Operators::InProcess];
+    let mut runs = vec![(Engine::Ort, Operators::InProcess)];
     if emit != Emit::Op {
-        runs.push(Operators::None);
+        runs.push((Engine::Ort, Operators::None));
     }
-    for operators in runs {
-        let error = apart(&out, operators.clone());
-        assert!(error <= BOUND, "{operators:?}: {error:e}");
+    // FLUX's grid is in the values of its ids; tract wants shapes from shapes. The body's loop
+    // over tiles is of as many rounds as the grid says.
+    if emit != Emit::Standard && !case.ends_with("hybrid-flux") {
+        runs.push((Engine::Tract, Operators::InProcess));
+    }
+    for (engine, operators) in runs {
+        let error = apart(engine, &out, operators.clone());
+        assert!(error <= BOUND, "{engine} {operators:?}: {error:e}");
     }
 }
 

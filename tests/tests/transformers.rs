@@ -177,6 +177,26 @@ fn tolerance(case: &Case, outputs: &Outputs) -> f64 {
     }
 }
 
+/// How a converted model differs from what the original made, with and without the
+/// operators: a line each.
+fn differences(case: &Case, converted: &Path, feed: &Outputs, before: &Outputs) -> Vec<String> {
+    let mut found = Vec::new();
+    for operators in [Operators::None, Operators::InProcess] {
+        let label = format!("{operators:?}");
+        let run = session(converted, operators);
+        match run.and_then(|mut s| s.run(feed).map_err(|e| e.to_string())) {
+            Err(e) => found.push(format!("{} {label}: {e}", case.name)),
+            Ok(after) => {
+                let error = apart(&after, before);
+                if error > tolerance(case, before) {
+                    found.push(format!("{} {label}: {error:.1e} apart", case.name));
+                }
+            }
+        }
+    }
+    found
+}
+
 #[test]
 fn every_site_is_found_and_counted() {
     let folder = tempfile::tempdir().unwrap();
@@ -227,19 +247,7 @@ fn a_window_over_the_whole_image_changes_nothing() {
             failures.push(format!("{}: {e}", case.name));
             continue;
         }
-        for operators in [Operators::None, Operators::InProcess] {
-            let label = format!("{operators:?}");
-            match session(&out, operators).and_then(|mut s| s.run(&feed).map_err(|e| e.to_string()))
-            {
-                Err(e) => failures.push(format!("{} {label}: {e}", case.name)),
-                Ok(after) => {
-                    let error = apart(&after, &before);
-                    if error > tolerance(&case, &before) {
-                        failures.push(format!("{} {label}: {error:.1e} apart", case.name));
-                    }
-                }
-            }
-        }
+        failures.extend(differences(&case, &out, &feed, &before));
     }
     assert!(ran >= 8, "only {ran} of the graphs run");
     assert!(failures.is_empty(), "{failures:#?}");
@@ -290,19 +298,7 @@ fn a_hybrid_of_the_whole_image_alone_changes_nothing() {
             }
             Ok(_) => ran += 1,
         }
-        for operators in [Operators::None, Operators::InProcess] {
-            let label = format!("{operators:?}");
-            match session(&out, operators).and_then(|mut s| s.run(&feed).map_err(|e| e.to_string()))
-            {
-                Err(e) => failures.push(format!("{} {label}: {e}", case.name)),
-                Ok(after) => {
-                    let error = apart(&after, &before);
-                    if error > tolerance(&case, &before) {
-                        failures.push(format!("{} {label}: {error:.1e} apart", case.name));
-                    }
-                }
-            }
-        }
+        failures.extend(differences(&case, &out, &feed, &before));
     }
     assert!(ran >= 8, "only {ran} of the graphs run");
     assert!(failures.is_empty(), "{failures:#?}");
