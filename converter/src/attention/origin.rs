@@ -306,11 +306,12 @@ impl<'g, 'm> Origins<'g, 'm> {
                 }
             }
             "Einsum" => Step::Follow(self.einsum(digit, id, (axis, inner))),
+            // What an assignment to a slice leaves: other elements in some places.
+            "Scatter" | "ScatterElements" | "ScatterND" => one(0),
             // These put elements elsewhere, or make one of several.
-            "Gather" | "GatherElements" | "GatherND" | "Scatter" | "ScatterElements"
-            | "ScatterND" | "TopK" | "Compress" | "ReverseSequence" | "Resize" | "Upsample"
-            | "ConvTranspose" | "MaxPool" | "AveragePool" | "Pad" | "If" | "Loop" | "Scan"
-            | "Range" | "CumSum" => Step::Done(NOTHING),
+            "Gather" | "GatherElements" | "GatherND" | "TopK" | "Compress" | "ReverseSequence"
+            | "Resize" | "Upsample" | "ConvTranspose" | "MaxPool" | "AveragePool" | "Pad"
+            | "If" | "Loop" | "Scan" | "Range" | "CumSum" => Step::Done(NOTHING),
             name if name.contains("Conv") => match linear(self.graph, self.shapes, id) {
                 Some(layer) if is_pointwise(self.graph, self.shapes, layer) => one(layer.slot),
                 _ => Step::Done(NOTHING),
