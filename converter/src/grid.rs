@@ -198,6 +198,15 @@ impl<'g, 'm> Grids<'g, 'm> {
         }
     }
 
+    /// Whether `value`, `[B, N, C]` of so many tokens, is the image's alone.
+    #[must_use]
+    pub fn is_image(&self, value: &'m str, tokens: i64) -> bool {
+        let shape = self.shapes.shape(value).unwrap_or(&[]);
+        let axis = shape.iter().rev().skip(1).position(|&n| n == tokens);
+        let axis = axis.and_then(|from_right| shape.len().checked_sub(2 + from_right));
+        axis.is_some_and(|axis| self.of(value, axis).is_ok_and(|l| l.text.is_none()))
+    }
+
     /// The grid of tokens of this origin, if they are an image's.
     fn grid(
         &self,

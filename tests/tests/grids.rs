@@ -3,6 +3,8 @@
 
 use buffa::Message;
 use linfusion_convert::analysis::Analysis;
+use linfusion_convert::attention::plain::Plain;
+use linfusion_convert::attention::site::Site;
 use linfusion_convert::attention::stream::TextSide;
 use linfusion_convert::grid::GridSize;
 use linfusion_models::onnx::make::{
@@ -114,6 +116,17 @@ impl Sketch {
         self,
         order: impl Fn(Vec<NodeProto>) -> Vec<NodeProto>,
     ) -> Result<(String, GridSize, Option<TextSide>), String> {
+        self.with_site(order, |site| {
+            let image = site.image.as_ref().map_err(ToString::to_string)?;
+            Ok((image.grid.source.to_string(), image.grid.size, image.text))
+        })
+    }
+
+    fn with_site<T>(
+        self,
+        order: impl Fn(Vec<NodeProto>) -> Vec<NodeProto>,
+        look: impl Fn(&Site<'_>) -> T,
+    ) -> T {
         let model = ModelProto {
             ir_version: Some(8),
             opset_import: vec![opset("", 17), opset("com.microsoft", 1)],
@@ -137,8 +150,7 @@ impl Sketch {
         let [site] = &analysis.sites[..] else {
             panic!("{} sites", analysis.sites.len());
         };
-        let image = site.image.as_ref().map_err(ToString::to_string)?;
-        Ok((image.grid.source.to_string(), image.grid.size, image.text))
+        look(site)
     }
 }
 
@@ -295,14 +307,6 @@ fn what_is_no_image() {
             "both sides",
         ),
         (
-            "as much text as image",
-            Sketch::new(&[("sample", &image()), ("text", &text(24))])
-                .patches("sample", 2, "patches")
-                .flat("patches", "image")
-                .axis("Concat", 1, &["image", "text"], "tokens"),
-            "as many text tokens",
-        ),
-        (
             "shuffled",
             {
                 let mut sketch = image_sketch(&image()).flat("patches", "image");
@@ -377,4 +381,51 @@ fn a_factor_on_the_weighted_sum() {
         "{found:?}"
     );
     assert!(of_factor(1.0).is_ok());
+}
+
+/// As many text tokens as image tokens: the layers are told apart by what they read.
+#[test]
+fn streams_of_equal_length() {
+    for order in [["image", "words"], ["words", "image"]] {
+        let mut sketch = Sketch::new(&[("sample", &image()), ("text", &text(24))])
+            .patches("sample", 2, "patches")
+            .flat("patches", "image")
+            .op("Identity", &["text"], "words");
+        let layers = [("q", "wq", "wk"), ("k", "wk", "wv"), ("v", "wv", "wq")];
+        for (name, of_image, of_text) in layers {
+            let weight = |stream: &str| if stream == "image" { of_image } else { of_text };
+            let parts = order.map(|stream| format!("{name}/{stream}"));
+            for (stream, part) in order.iter().zip(&parts) {
+                sketch = sketch.op("MatMul", &[stream, weight(stream)], part);
+            }
+            sketch = sketch.axis("Concat", 1, &[&parts[0], &parts[1]], name);
+        }
+        sketch.stored.push(tensor_f32("scale", &[], &[0.3]));
+        let sketch = sketch
+            .turned(&[0, 2, 1], "k", "k_turned")
+            .op("MatMul", &["q", "k_turned"], "scores")
+            .op("Mul", &["scores", "scale"], "scaled")
+            .axis("Softmax", -1, &["scaled"], "softmax")
+            .op("MatMul", &["softmax", "v"], "attended")
+            .op("MatMul", &["attended", "wo"], "y");
+        let read = sketch.with_site(
+            |nodes| nodes,
+            |site| {
+                let image = site.image.as_ref().unwrap();
+                let x = |stream: &Result<Plain<'_>, String>| {
+                    stream
+                        .as_ref()
+                        .map(|p| p.x.to_owned())
+                        .map_err(String::clone)
+                };
+                (image.text, x(&image.stream), x(&image.text_stream))
+            },
+        );
+        let side = match order {
+            ["image", _] => TextSide::Suffix,
+            _ => TextSide::Prefix,
+        };
+        let expected = (Some(side), Ok("image".to_owned()), Ok("words".to_owned()));
+        assert_eq!(read, expected, "{order:?}");
+    }
 }

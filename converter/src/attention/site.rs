@@ -271,35 +271,31 @@ fn image<'m>(
     plain: Option<&Plain<'m>>,
 ) -> Result<Image<'m>, NoImage> {
     let total = exact.tokens;
-    let streams = |image: i64| {
-        // A layer over all tokens reads the image's as well.
-        let own = match plain {
-            Some(plain) => Ok(plain.clone()),
-            None => stream(graph, shapes, core, exact, image),
-        };
-        own.or_else(|own| stream(graph, shapes, core, exact, total).map_err(|_| own))
-    };
     let axis = core.k.roles.iter().position(|r| *r == Role::Token);
     let axis = axis.ok_or("the keys have no axis of tokens")?;
     let layout = grids.of(core.k.value, axis)?;
     let tokens = layout.grid.size.tokens();
+    let of_image = |x: &'m str| grids.is_image(x, tokens);
     let text_stream = match layout.text {
         None if tokens == total => Err("there is no text among the tokens".to_owned()),
-        Some(_) if tokens < total => stream(graph, shapes, core, exact, total - tokens),
+        Some(_) if tokens < total => {
+            stream(graph, shapes, core, exact, total - tokens, |x| !of_image(x))
+        }
         _ => {
             return Err(format!("the image has {tokens} tokens, the attention {total}").into());
         }
     };
-    if layout.text.is_some() && 2 * tokens == total {
-        return Err(format!(
-            "there are as many text tokens as image tokens, {tokens}: which layers read which cannot be told"
-        )
-        .into());
-    }
+    let own = match plain {
+        Some(plain) => Ok(plain.clone()),
+        None => stream(graph, shapes, core, exact, tokens, of_image),
+    };
+    // A layer over all tokens reads the image's as well.
+    let own =
+        own.or_else(|own| stream(graph, shapes, core, exact, total, |_| true).map_err(|_| own));
     Ok(Image {
         grid: layout.grid,
         text: layout.text,
-        stream: streams(tokens),
+        stream: own,
         text_stream,
     })
 }

@@ -14,7 +14,8 @@ use crate::graph::Graph;
 use crate::shapes::Shapes;
 
 /// The linear layers of q, k and v over a stream of `rows` tokens, read as a strict
-/// reading of that stream; its `merged` output is the attention's.
+/// reading of that stream; its `merged` output is the attention's. Where two streams have
+/// as many tokens, `belongs` says of a layer's input whether it is of this one.
 ///
 /// # Errors
 /// One sentence on what stands in the way.
@@ -24,13 +25,14 @@ pub fn stream<'m>(
     core: &Core<'m>,
     exact: &Exact<'m>,
     rows: i64,
+    belongs: impl Fn(&'m str) -> bool,
 ) -> Result<Plain<'m>, String> {
     let grid = Matrix {
         batch: exact.batch,
         tokens: rows,
         heads: exact.heads,
     };
-    let layers = [&core.q, &core.k, &core.v].map(|o| layer(graph, shapes, o, &grid));
+    let layers = [&core.q, &core.k, &core.v].map(|o| layer(graph, shapes, o, &grid, &belongs));
     let [q, k, v] = layers;
     let layers = [(q?, &core.q), (k?, &core.k), (v?, &core.v)];
     let (x, x_layout, width) = input_matrix(graph, shapes, layers[0].0.source, &grid)?;
@@ -77,15 +79,17 @@ fn layer<'m>(
     shapes: &Shapes,
     operand: &Operand<'m>,
     grid: &Matrix,
+    belongs: &impl Fn(&'m str) -> bool,
 ) -> Result<Linear<'m>, String> {
-    let mut fitting = roots(graph, shapes, operand.value)
-        .linears
-        .into_iter()
-        .filter(|l| {
-            shapes
-                .shape(l.source)
-                .is_some_and(|s| grid.layout(s, false).is_some())
-        });
+    let mut fitting = roots(graph, shapes, operand.value).linears;
+    fitting.retain(|l| {
+        let shape = shapes.shape(l.source);
+        shape.is_some_and(|s| grid.layout(s, false).is_some())
+    });
+    if fitting.len() > 1 {
+        fitting.retain(|l| belongs(l.source));
+    }
+    let mut fitting = fitting.into_iter();
     match (fitting.next(), fitting.next()) {
         (Some(linear), None) => Ok(linear),
         (None, _) => Err(format!(
