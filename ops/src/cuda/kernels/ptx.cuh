@@ -12,10 +12,13 @@
 #include <cuda_fp16.h>
 #define LF_DEVICE __device__ __forceinline__
 #define LF_UNROLL _Pragma("unroll")
+#define LF_UNROLL_BY(n) LF_PRAGMA(unroll n)
+#define LF_PRAGMA(text) _Pragma(#text)
 #else
 #include "cuda_shim.h"
 #define LF_DEVICE inline
 #define LF_UNROLL
+#define LF_UNROLL_BY(n)
 #endif
 
 namespace lf {
@@ -171,6 +174,14 @@ LF_DEVICE float to_float(float x) { return x; }
 LF_DEVICE double to_float(double x) { return x; }
 LF_DEVICE void from_float(float& x, float value) { x = value; }
 LF_DEVICE void from_float(double& x, double value) { x = value; }
+
+/// 8 and 16 bytes that move as one.
+struct alignas(8) Bytes8 {
+    uint32_t words[2];
+};
+struct alignas(16) Bytes16 {
+    uint32_t words[4];
+};
 
 LF_DEVICE int lane_index() { return thread_index() & 31; }
 LF_DEVICE int warp_index() { return thread_index() >> 5; }
