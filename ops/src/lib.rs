@@ -5,11 +5,13 @@
 //! - [`mod@reference`]: the meaning, in plain `f64` arithmetic over `ndarray`;
 //! - [`body`]: the same meaning as a function body in standard ONNX operators;
 //! - [`cpu`]: the CPU kernels;
+//! - [`cuda`]: the CUDA kernels and their launches;
 //! - [`ort`]: the custom-op library for ONNX Runtime (`RegisterCustomOps`);
 //! - `tract` (feature `tract`): the operator for tract.
 
 pub mod body;
 pub mod cpu;
+pub mod cuda;
 pub mod ort;
 pub mod reference;
 pub mod schema;
