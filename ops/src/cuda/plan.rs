@@ -1,10 +1,12 @@
 //! Which kernels run a call, and how: pure arithmetic, the same for a device and for the emulator.
 
 mod linear;
+mod window;
 
 use thiserror::Error;
 
 pub use self::linear::LinearPlan;
+pub use self::window::WindowPlan;
 use super::params::{Params, TensorParams};
 use crate::schema::{ElementType, Layout};
 
@@ -47,6 +49,41 @@ pub struct Launch {
     pub shared_bytes: u32,
     /// The argument.
     pub params: Params,
+}
+
+/// A launch without its argument.
+#[derive(Debug, Clone, PartialEq)]
+struct Step {
+    kernel: String,
+    grid: [u32; 3],
+    threads: usize,
+    shared_bytes: usize,
+}
+
+impl Step {
+    fn launch(&self, params: Params) -> Launch {
+        Launch {
+            kernel: self.kernel.clone(),
+            grid: self.grid,
+            threads: self.threads as u32,
+            shared_bytes: self.shared_bytes as u32,
+            params,
+        }
+    }
+}
+
+/// Blocks of a launch: one a head and `more` along x, `panels` along y.
+fn grid(heads: usize, more: usize, panels: usize) -> Result<[u32; 3], PlanError> {
+    let blocks = in_31_bits("blocks of a launch", heads.saturating_mul(more))?;
+    let panels = u32::try_from(panels).unwrap_or(u32::MAX);
+    if panels >= 1 << 16 {
+        return Err(PlanError::TooLarge {
+            what: "blocks along y",
+            limit: 1 << 16,
+            found: u64::from(panels),
+        });
+    }
+    Ok([blocks as u32, panels, 1])
 }
 
 /// Why a call can't be planned.

@@ -1,6 +1,8 @@
 // Every kernel, under the names that `ops/src/cuda/plan` launches.
 #include "linear_apply.cuh"
 #include "plain.cuh"
+#include "window.cuh"
+#include "window_plain.cuh"
 
 namespace lf {
 
@@ -45,6 +47,24 @@ namespace lf {
 
 LF_TYPE(F16, f16)
 LF_TYPE(BF16, bf16)
+
+// Heads of up to so many elements: tiles of queries a warp, keys at a time, blocks of a multiprocessor.
+#define LF_WINDOW(T, name, WIDTH, ROWS, KEYS, BLOCKS)                                                                  \
+    typedef FlashShape<T, WIDTH, ROWS, KEYS> Flash_##name##_##WIDTH;                                                   \
+    LF_KERNEL(linfusion_window_##name##_w##WIDTH, LfWindow, Flash_##name##_##WIDTH::Threads, BLOCKS,                   \
+              window_kernel<Flash_##name##_##WIDTH>)                                                                   \
+    LF_KERNEL(linfusion_window_text_##name##_w##WIDTH, LfWindow, Flash_##name##_##WIDTH::Threads, BLOCKS,              \
+              window_text_kernel<Flash_##name##_##WIDTH>)
+
+#define LF_WINDOWS(T, name)                                                                                            \
+    LF_WINDOW(T, name, 64, 2, 64, 4)                                                                                   \
+    LF_WINDOW(T, name, 80, 2, 64, 4)                                                                                   \
+    LF_WINDOW(T, name, 128, 1, 64, 2)                                                                                  \
+    LF_WINDOW(T, name, 256, 1, 16, 2)                                                                                  \
+    LF_KERNEL(linfusion_window_combine_##name, LfWindow, 128, 1, window_combine_kernel<T>)
+
+LF_WINDOWS(F16, f16)
+LF_WINDOWS(BF16, bf16)
 #endif
 
 #define LF_PLAIN(T, name)                                                                                              \
@@ -56,5 +76,12 @@ LF_PLAIN(F16, f16)
 LF_PLAIN(BF16, bf16)
 LF_PLAIN(float, f32)
 LF_PLAIN(double, f64)
+
+#define LF_WINDOW_PLAIN(T, name) LF_KERNEL(linfusion_window_plain_##name, LfWindow, 128, 1, window_plain_kernel<T>)
+
+LF_WINDOW_PLAIN(F16, f16)
+LF_WINDOW_PLAIN(BF16, bf16)
+LF_WINDOW_PLAIN(float, f32)
+LF_WINDOW_PLAIN(double, f64)
 
 } // namespace lf

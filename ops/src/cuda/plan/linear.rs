@@ -1,7 +1,8 @@
 //! `LinFusionAttention`: its kernels and how they are launched.
 
 use super::{
-    Addresses, Device, Launch, PlanError, fits_tensor_cores, in_31_bits, row_bytes, suffix, tensor,
+    Addresses, Device, Launch, PlanError, Step, fits_tensor_cores, grid, in_31_bits, row_bytes,
+    suffix, tensor,
 };
 use crate::cuda::params::{LinearParams, Params};
 use crate::schema::{Dims, ElementType};
@@ -162,29 +163,6 @@ pub struct LinearPlan {
     state_bytes: usize,
 }
 
-/// A launch without its argument.
-#[derive(Debug, Clone, PartialEq)]
-struct Step {
-    kernel: String,
-    grid: [u32; 3],
-    threads: usize,
-    shared_bytes: usize,
-}
-
-/// Blocks of a launch: one a head and `more` along x, `panels` along y.
-fn grid(heads: usize, more: usize, panels: usize) -> Result<[u32; 3], PlanError> {
-    let blocks = in_31_bits("blocks of a launch", heads.saturating_mul(more))?;
-    let panels = u32::try_from(panels).unwrap_or(u32::MAX);
-    if panels >= 1 << 16 {
-        return Err(PlanError::TooLarge {
-            what: "tiles of a head's sums",
-            limit: 1 << 16,
-            found: u64::from(panels),
-        });
-    }
-    Ok([blocks as u32, panels, 1])
-}
-
 impl LinearPlan {
     /// Plans a call.
     ///
@@ -276,13 +254,7 @@ impl LinearPlan {
         };
         self.steps
             .iter()
-            .map(|step| Launch {
-                kernel: step.kernel.clone(),
-                grid: step.grid,
-                threads: step.threads as u32,
-                shared_bytes: step.shared_bytes as u32,
-                params: Params::Linear(params),
-            })
+            .map(|step| step.launch(Params::Linear(params)))
             .collect()
     }
 
