@@ -58,7 +58,7 @@ LF_TYPE(BF16, bf16)
 
 #define LF_WINDOWS(T, name)                                                                                            \
     LF_WINDOW(T, name, 64, 2, 64, 4)                                                                                   \
-    LF_WINDOW(T, name, 80, 2, 64, 4)                                                                                   \
+    LF_WINDOW(T, name, 80, 2, 32, 4)                                                                                   \
     LF_WINDOW(T, name, 128, 1, 64, 2)                                                                                  \
     LF_WINDOW(T, name, 256, 1, 16, 2)                                                                                  \
     LF_KERNEL(linfusion_window_combine_##name, LfWindow, 128, 1, window_combine_kernel<T>)

@@ -34,7 +34,7 @@ struct FlashShape {
 /// As `LF_WINDOWS` in linfusion.cu.
 const FLASH: [FlashShape; 4] = [
     flash(64, 2, 64, 4),
-    flash(80, 2, 64, 4),
+    flash(80, 2, 32, 4),
     flash(128, 1, 64, 2),
     flash(256, 1, 16, 2),
 ];
