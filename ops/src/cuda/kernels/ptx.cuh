@@ -15,7 +15,6 @@
 #define LF_UNROLL_BY(n) LF_PRAGMA(unroll n)
 #define LF_PRAGMA(text) _Pragma(#text)
 #else
-#include "cuda_shim.h"
 #define LF_DEVICE inline
 #define LF_UNROLL
 #define LF_UNROLL_BY(n)
@@ -41,7 +40,12 @@ typedef uint32_t FragmentA[4];
 typedef uint32_t FragmentB[2];
 typedef float FragmentC[4];
 
-#ifdef __CUDACC__
+} // namespace lf
+
+#ifndef __CUDACC__
+#include "cuda_shim.h"
+#else
+namespace lf {
 
 LF_DEVICE int thread_index() { return threadIdx.x; }
 LF_DEVICE int block_size() { return blockDim.x; }
@@ -168,7 +172,10 @@ LF_DEVICE void unpack<BF16>(uint32_t pair, float& first, float& second) {
         body(params);                                                                               \
     }
 
+} // namespace lf
 #endif // __CUDACC__
+
+namespace lf {
 
 LF_DEVICE float to_float(float x) { return x; }
 LF_DEVICE double to_float(double x) { return x; }
