@@ -97,10 +97,10 @@ pub struct WindowParams {
     pub window_cols: i32,
     /// Square of the radius; 0 for a rectangle.
     pub radius_squared: i64,
+    /// Factor on q·k.
+    pub scale: f64,
     /// 1: the window is shifted inside at the border; 0: it is cut there.
     pub clamp: i32,
-    /// Factor on q·k.
-    pub scale: f32,
 }
 
 /// The one argument of a launch.

@@ -177,15 +177,15 @@ LF_DEVICE void apply_kernel(const LfLinear& p) {
 }
 
 /// Both phases in one launch, for few tokens: a block a head. Grid: x = head.
-/// Shared memory: partial sums, the state, then what the phases use in turn.
+/// Shared memory: the state; then the partial sums and what the first phase uses, later what the second does.
 template <typename First, typename Second>
 LF_DEVICE void fused_kernel(const LfLinear& p) {
     const int batch = block_x() / p.heads, head = block_x() % p.heads;
     const StateLayout layout(p.head_dim, p.value_dim);
     unsigned char* shared = shared_memory();
-    float* partial = reinterpret_cast<float*>(shared);
-    unsigned char* state = shared + round_up(int(partial_length(p.head_dim, p.value_dim)) * 4, 128);
-    unsigned char* free = state + round_up(layout.bytes(), 128);
+    unsigned char* rest = shared + round_up(layout.bytes(), 128);
+    float* partial = reinterpret_cast<float*>(rest);
+    unsigned char* free = rest + round_up(int(partial_length(p.head_dim, p.value_dim)) * 4, 128);
     {
         State<First> sums(p, batch, head, 0, free);
         sums.accumulate(0, p.keys);
@@ -194,10 +194,10 @@ LF_DEVICE void fused_kernel(const LfLinear& p) {
     }
     barrier();
     for (int tile = 0; tile < layout.tiles; ++tile) {
-        reduce_tile<typename First::T>(p, partial, state, tile, reinterpret_cast<float*>(free));
+        reduce_tile<typename First::T>(p, partial, shared, tile, reinterpret_cast<float*>(free));
         barrier();
     }
-    Apply<Second> apply(p, batch, head, state, free);
+    Apply<Second> apply(p, batch, head, shared, rest);
     apply.run(0, p.queries);
 }
 

@@ -1,7 +1,6 @@
 // What the host passes to a kernel: one structure by value.
 //
-// The Rust side has the same structures in `ops/src/cuda/params.rs`; the tests compare their sizes
-// and offsets. Pointers are device addresses; strides and counts are in elements unless named bytes.
+// The Rust side has the same structures in `ops/src/cuda/params.rs`; the emulator refuses other sizes. Pointers are device addresses; strides and counts are in elements unless named bytes.
 #pragma once
 #include <stdint.h>
 
@@ -57,8 +56,8 @@ struct LfWindow {
     int32_t window_rows, window_cols;
     /// Square of the radius; 0: the window is rectangular.
     int64_t radius_squared;
+    /// Factor on q·k.
+    double scale;
     /// 1: the window is shifted inside at the border; 0: it is cut there.
     int32_t clamp;
-    /// Factor on q·k.
-    float scale;
 };

@@ -179,7 +179,7 @@ struct Flash {
                 }
             }
         }
-        const float scale = p.scale * LOG2_E;
+        const float scale = float(p.scale) * LOG2_E;
         const Key* names = list(block);
         LF_UNROLL
         for (int n = 0; n < tiles; ++n) {

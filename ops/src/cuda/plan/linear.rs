@@ -47,8 +47,9 @@ impl StateShape {
         let panel = value_dim.min(self.panel);
         let ring = self.stages * self.tokens * (row_bytes(head_dim) + row_bytes(panel));
         let warps = self.row_warps(head_dim);
+        let slices = self.threads / 32 / warps;
         let merge = warps * self.row_tiles * (self.panel / 8 + 1) * 4 * 32 * 4;
-        ring.max(merge) + SLACK
+        ring.max(if slices > 1 { merge } else { 0 }) + SLACK
     }
 }
 
@@ -271,9 +272,9 @@ impl LinearPlan {
         let state = tuned.fused_state.shared_bytes(head_dim, value_dim);
         let warps = tuned.fused_state.threads / 32;
         let apply = tuned.fused_apply.slots_bytes(head_dim, value_dim, warps);
-        let shared = (self.partial_length() * 4).next_multiple_of(128)
-            + self.head_state_bytes().next_multiple_of(128)
-            + state.max(apply).max(reduce_shared(head_dim));
+        let partial = (self.partial_length() * 4).next_multiple_of(128);
+        let first = partial + state.max(reduce_shared(head_dim));
+        let shared = self.head_state_bytes().next_multiple_of(128) + first.max(apply);
         if queries.max(keys) > FUSED_TOKENS
             || bytes > FUSED_BYTES
             || shared > device.shared_bytes as usize

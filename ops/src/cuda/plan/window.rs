@@ -164,7 +164,7 @@ impl WindowPlan {
             // No distance within the image reaches this.
             radius_squared: (radius * radius).min(i32::MAX as usize) as i64,
             clamp: i32::from(self.attrs.border == Border::Clamp),
-            scale: scale.unwrap_or_else(|| (1.0 / (w.head_dim as f64).sqrt()) as f32),
+            scale: scale.map_or_else(|| 1.0 / (w.head_dim as f64).sqrt(), f64::from),
         };
         self.steps
             .iter()
