@@ -81,7 +81,7 @@ pub fn run_linear(
     let RunOptions {
         element, device, ..
     } = *options;
-    let aligned = options.shift % 16 == 0;
+    let aligned = options.shift.is_multiple_of(16);
     let plan = LinearPlan::new(&dims, element, attrs.eps, aligned, &device)?;
     let launches = |at: &Addresses| plan.launches(at);
     run(
@@ -108,7 +108,7 @@ pub fn run_window(
     let RunOptions {
         element, device, ..
     } = *options;
-    let aligned = options.shift % 16 == 0;
+    let aligned = options.shift.is_multiple_of(16);
     let plan = WindowPlan::new(&dims, attrs, element, aligned, &device)?;
     let launches = |at: &Addresses| plan.launches(at);
     run(
