@@ -3,19 +3,22 @@
 # lint   formatting, clippy, documentation; warnings are errors
 # bench  measurements, into benches/results
 # fuzz   each fuzz target for FUZZ_SECONDS (60); needs cargo-fuzz (cargo install cargo-fuzz)
-# lib    liblinfusion_ops.so, the operators for any ONNX Runtime
+# lib    liblinfusion_ops.so, the operators for any ONNX Runtime; with CUDA kernels where `cuda` was run before
+# cuda   the CUDA kernels for every architecture, with the nvcc that is there or a fetched one; needs no GPU
 # ort    four releases of libonnxruntime into .cache/ort, hash-checked
 # clean  what cargo and the targets above made; `distclean` also the fetched libraries
 #
 # LINFUSION_ORT_DIR  a folder of VERSION/libonnxruntime.so.VERSION to use instead of fetching
 # ORT_DYLIB_PATH     the libonnxruntime that demo and bench run on
 # PYTHON             the Python that fetches (default python3)
+# NVCC               the nvcc to use, of CUDA 12.8 to 13
+# LINFUSION_NO_CUDA  1: `test` doesn't compile the CUDA kernels
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
 .DELETE_ON_ERROR:
-.PHONY: demo test lint bench fuzz lib ort clean distclean help
+.PHONY: demo test lint bench fuzz lib cuda ort clean distclean help
 
 CARGO ?= cargo
 CACHE := $(CURDIR)/.cache
@@ -26,6 +29,7 @@ LIBRARY_TARGET := $(TARGET)/library
 LIBRARY := $(LIBRARY_TARGET)/release/liblinfusion_ops.so
 
 ORT_DIR := $(abspath $(or $(LINFUSION_ORT_DIR),$(CACHE)/ort))
+FATBIN := $(TARGET)/cuda/linfusion.fatbin
 # The newest library of ORT_DIR, looked up when a recipe runs.
 NEWEST_ORT = $$(find -L '$(ORT_DIR)' -name 'libonnxruntime.so.*' 2>/dev/null | sort -V | tail -n 1)
 
@@ -37,7 +41,7 @@ demo:
 	@$(CARGO) build --release --locked -p linfusion-convert -p linfusion-runtime -p linfusion-tests
 	@$(CARGO) run --release --locked --quiet -p linfusion-tests --bin demo
 
-test: ort lib
+test: ort $(if $(LINFUSION_NO_CUDA),,cuda) lib
 	@command -v $(CARGO) >/dev/null || { echo "cargo is not there: install Rust from https://rustup.rs" >&2; exit 1; }
 	@export LINFUSION_TEST_ORT_DIR='$(ORT_DIR)' LINFUSION_TEST_PYTHON_DIR='$(CACHE)/py'
 	@export LINFUSION_OPS_LIBRARY='$(LIBRARY)' ORT_DYLIB_PATH="$(NEWEST_ORT)"
@@ -69,7 +73,12 @@ fuzz:
 	done
 
 lib:
+	@[ -f '$(FATBIN)' ] && export LINFUSION_FATBIN='$(FATBIN)' || true
 	@$(CARGO) build --release --locked -p linfusion-ops --target-dir '$(LIBRARY_TARGET)'
+
+cuda:
+	@nvcc=$$(PYTHON='$(or $(PYTHON),python3)' ops/scripts/nvcc.sh '$(CACHE)')
+	@ops/scripts/build_fatbin.sh "$$nvcc" '$(dir $(FATBIN))'
 
 # The libraries that the tests run on; nothing to do where LINFUSION_ORT_DIR gives them.
 ort:

@@ -54,21 +54,38 @@ impl Operator {
     }
 }
 
+/// Whose kernels an entry's are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Provider {
+    Cpu,
+    Cuda,
+}
+
+impl Provider {
+    const ALL: [Self; 2] = [Self::Cpu, Self::Cuda];
+}
+
 /// An entry. ONNX Runtime hands the callbacks a pointer to the first field.
 #[repr(C)]
 pub(super) struct Entry {
     op: OrtCustomOp,
     operator: Operator,
     element: ElementType,
+    provider: Provider,
 }
 
 impl Entry {
-    /// The entries of all operators and element types; they live for ever, as ONNX Runtime keeps pointers.
+    /// The entries of all operators, element types and providers; they live for ever, as ONNX Runtime keeps pointers.
     pub(super) fn all() -> &'static [Self] {
         static ALL: OnceLock<Vec<Entry>> = OnceLock::new();
         ALL.get_or_init(|| {
-            let of = |operator| ElementType::ALL.map(|element| Self::new(operator, element));
-            Operator::ALL.into_iter().flat_map(of).collect()
+            let mut all = Vec::new();
+            for provider in Provider::ALL {
+                for operator in Operator::ALL {
+                    all.extend(ElementType::ALL.map(|e| Self::new(operator, e, provider)));
+                }
+            }
+            all
         })
     }
 
@@ -76,7 +93,11 @@ impl Entry {
         (&raw const *self).cast()
     }
 
-    fn new(operator: Operator, element: ElementType) -> Self {
+    pub(super) fn provider(&self) -> Provider {
+        self.provider
+    }
+
+    fn new(operator: Operator, element: ElementType, provider: Provider) -> Self {
         // SAFETY: an integer and nullable function pointers; all zeros is a value of each. Fields
         // that newer bindings add stay null, and ONNX Runtime goes by `version`.
         let mut op: OrtCustomOp = unsafe { MaybeUninit::zeroed().assume_init() };
@@ -104,6 +125,7 @@ impl Entry {
             op,
             operator,
             element,
+            provider,
         }
     }
 }
@@ -122,9 +144,13 @@ unsafe extern "system" fn get_name(op: *const OrtCustomOp) -> *const c_char {
     unsafe { entry(op) }.operator.c_name().as_ptr()
 }
 
-/// Null: the CPU provider.
-unsafe extern "system" fn get_provider(_: *const OrtCustomOp) -> *const c_char {
-    std::ptr::null()
+unsafe extern "system" fn get_provider(op: *const OrtCustomOp) -> *const c_char {
+    // SAFETY: ONNX Runtime passes the pointer it was given.
+    match unsafe { entry(op) }.provider {
+        // The CPU provider.
+        Provider::Cpu => std::ptr::null(),
+        Provider::Cuda => c"CUDAExecutionProvider".as_ptr(),
+    }
 }
 
 unsafe extern "system" fn get_input_type(
@@ -195,7 +221,7 @@ unsafe extern "system" fn create_kernel(
         };
         guarded(api, || {
             let entry = entry(op);
-            let node = Node::new(api, info, entry.operator, entry.element)?;
+            let node = Node::new(api, info, entry.operator, entry.element, entry.provider)?;
             kernel.write(Box::into_raw(Box::new(node)).cast());
             Ok(())
         })

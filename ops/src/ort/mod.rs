@@ -5,6 +5,7 @@
 //! `OrtStatus` that names the node and what was expected and found; no panic leaves the library.
 
 mod api;
+mod device;
 mod entry;
 mod node;
 mod pool;
@@ -15,9 +16,12 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use ort_sys::{OrtApi, OrtApiBase, OrtCustomOpDomain, OrtSessionOptions, OrtStatusPtr};
 use thiserror::Error;
 
-use self::api::{API_VERSION, Api, MIN_RELEASE};
-use self::entry::{Entry, guarded};
+use self::api::{API_VERSION, Api, MIN_RELEASE, Scratch};
+use self::entry::{Entry, Provider, guarded};
 use crate::cpu::{Isa, KernelError};
+use crate::cuda;
+use crate::cuda::driver::CudaError;
+use crate::cuda::plan::PlanError;
 use crate::schema::{
     DOMAIN, ElementType, LINFUSION_ATTENTION, OPSET_VERSION, ShapeError, WINDOW_ATTENTION,
 };
@@ -26,6 +30,9 @@ use crate::schema::{
 /// fail with `Domain already set in registry`, and options can't be asked for their domains.
 const REGISTERED_KEY: &CStr = c"ai.linfusion.registered";
 const DOMAIN_NAME: &CStr = c"ai.linfusion";
+
+/// The first ONNX Runtime release whose CUDA provider the kernels run in.
+const CUDA_RELEASE: &str = "1.18";
 
 /// Why a registration or a node failed.
 #[derive(Debug, Clone, PartialEq, Error)]
@@ -122,6 +129,15 @@ pub enum OrtError {
     /// The kernel refused or ran out of memory.
     #[error(transparent)]
     Kernel(#[from] KernelError),
+    /// The CUDA driver refused.
+    #[error(transparent)]
+    Cuda(#[from] CudaError),
+    /// No CUDA kernel takes these sizes.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// A CUDA node of a registration that has none.
+    #[error("the CUDA kernels need ONNX Runtime {CUDA_RELEASE} or later")]
+    CudaRelease,
     /// A panic, which is a bug in this library.
     #[error("internal error (a bug in linfusion-ops): {0}")]
     Panic(String),
@@ -143,7 +159,10 @@ pub unsafe extern "system" fn RegisterCustomOps(
     // SAFETY: by the contract above.
     match unsafe { Api::from_base(base) } {
         // SAFETY: likewise.
-        Ok(api) => guarded(api, || unsafe { register(options, api) }),
+        Ok(api) => guarded(api, || unsafe {
+            let scratch = cuda::image().and_then(|_| Scratch::from_base(base));
+            register(options, api, scratch)
+        }),
         Err(old) => old.oldest.map_or_else(OrtStatusPtr::default, |api| {
             let error = OrtError::TooOld {
                 release: old.release,
@@ -167,14 +186,18 @@ pub fn status_text() -> String {
     let types = ElementType::ALL.map(|t| t.to_string()).join(", ");
     let sets: Vec<String> = Isa::available().iter().map(Isa::to_string).collect();
     format!(
-        "linfusion-ops {}: {DOMAIN} version {OPSET_VERSION}: {LINFUSION_ATTENTION}, {WINDOW_ATTENTION}; element types {types}; ONNX Runtime {MIN_RELEASE} or later (C API {API_VERSION}); CPU kernels {} (available: {}); CUDA: not built in",
+        "linfusion-ops {}: {DOMAIN} version {OPSET_VERSION}: {LINFUSION_ATTENTION}, {WINDOW_ATTENTION}; element types {types}; ONNX Runtime {MIN_RELEASE} or later (C API {API_VERSION}); CPU kernels {} (available: {}); {}",
         env!("CARGO_PKG_VERSION"),
         Isa::best(),
-        sets.join(", ")
+        sets.join(", "),
+        cuda::status()
     )
 }
 
-/// Registers the operators with session options in this process, without a library file.
+/// Registers the operators' CPU kernels with session options in this process, without a library file.
+///
+/// The function table doesn't tell ONNX Runtime's release, on which the CUDA kernels depend;
+/// [`RegisterCustomOps`] registers those too.
 ///
 /// # Safety
 /// `options` must be valid session options of the ONNX Runtime that `api` belongs to, `api` must
@@ -189,13 +212,19 @@ pub unsafe fn register_in_process(
     // SAFETY: by the contract above.
     unsafe {
         let api = Api::from_table(api).ok_or(OrtError::Null { what: "the API" })?;
-        register(options, api)
+        register(options, api, None)
     }
 }
 
+/// Registers the CPU kernels, and with `scratch` the CUDA kernels.
+///
 /// # Safety
 /// `options` must be null or valid session options of the ONNX Runtime of `api`.
-unsafe fn register(options: *mut OrtSessionOptions, api: Api) -> Result<(), OrtError> {
+unsafe fn register(
+    options: *mut OrtSessionOptions,
+    api: Api,
+    scratch: Option<Scratch>,
+) -> Result<(), OrtError> {
     if options.is_null() {
         return Err(OrtError::Null {
             what: "the session options",
@@ -206,25 +235,35 @@ unsafe fn register(options: *mut OrtSessionOptions, api: Api) -> Result<(), OrtE
         if api.has_config_entry(options, REGISTERED_KEY)? {
             return Ok(());
         }
-        let domain = domain_for(api)?;
+        let domain = domain_for(api, scratch)?;
         api.add_domain(options, domain)?;
         api.add_config_entry(options, REGISTERED_KEY, c"1")
     }
 }
 
-/// One domain object per loaded ONNX Runtime, shared by all its sessions and never released:
-/// sessions keep pointers to it.
-fn domain_for(api: Api) -> Result<*mut OrtCustomOpDomain, OrtError> {
+/// One domain object per loaded ONNX Runtime, with and without CUDA, shared by all its sessions and
+/// never released: sessions keep pointers to it.
+fn domain_for(api: Api, scratch: Option<Scratch>) -> Result<*mut OrtCustomOpDomain, OrtError> {
     let mut domains = domains().lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(known) = domains.iter().find(|d| d.api.address() == api.address()) {
+    let known = domains
+        .iter()
+        .find(|d| d.api.address() == api.address() && d.scratch.is_some() == scratch.is_some());
+    if let Some(known) = known {
         return Ok(known.domain);
     }
     let domain = api.create_domain(DOMAIN_NAME)?;
-    for entry in Entry::all() {
+    let entries = Entry::all()
+        .iter()
+        .filter(|e| scratch.is_some() || e.provider() == Provider::Cpu);
+    for entry in entries {
         // SAFETY: the domain was just made; entries live for ever.
         unsafe { api.add_op(domain, entry.as_op()) }?;
     }
-    domains.push(Registered { api, domain });
+    domains.push(Registered {
+        api,
+        scratch,
+        domain,
+    });
     Ok(domain)
 }
 
@@ -234,8 +273,16 @@ fn any_api() -> Option<Api> {
     domains.first().map(|d| d.api)
 }
 
+/// How nodes of an ONNX Runtime get memory of their stream, if it registered CUDA kernels.
+fn scratch_of(api: Api) -> Option<Scratch> {
+    let domains = domains().lock().unwrap_or_else(PoisonError::into_inner);
+    let mut of_api = domains.iter().filter(|d| d.api.address() == api.address());
+    of_api.find_map(|d| d.scratch)
+}
+
 struct Registered {
     api: Api,
+    scratch: Option<Scratch>,
     domain: *mut OrtCustomOpDomain,
 }
 

@@ -1,6 +1,6 @@
 //! One node of a session: its attributes, and running it.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, c_void};
 use std::mem::MaybeUninit;
 
 use half::{bf16, f16};
@@ -8,7 +8,8 @@ use ort_sys::{OrtKernelContext, OrtKernelInfo};
 
 use super::OrtError;
 use super::api::Api;
-use super::entry::Operator;
+use super::device::CudaNode;
+use super::entry::{Operator, Provider};
 use super::pool::OrtPool;
 use crate::cpu::{self, Element, Execution, Isa, Tensors};
 use crate::schema::{
@@ -28,11 +29,13 @@ const ATTR_TEXT: &CStr = c"text";
 pub(super) struct Node {
     pub(super) api: Api,
     name: String,
-    attrs: Attrs,
-    element: ElementType,
+    pub(super) attrs: Attrs,
+    pub(super) element: ElementType,
+    /// What a node of the CUDA provider has beside.
+    cuda: Option<CudaNode>,
 }
 
-enum Attrs {
+pub(super) enum Attrs {
     Linear(LinFusionAttentionAttrs),
     Window(WindowAttentionAttrs),
 }
@@ -159,24 +162,34 @@ impl Node {
         info: *const OrtKernelInfo,
         operator: Operator,
         element: ElementType,
+        provider: Provider,
     ) -> Result<Self, OrtError> {
         // SAFETY: by the contract above.
-        unsafe {
-            let name = api.node_name(info)?;
+        let name = unsafe { api.node_name(info) }?;
+        let make = || {
             let read = Reader { api, info };
-            let attrs = match operator {
-                Operator::Linear => read.linear().map(Attrs::Linear),
-                Operator::Window => read.window().map(Attrs::Window),
+            // SAFETY: by the contract above.
+            let attrs = unsafe {
+                match operator {
+                    Operator::Linear => read.linear().map(Attrs::Linear),
+                    Operator::Window => read.window().map(Attrs::Window),
+                }
+            }?;
+            let cuda = match provider {
+                Provider::Cpu => None,
+                Provider::Cuda => Some(CudaNode::new(api)?),
             };
-            match attrs {
-                Err(error) => Err(with_node(&name, operator, error)),
-                Ok(attrs) => Ok(Self {
-                    api,
-                    name,
-                    attrs,
-                    element,
-                }),
-            }
+            Ok((attrs, cuda))
+        };
+        match make() {
+            Err(error) => Err(with_node(&name, operator, error)),
+            Ok((attrs, cuda)) => Ok(Self {
+                api,
+                name,
+                attrs,
+                element,
+                cuda,
+            }),
         }
     }
 
@@ -192,11 +205,12 @@ impl Node {
     pub(super) unsafe fn compute(&self, context: *mut OrtKernelContext) -> Result<(), OrtError> {
         // SAFETY: by the contract above.
         let result = unsafe {
-            match self.element {
-                ElementType::F32 => self.compute_as::<f32>(context),
-                ElementType::F16 => self.compute_as::<f16>(context),
-                ElementType::Bf16 => self.compute_as::<bf16>(context),
-                ElementType::F64 => self.compute_as::<f64>(context),
+            match (&self.cuda, self.element) {
+                (Some(cuda), _) => cuda.compute(self, context),
+                (None, ElementType::F32) => self.compute_as::<f32>(context),
+                (None, ElementType::F16) => self.compute_as::<f16>(context),
+                (None, ElementType::Bf16) => self.compute_as::<bf16>(context),
+                (None, ElementType::F64) => self.compute_as::<f64>(context),
             }
         };
         result.map_err(|error| with_node(&self.name, self.operator(), error))
@@ -233,11 +247,8 @@ impl Node {
                     cpu::linfusion_attention(&dims, attrs.eps, tensors, execution)?;
                 }
                 Attrs::Window(attrs) => {
-                    let grid = self.input::<i64>(context, 3, INT64)?;
-                    let &[rows, cols] = grid.data else {
-                        return Err(OrtError::GridShape { shape: grid.shape });
-                    };
-                    let dims = WindowDims::new(&q.shape, &k.shape, &v.shape, [rows, cols], attrs)?;
+                    let grid = self.grid(context)?;
+                    let dims = WindowDims::new(&q.shape, &k.shape, &v.shape, grid, attrs)?;
                     tensors.out = self.output(context, &dims.out_shape())?;
                     cpu::window_attention(&dims, attrs, tensors, execution)?;
                 }
@@ -268,16 +279,39 @@ impl Node {
     }
 
     /// # Safety
-    /// As for [`Self::compute`]; the result must not outlive the callback, and elements of type
-    /// `code` must be T.
-    unsafe fn input<'a, T>(
+    /// As for [`Self::compute`]; the result must not outlive the callback, elements of type
+    /// `code` must be T, and the tensor must lie in the host's memory.
+    pub(super) unsafe fn input<'a, T>(
         &self,
         context: *const OrtKernelContext,
         index: usize,
         code: i32,
     ) -> Result<Input<'a, T>, OrtError> {
-        let input = self.operator().inputs().get(index).copied().unwrap_or("");
         // SAFETY: by the contract above; the tensor's data has the length of its shape.
+        unsafe {
+            let Placed { shape, address } = self.placed(context, index, code)?;
+            let len = shape.iter().product();
+            let data = if len == 0 {
+                &[]
+            } else {
+                std::slice::from_raw_parts(address.cast::<T>(), len)
+            };
+            Ok(Input { shape, data })
+        }
+    }
+
+    /// An input's shape and address.
+    ///
+    /// # Safety
+    /// As for [`Self::compute`].
+    pub(super) unsafe fn placed(
+        &self,
+        context: *const OrtKernelContext,
+        index: usize,
+        code: i32,
+    ) -> Result<Placed, OrtError> {
+        let input = self.operator().inputs().get(index).copied().unwrap_or("");
+        // SAFETY: by the contract above.
         unsafe {
             let value = self.api.input(context, index)?;
             if value.is_null() {
@@ -299,15 +333,25 @@ impl Node {
                     input,
                     shape: shape.clone(),
                 })?;
-            let len = shape.iter().product();
-            let data = if len == 0 {
-                &[]
-            } else {
-                let data = self.api.tensor_data(value.cast_mut())?;
-                std::slice::from_raw_parts(data.cast::<T>(), len)
-            };
-            Ok(Input { shape, data })
+            let address = self.api.tensor_data(value.cast_mut())?;
+            Ok(Placed { shape, address })
         }
+    }
+
+    /// The two numbers of the input `grid`, which lies in the host's memory on every provider.
+    ///
+    /// # Safety
+    /// As for [`Self::compute`].
+    pub(super) unsafe fn grid(
+        &self,
+        context: *const OrtKernelContext,
+    ) -> Result<[i64; 2], OrtError> {
+        // SAFETY: by the contract above.
+        let grid = unsafe { self.input::<i64>(context, 3, INT64) }?;
+        let &[rows, cols] = grid.data else {
+            return Err(OrtError::GridShape { shape: grid.shape });
+        };
+        Ok([rows, cols])
     }
 }
 
@@ -322,7 +366,13 @@ fn with_node(node: &str, operator: Operator, error: OrtError) -> OrtError {
     }
 }
 
-struct Input<'a, T> {
+pub(super) struct Input<'a, T> {
     shape: Vec<usize>,
     data: &'a [T],
+}
+
+/// A tensor, wherever it lies.
+pub(super) struct Placed {
+    pub(super) shape: Vec<usize>,
+    pub(super) address: *mut c_void,
 }
