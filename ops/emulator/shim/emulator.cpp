@@ -489,3 +489,9 @@ extern "C" const char* lf_kernel_name(size_t index) {
 extern "C" float lf_half_to_float(uint16_t bits) { return half_to_float(bits); }
 extern "C" uint16_t lf_float_to_half(float value) { return float_to_half(value); }
 extern "C" uint16_t lf_float_to_brain(float value) { return float_to_brain(value); }
+
+/// Size of a kernel's argument; 0: there is no such kernel.
+extern "C" size_t lf_params_bytes(const char* name) {
+    const auto found = kernels().find(name);
+    return found == kernels().end() ? 0 : found->second.params_bytes;
+}

@@ -15,6 +15,10 @@
 mod memory;
 mod run;
 
+/// A `libcuda.so.1` whose device memory is the host's and whose launches run in the emulator. Loaded before the real
+/// one, the dynamic linker gives it to whoever asks for `libcuda.so.1`.
+pub const FAKE_DRIVER: &str = env!("LINFUSION_FAKE_DRIVER");
+
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 
 use linfusion_ops::cuda::plan::Launch;
