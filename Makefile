@@ -5,6 +5,8 @@
 # fuzz   each fuzz target for FUZZ_SECONDS (60); needs cargo-fuzz (cargo install cargo-fuzz)
 # lib    liblinfusion_ops.so, the operators for any ONNX Runtime; with CUDA kernels where `cuda` was run before
 # cuda   the CUDA kernels for every architecture, with the nvcc that is there or a fetched one; needs no GPU
+# gpu-check  on a machine with a GPU, PyTorch, Triton and onnxruntime-gpu: correctness, compute-sanitizer,
+#            benchmark into benches/results; needs no network once `cuda lib` were run
 # ort    four releases of libonnxruntime into .cache/ort, hash-checked
 # clean  what cargo and the targets above made; `distclean` also the fetched libraries
 #
@@ -18,7 +20,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
 .DELETE_ON_ERROR:
-.PHONY: demo test lint bench fuzz lib cuda ort clean distclean help
+.PHONY: demo test lint bench fuzz lib cuda gpu-check ort clean distclean help
 
 CARGO ?= cargo
 CACHE := $(CURDIR)/.cache
@@ -79,6 +81,10 @@ lib:
 cuda:
 	@nvcc=$$(PYTHON='$(or $(PYTHON),python3)' ops/scripts/nvcc.sh '$(CACHE)')
 	@ops/scripts/build_fatbin.sh "$$nvcc" '$(dir $(FATBIN))'
+
+gpu-check:
+	@[ -f '$(LIBRARY)' ] || { echo "gpu-check: $(LIBRARY) is not there: run make cuda lib" >&2; exit 2; }
+	@benches/gpu/run.sh '$(LIBRARY)' benches/results $(if $(QUICK),--quick)
 
 # The libraries that the tests run on; nothing to do where LINFUSION_ORT_DIR gives them.
 ort:
