@@ -14,25 +14,39 @@ fn main() {
         }
     }
     println!("cargo::rerun-if-changed=tests/kernels.cpp");
-    let mut build = cc::Build::new();
-    build
+    let mut plain = cc::Build::new();
+    plain
         .cpp(true)
         .std("c++17")
         .include(shim)
         .include(kernels)
-        .file(shim.join("emulator.cpp"))
-        .file(shim.join("kernels.cpp"))
         // At the speed of unoptimised code the tests would take minutes.
         .opt_level(2)
         .debug(false)
         .pic(true)
         .flag("-Wno-unknown-pragmas");
 
-    let mut driver = build.clone();
-    driver.file(shim.join("fake_driver.cpp"));
+    // A function is called before each load and store; `watch.cpp` defines them in place of the sanitizer's library.
+    let mut watched = plain.clone();
+    watched.flag("-fsanitize=thread");
+    watched
+        .file(shim.join("watched.cpp"))
+        .compile("linfusion_watched");
+
+    for file in ["emulator.cpp", "watch.cpp", "kernels.cpp"] {
+        plain.file(shim.join(file));
+    }
+    link_driver(plain.clone().file(shim.join("fake_driver.cpp")));
+    plain
+        .file("tests/kernels.cpp")
+        .compile("linfusion_emulated");
+}
+
+/// Builds the driver that runs launches in the emulator, and tells the crate where it is.
+fn link_driver(build: &cc::Build) {
     let library = PathBuf::from(env::var_os("OUT_DIR").expect("set by Cargo")).join("libcuda.so.1");
-    let objects = driver.compile_intermediates();
-    let linked = driver
+    let objects = build.compile_intermediates();
+    let linked = build
         .get_compiler()
         .to_command()
         .args(["-shared", "-Wl,-soname,libcuda.so.1", "-pthread", "-o"])
@@ -48,8 +62,4 @@ fn main() {
         "cargo::rustc-env=LINFUSION_FAKE_DRIVER={}",
         library.display()
     );
-
-    build
-        .file("tests/kernels.cpp")
-        .compile("linfusion_emulated");
 }

@@ -10,8 +10,8 @@
 
 #define LF_TENSOR_CORES 1
 
-namespace lf {
-namespace emu {
+// Outside of `lf`, of which there are two: see watched.cpp.
+namespace lf_emu {
 
 /// A warp's collectives. All lanes must come to the same one at the same place of the program.
 enum class Collective { None, WarpBarrier, ShuffleFloat, ShuffleDouble, Load, LoadTransposed, MultiplyF16, MultiplyBF16 };
@@ -43,11 +43,22 @@ uint16_t float_to_half(float value);
 float brain_to_float(uint16_t bits);
 uint16_t float_to_brain(float value);
 
+/// The two builds of the kernels.
+enum class Build { Plain, Watched };
+#ifdef LF_WATCHED
+constexpr Build THIS_BUILD = Build::Watched;
+#else
+constexpr Build THIS_BUILD = Build::Plain;
+#endif
+
 struct Registrar {
-    Registrar(const char* name, void (*run)(const void*), size_t params_bytes, int threads);
+    Registrar(Build build, const char* name, void (*run)(const void*), size_t params_bytes, int threads);
 };
 
-} // namespace emu
+} // namespace lf_emu
+
+namespace lf {
+namespace emu = lf_emu;
 
 // A function of its own, so that its return address is the place in the program.
 #define LF_SITE __builtin_return_address(0)
@@ -143,4 +154,4 @@ inline void unpack(uint32_t pair, float& first, float& second) {
 
 #define LF_KERNEL(name, Params, threads, blocks, body)                                                     \
     static void lf_emulated_##name(const void* params) { body(*static_cast<const Params*>(params)); }      \
-    static const lf::emu::Registrar lf_registrar_##name(#name, lf_emulated_##name, sizeof(Params), threads);
+    static const lf_emu::Registrar lf_registrar_##name(lf_emu::THIS_BUILD, #name, lf_emulated_##name, sizeof(Params), threads);

@@ -12,13 +12,16 @@
 
 #include "params.h"
 #include "ptx.cuh"
+#include "watch.h"
 
 #if !defined(__x86_64__)
 #include <ucontext.h>
 #endif
 
-namespace lf {
-namespace emu {
+using lf::bits_float;
+using lf::float_bits;
+
+namespace lf_emu {
 namespace {
 
 constexpr int LANES = 32;
@@ -96,9 +99,9 @@ struct Kernel {
     int threads;
 };
 
-std::map<std::string, Kernel>& kernels() {
-    static std::map<std::string, Kernel> all;
-    return all;
+std::map<std::string, Kernel>& kernels(Build build = Build::Plain) {
+    static std::map<std::string, Kernel> plain, watched;
+    return build == Build::Plain ? plain : watched;
 }
 
 /// Planted bugs, as `Plant` in lib.rs numbers them.
@@ -196,7 +199,9 @@ void load(Thread* lanes, bool transposed) {
         uint16_t elements[8][8];
         for (int row = 0; row < 8; ++row) {
             const void* from = lanes[matrix * 8 + row].operands.row;
+            machine.current_index = int(lanes - machine.threads.data()) + matrix * 8 + row;
             if (!in_shared(from, "a matrix load")) return;
+            if (watching()) watch_matrix_row(from);
             std::memcpy(elements[row], from, 16);
         }
         for (int lane = 0; lane < LANES; ++lane) {
@@ -236,7 +241,7 @@ void multiply(Thread* lanes, float (*value)(uint16_t)) {
 
 void perform(Thread* lanes) {
     switch (lanes[0].collective) {
-    case Collective::WarpBarrier:
+    case Collective::WarpBarrier: watch_warp_barrier(int(lanes - machine.threads.data()) / LANES); break;
     case Collective::None: break;
     case Collective::ShuffleFloat: shuffle(lanes, &Operands::f); break;
     case Collective::ShuffleDouble: shuffle(lanes, &Operands::d); break;
@@ -286,6 +291,7 @@ bool run_warp(int warp) {
 void run_block() {
     const int warps = int(machine.threads.size()) / LANES;
     std::memset(machine.shared, 0xff, machine.shared_bytes);
+    watch_block();
     for (size_t i = 0; i < machine.threads.size(); ++i) {
         Thread& thread = machine.threads[i];
         thread.wait = Wait::Ready;
@@ -312,6 +318,7 @@ void run_block() {
             return;
         }
         for (Thread& thread : machine.threads) thread.wait = Wait::Ready;
+        watch_barrier();
     }
 }
 
@@ -336,6 +343,15 @@ struct Guarded {
 };
 
 } // namespace
+
+// ---- what the watch asks for ----
+
+int running_thread() { return machine.current_index; }
+void report(const std::string& what) { machine.fail(what); }
+void report_and_stop(const std::string& what) {
+    machine.fail(what);
+    stop();
+}
 
 // ---- what kernels call ----
 
@@ -366,6 +382,7 @@ void copy_async(void* shared, const void* global, bool valid) {
         machine.fail("an asynchronous copy from an address that is no multiple of 16");
         return stop();
     }
+    if (watching()) watch_copy(shared, global, valid);
     Copy copy{static_cast<unsigned char*>(shared), global, valid, machine.next_random() % 2 == 0, {}};
     // The hardware may read at any time from now on.
     if (valid && copy.early) std::memcpy(copy.bytes, global, 16);
@@ -385,6 +402,7 @@ void copy_wait(int pending) {
             if (!copy.valid) std::memset(copy.bytes, 0, 16);
             else if (!copy.early) std::memcpy(copy.bytes, copy.from, 16);
             std::memcpy(copy.to, copy.bytes, 16);
+            if (watching()) watch_landing(copy.to);
         }
         groups.pop_front();
     }
@@ -417,21 +435,21 @@ uint16_t float_to_brain(float value) {
     return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-Registrar::Registrar(const char* name, void (*run)(const void*), size_t params_bytes, int threads) {
-    kernels()[name] = Kernel{run, params_bytes, threads};
+Registrar::Registrar(Build build, const char* name, void (*run)(const void*), size_t params_bytes, int threads) {
+    kernels(build)[name] = Kernel{run, params_bytes, threads};
 }
 
-} // namespace emu
-} // namespace lf
+} // namespace lf_emu
 
-using namespace lf::emu;
+using namespace lf_emu;
 
-/// Runs a launch; 0, or 1 with a message.
+/// Runs a launch; 0, or 1 with a message. `watched`: with the build that tells of races and strays.
 extern "C" int lf_emulate(const char* name, const uint32_t* grid, uint32_t threads, uint32_t shared_bytes, const void* params,
-                          size_t params_bytes, uint64_t seed, uint32_t plant, char* message, size_t message_bytes) {
-    const auto found = kernels().find(name);
+                          size_t params_bytes, uint64_t seed, uint32_t plant, int watched, char* message, size_t message_bytes) {
+    const auto& all = kernels(watched ? Build::Watched : Build::Plain);
+    const auto found = all.find(name);
     std::string error;
-    if (found == kernels().end()) error = std::string("no kernel ") + name;
+    if (found == all.end()) error = std::string("no kernel ") + name;
     else if (found->second.params_bytes != params_bytes)
         error = std::string("kernel ") + name + " takes " + std::to_string(found->second.params_bytes) + " bytes, given " +
                 std::to_string(params_bytes);
@@ -457,6 +475,7 @@ extern "C" int lf_emulate(const char* name, const uint32_t* grid, uint32_t threa
             machine.stack_count = machine.stacks ? threads : 0;
         }
         if (!machine.shared || !machine.stacks) error = "out of memory";
+        else if (watched) watch_launch(shared.base, shared.mapped, machine.shared, shared_bytes);
     }
     if (error.empty()) {
         const uint64_t blocks = uint64_t(grid[0]) * grid[1] * grid[2];
@@ -471,6 +490,7 @@ extern "C" int lf_emulate(const char* name, const uint32_t* grid, uint32_t threa
             if (!machine.error.empty()) break;
         }
         error = machine.error;
+        watch_nothing();
     }
     if (error.empty()) return 0;
     std::snprintf(message, message_bytes, "%s", error.c_str());

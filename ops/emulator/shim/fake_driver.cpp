@@ -13,7 +13,7 @@
 
 extern "C" {
 int lf_emulate(const char* name, const uint32_t* grid, uint32_t threads, uint32_t shared_bytes, const void* params,
-               size_t params_bytes, uint64_t seed, uint32_t plant, char* message, size_t message_bytes);
+               size_t params_bytes, uint64_t seed, uint32_t plant, int watched, char* message, size_t message_bytes);
 size_t lf_params_bytes(const char* name);
 void lf_link_kernels();
 }
@@ -166,7 +166,7 @@ Result cuLaunchKernel(Function* function, unsigned x, unsigned y, unsigned z, un
     const uint32_t grid[3] = {x, y, z};
     char message[512];
     const size_t bytes = lf_params_bytes(function->name.c_str());
-    if (lf_emulate(function->name.c_str(), grid, threads, shared, params[0], bytes, 1, 0, message, sizeof message) == 0)
+    if (lf_emulate(function->name.c_str(), grid, threads, shared, params[0], bytes, 1, 0, 0, message, sizeof message) == 0)
         return SUCCESS;
     std::fprintf(stderr, "%s\n", message);
     return LAUNCH_FAILED;

@@ -6,6 +6,11 @@
 //! So a missing barrier or a wait that is off by one gives wrong numbers here, as it might on a device, and the
 //! emulator itself tells of divergent warps, deadlocks and stray matrix loads.
 //!
+//! The kernels are there twice. In the second build every load and store is looked at ([`Watch::Memory`]): two threads
+//! at the same bytes of shared memory or of a tensor, one of them writing, with no barrier between; a copy's target that
+//! is touched before the copy has been waited for; an access outside of its tensor. These are errors even where the
+//! numbers come out right, in whatever order the threads ran.
+//!
 //! What it can't show: speed, bank conflicts, and mistakes in the PTX of `ptx.cuh` itself.
 //!
 //! - [`emulate`] runs one launch;
@@ -42,6 +47,37 @@ pub enum Plant {
     WaitOffByOne = 3,
 }
 
+/// What is looked at while a launch runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Watch {
+    /// What kernels ask of the machine.
+    #[default]
+    Calls,
+    /// Every load and store as well: about ten times slower.
+    Memory,
+}
+
+/// How a launch is run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Settings {
+    /// Order of blocks, warps and lanes.
+    pub seed: u64,
+    /// A mistake to put in.
+    pub plant: Plant,
+    /// What is looked at.
+    pub watch: Watch,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            seed: 1,
+            plant: Plant::None,
+            watch: Watch::Calls,
+        }
+    }
+}
+
 /// What the emulator found wrong with a launch: the kernel, block and thread, and what it did.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error("{0}")]
@@ -57,6 +93,7 @@ unsafe extern "C" {
         params_bytes: usize,
         seed: u64,
         plant: u32,
+        watched: c_int,
         message: *mut c_char,
         message_bytes: usize,
     ) -> c_int;
@@ -66,6 +103,7 @@ unsafe extern "C" {
     fn lf_float_to_brain(value: f32) -> u16;
     fn lf_link_kernels();
     fn lf_link_test_kernels();
+    fn lf_link_watched_kernels();
 }
 
 /// Runs a launch to its end.
@@ -76,7 +114,7 @@ unsafe extern "C" {
 ///
 /// # Errors
 /// What the kernel did wrong, or that the launch does not fit it.
-pub unsafe fn emulate(launch: &Launch, seed: u64, plant: Plant) -> Result<(), EmulatorError> {
+pub unsafe fn emulate(launch: &Launch, settings: &Settings) -> Result<(), EmulatorError> {
     let error = |text: &str| EmulatorError(text.to_owned());
     let name =
         CString::new(launch.kernel.as_str()).map_err(|_| error("a kernel's name has a zero"))?;
@@ -87,6 +125,7 @@ pub unsafe fn emulate(launch: &Launch, seed: u64, plant: Plant) -> Result<(), Em
     let failed = unsafe {
         lf_link_kernels();
         lf_link_test_kernels();
+        lf_link_watched_kernels();
         lf_emulate(
             name.as_ptr(),
             launch.grid.as_ptr(),
@@ -94,8 +133,9 @@ pub unsafe fn emulate(launch: &Launch, seed: u64, plant: Plant) -> Result<(), Em
             launch.shared_bytes,
             params,
             bytes,
-            seed,
-            plant as u32,
+            settings.seed,
+            settings.plant as u32,
+            c_int::from(settings.watch == Watch::Memory),
             message.as_mut_ptr(),
             message.len(),
         )

@@ -8,7 +8,7 @@ use linfusion_ops::schema::{
 use ndarray::{ArrayD, IxDyn};
 use thiserror::Error;
 
-use crate::{EmulatorError, Memory, Plant, emulate};
+use crate::{EmulatorError, Memory, Settings, emulate};
 
 /// How a call is run.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -17,10 +17,8 @@ pub struct RunOptions {
     pub element: ElementType,
     /// The device that the plan is made for.
     pub device: Device,
-    /// Order of blocks, warps and lanes.
-    pub seed: u64,
-    /// A mistake to put in.
-    pub plant: Plant,
+    /// How each launch is run.
+    pub settings: Settings,
     /// Bytes that tensors are moved from addresses that are multiples of 16.
     pub shift: usize,
 }
@@ -35,8 +33,7 @@ impl RunOptions {
                 multiprocessors: 132,
                 shared_bytes: 227 << 10,
             },
-            seed: 1,
-            plant: Plant::None,
+            settings: Settings::default(),
             shift: 0,
         }
     }
@@ -140,7 +137,7 @@ fn run(
     });
     for launch in &launches {
         // SAFETY: the memory is as large as the plan and the shapes say, and alive.
-        unsafe { emulate(launch, options.seed, options.plant) }?;
+        unsafe { emulate(launch, &options.settings) }?;
     }
     let bytes = out.bytes();
     Ok(Bits {

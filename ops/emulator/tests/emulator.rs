@@ -1,7 +1,7 @@
 //! The emulator itself: right results, and the mistakes that it must find.
 
 use half::{bf16, f16};
-use linfusion_cuda_emulator::{Memory, Plant, conversions, emulate};
+use linfusion_cuda_emulator::{Memory, Plant, Settings, Watch, conversions, emulate};
 use linfusion_ops::cuda::params::{LinearParams, Params};
 use linfusion_ops::cuda::plan::Launch;
 
@@ -18,6 +18,14 @@ fn launch(
         threads,
         shared_bytes,
         params: Params::Linear(params),
+    }
+}
+
+fn settings(seed: u64, plant: Plant) -> Settings {
+    Settings {
+        seed,
+        plant,
+        ..Settings::default()
     }
 }
 
@@ -59,8 +67,7 @@ fn right_products(seed: u64, plant: Plant) -> usize {
     unsafe {
         emulate(
             &launch("emulator_product", 1, 32, 2048, params),
-            seed,
-            plant,
+            &settings(seed, plant),
         )
     }
     .unwrap();
@@ -81,7 +88,13 @@ fn sums(seed: u64, plant: Plant) -> Vec<f32> {
     params.q.data = q.address();
     params.out.data = out.address();
     // SAFETY: the memory that the kernel takes.
-    unsafe { emulate(&launch("emulator_sum", 4, 256, 1024, params), seed, plant) }.unwrap();
+    unsafe {
+        emulate(
+            &launch("emulator_sum", 4, 256, 1024, params),
+            &settings(seed, plant),
+        )
+    }
+    .unwrap();
     floats(&out)
 }
 
@@ -92,7 +105,13 @@ fn reversed(plant: Plant) -> Vec<f32> {
     params.q.data = q.address();
     params.out.data = out.address();
     // SAFETY: the memory that the kernel takes.
-    unsafe { emulate(&launch("emulator_reverse", 1, 32, 128, params), 3, plant) }.unwrap();
+    unsafe {
+        emulate(
+            &launch("emulator_reverse", 1, 32, 128, params),
+            &settings(3, plant),
+        )
+    }
+    .unwrap();
     floats(&out)
 }
 
@@ -130,8 +149,7 @@ fn mistakes_are_told_with_their_place() {
         let result = unsafe {
             emulate(
                 &launch(kernel, 1, threads, shared, LinearParams::default()),
-                1,
-                Plant::None,
+                &Settings::default(),
             )
         };
         let text = result.unwrap_err().to_string();
@@ -147,6 +165,78 @@ fn mistakes_are_told_with_their_place() {
     );
     fails("emulator_sum", 48, 1024, "whole warps");
     fails("emulator_none", 32, 0, "no kernel");
+}
+
+fn watched(plant: Plant) -> Settings {
+    Settings {
+        plant,
+        watch: Watch::Memory,
+        ..Settings::default()
+    }
+}
+
+#[test]
+fn races_and_strays_are_told_with_their_place() {
+    for (kernel, grid, threads, shared, part) in [
+        ("emulator_overtaken", 1, 64, 256, "race: offset"),
+        ("emulator_hasty", 1, 32, 512, "race: offset"),
+        ("emulator_clash", 2, 32, 0, "written by another block"),
+        (
+            "emulator_behind",
+            1,
+            32,
+            0,
+            "4 bytes at offset 128 of a tensor of 128",
+        ),
+        ("emulator_input", 1, 32, 0, "a store into an input"),
+        (
+            "emulator_spill",
+            1,
+            32,
+            128,
+            "4 bytes at offset 128 of 128 bytes of shared memory",
+        ),
+    ] {
+        let (q, out) = (of_floats(&[1.0; 32]), Memory::new(256, 0));
+        let mut params = LinearParams::default();
+        params.q.data = q.address();
+        params.out.data = out.address();
+        let launch = launch(kernel, grid, threads, shared, params);
+        // SAFETY: watched, so that no access goes outside.
+        let result = unsafe { emulate(&launch, &watched(Plant::None)) };
+        let text = result.expect_err(kernel).to_string();
+        assert!(text.contains(part) && text.contains(kernel), "{text}");
+    }
+}
+
+#[test]
+fn races_are_found_even_where_numbers_are_right() {
+    let run = |launch: &Launch, plant| {
+        // SAFETY: the memory that the kernels take.
+        unsafe { emulate(launch, &watched(plant)) }.map_err(|e| e.to_string())
+    };
+    let (q, out) = (of_floats(&[1.0; 1024]), Memory::new(1024, 0));
+    let mut params = LinearParams {
+        keys: 1,
+        ..Default::default()
+    };
+    params.q.data = q.address();
+    params.k.data = q.address();
+    params.out.data = out.address();
+    let sum = launch("emulator_sum", 4, 256, 1024, params);
+    let reverse = launch("emulator_reverse", 1, 32, 128, params);
+    let product = launch("emulator_product", 1, 32, 2048, params);
+    for launch in [&sum, &reverse, &product] {
+        assert_eq!(run(launch, Plant::None), Ok(()));
+    }
+    for (launch, plant) in [
+        (&sum, Plant::MissingBarrier),
+        (&reverse, Plant::MissingWarpBarrier),
+        (&product, Plant::WaitOffByOne),
+    ] {
+        let text = run(launch, plant).unwrap_err();
+        assert!(text.contains("race"), "{text}");
+    }
 }
 
 #[test]

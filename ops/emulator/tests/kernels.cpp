@@ -77,6 +77,48 @@ LF_DEVICE void stray_kernel(const LfLinear&) {
     load_matrices(r, shared_memory() + lane_index() * 64);
 }
 
+/// All numbers come out right, but the second round reads what the warps of the first may not have read yet.
+LF_DEVICE void overtaken_kernel(const LfLinear& p) {
+    float* numbers = reinterpret_cast<float*>(shared_memory());
+    const int i = thread_index(), other = (i + 32) % block_size();
+    for (int round = 0; round < 2; ++round) {
+        numbers[i] = float(i);
+        barrier();
+        reinterpret_cast<float*>(p.out.data)[i] = numbers[other];
+    }
+}
+
+/// A matrix load right behind the stores of the same warp.
+LF_DEVICE void hasty_kernel(const LfLinear& p) {
+    Bytes16* rows = reinterpret_cast<Bytes16*>(shared_memory());
+    rows[lane_index()] = Bytes16{{1, 2, 3, 4}};
+    uint32_t r[4];
+    load_matrices(r, rows + lane_index());
+    reinterpret_cast<uint32_t*>(p.out.data)[lane_index()] = r[0];
+}
+
+/// Every block writes the first number of out.
+LF_DEVICE void clash_kernel(const LfLinear& p) {
+    if (thread_index() == 0) *reinterpret_cast<float*>(p.out.data) = 1.0f;
+}
+
+/// Reads the number behind the last of q.
+LF_DEVICE void behind_kernel(const LfLinear& p) {
+    reinterpret_cast<float*>(p.out.data)[lane_index()] = reinterpret_cast<const float*>(p.q.data)[lane_index() + 1];
+}
+
+/// Writes q.
+LF_DEVICE void input_kernel(const LfLinear& p) { reinterpret_cast<float*>(p.q.data)[lane_index()] = 0.0f; }
+
+/// Stores behind the end of shared memory.
+LF_DEVICE void spill_kernel(const LfLinear&) { reinterpret_cast<float*>(shared_memory())[lane_index() + 1] = 0.0f; }
+
+LF_KERNEL(emulator_overtaken, LfLinear, 64, 1, overtaken_kernel)
+LF_KERNEL(emulator_hasty, LfLinear, 32, 1, hasty_kernel)
+LF_KERNEL(emulator_clash, LfLinear, 32, 1, clash_kernel)
+LF_KERNEL(emulator_behind, LfLinear, 32, 1, behind_kernel)
+LF_KERNEL(emulator_input, LfLinear, 32, 1, input_kernel)
+LF_KERNEL(emulator_spill, LfLinear, 32, 1, spill_kernel)
 LF_KERNEL(emulator_product, LfLinear, 32, 1, product_kernel)
 LF_KERNEL(emulator_sum, LfLinear, 256, 1, sum_kernel)
 LF_KERNEL(emulator_reverse, LfLinear, 32, 1, reverse_kernel)

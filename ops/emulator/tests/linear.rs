@@ -351,7 +351,7 @@ fn the_order_of_warps_changes_no_bit(#[values(40, 72, 128, 48, 7)] width: usize)
     let [q, k, v] = case.inputs(ElementType::F16, 2.0);
     let bits = |seed| {
         let mut options = RunOptions::new(ElementType::F16);
-        options.seed = seed;
+        options.settings.seed = seed;
         run_linear([&q, &k, &v], &attrs(2), &options).unwrap().bytes
     };
     let first = bits(1);
@@ -373,7 +373,7 @@ fn planted_mistakes_show(
     // Few blocks of many tokens.
     options.device.multiprocessors = 1;
     assert_eq!(check(&inputs, 1, &options).err(), None);
-    options.plant = plant;
+    options.settings.plant = plant;
     assert!(
         check(&inputs, 1, &options).is_err(),
         "{plant:?} does not show"

@@ -289,7 +289,7 @@ fn the_order_of_warps_changes_no_bit() {
     let [q, k, v] = case.inputs(ElementType::F16, 2.0);
     let bits = |seed| {
         let mut options = RunOptions::new(ElementType::F16);
-        options.seed = seed;
+        options.settings.seed = seed;
         run_window([&q, &k, &v], case.grid(), &case.attrs(), &options)
             .unwrap()
             .bytes
@@ -307,7 +307,7 @@ fn planted_mistakes_show(
     let case = Case::new([24, 24], rect(12, 12), width);
     let mut options = RunOptions::new(ElementType::F16);
     assert_eq!(check(&case, &options, 2.0).err(), None);
-    options.plant = plant;
+    options.settings.plant = plant;
     assert!(
         check(&case, &options, 2.0).is_err(),
         "{plant:?} does not show"
