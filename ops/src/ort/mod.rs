@@ -160,7 +160,7 @@ pub unsafe extern "system" fn RegisterCustomOps(
     match unsafe { Api::from_base(base) } {
         // SAFETY: likewise.
         Ok(api) => guarded(api, || unsafe {
-            let scratch = cuda::image().and_then(|_| Scratch::from_base(base));
+            let scratch = cuda::kernels().and_then(|_| Scratch::from_base(base));
             register(options, api, scratch)
         }),
         Err(old) => old.oldest.map_or_else(OrtStatusPtr::default, |api| {
