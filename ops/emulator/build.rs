@@ -28,6 +28,19 @@ fn main() {
         .pic(true)
         .flag("-Wno-unknown-pragmas");
 
+    let compiler = build.get_compiler();
+    if !compiler
+        .to_command()
+        .arg("--version")
+        .output()
+        .is_ok_and(|o| o.status.success())
+    {
+        println!(
+            "cargo::error=the CUDA kernels' tests need a C++ compiler, {} does not run: install g++ (Debian: apt-get install g++), or set CXX",
+            compiler.path().display()
+        );
+        return;
+    }
     let mut driver = build.clone();
     driver.file(shim.join("fake_driver.cpp"));
     let library = PathBuf::from(env::var_os("OUT_DIR").expect("set by Cargo")).join("libcuda.so.1");
