@@ -6,8 +6,9 @@ use std::ptr;
 use ort_sys::{OrtAllocator, OrtKernelContext, OrtValue};
 
 use super::OrtError;
-use super::api::{Api, Scratch};
+use super::api::Api;
 use super::node::{Attrs, Node};
+use super::scratch::Scratch;
 use crate::cuda;
 use crate::cuda::driver::{CudaError, Gpu, Stream};
 use crate::cuda::plan::{Addresses, Launch, LinearPlan, WindowPlan};
