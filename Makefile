@@ -4,7 +4,7 @@
 # bench  measurements, into benches/results
 # fuzz   each fuzz target for FUZZ_SECONDS (60); needs cargo-fuzz (cargo install cargo-fuzz)
 # lib    liblinfusion_ops.so, the operators for any ONNX Runtime; with CUDA kernels where `cuda` was run before
-# cuda   the CUDA kernels for every architecture, with the nvcc that is there or a fetched one; needs no GPU
+# cuda   the CUDA kernels for every architecture, with a fetched compiler or NVCC; needs no GPU
 # gpu-check  on a machine with a GPU, PyTorch, Triton and onnxruntime-gpu: correctness, compute-sanitizer,
 #            benchmark into benches/results; needs no network once `cuda lib` were run
 # ort    four releases of libonnxruntime into .cache/ort, hash-checked
@@ -13,7 +13,7 @@
 # LINFUSION_ORT_DIR  a folder of VERSION/libonnxruntime.so.VERSION to use instead of fetching
 # ORT_DYLIB_PATH     the libonnxruntime that demo and bench run on
 # PYTHON             the Python that fetches (default python3)
-# NVCC               the nvcc to use, of CUDA 12.8 to 13
+# NVCC               an nvcc for `cuda`; of CUDA 12.8 or 12.9 for all drivers, of 13 for drivers of CUDA 13
 # LINFUSION_NO_CUDA  1: `test` doesn't compile the CUDA kernels
 
 SHELL := bash
@@ -31,7 +31,7 @@ LIBRARY_TARGET := $(TARGET)/library
 LIBRARY := $(LIBRARY_TARGET)/release/liblinfusion_ops.so
 
 ORT_DIR := $(abspath $(or $(LINFUSION_ORT_DIR),$(CACHE)/ort))
-FATBIN := $(TARGET)/cuda/linfusion.fatbin
+KERNELS := $(TARGET)/cuda/linfusion.kernels
 # The newest library of ORT_DIR, looked up when a recipe runs.
 NEWEST_ORT = $$(find -L '$(ORT_DIR)' -name 'libonnxruntime.so.*' 2>/dev/null | sort -V | tail -n 1)
 
@@ -75,12 +75,18 @@ fuzz:
 	done
 
 lib:
-	@[ -f '$(FATBIN)' ] && export LINFUSION_FATBIN='$(FATBIN)' || true
+	@[ -f '$(KERNELS)' ] && export LINFUSION_KERNELS='$(KERNELS)' || true
 	@$(CARGO) build --release --locked -p linfusion-ops --target-dir '$(LIBRARY_TARGET)'
 
+# A toolkit's nvcc only where it is asked for: code of CUDA 13 doesn't run on drivers of CUDA 12, that of 12.9 runs on both.
 cuda:
-	@nvcc=$$(PYTHON='$(or $(PYTHON),python3)' ops/scripts/nvcc.sh '$(CACHE)')
-	@ops/scripts/build_fatbin.sh "$$nvcc" '$(dir $(FATBIN))'
+	@python='$(or $(PYTHON),python3)'
+	@if [ -n '$(NVCC)' ]; then
+	  "$$python" ops/scripts/compile_kernels.py '$(dir $(KERNELS))' --nvcc '$(NVCC)'
+	else
+	  PYTHON="$$python" ops/scripts/fetch_nvrtc.sh '$(CACHE)'
+	  "$$python" ops/scripts/compile_kernels.py '$(dir $(KERNELS))' --nvrtc '$(CACHE)/nvrtc'
+	fi
 
 gpu-check:
 	@[ -f '$(LIBRARY)' ] || { echo "gpu-check: $(LIBRARY) is not there: run make cuda lib" >&2; exit 2; }

@@ -26,6 +26,20 @@ fn main() {
         .pic(true)
         .flag("-Wno-unknown-pragmas");
 
+    let compiler = plain.get_compiler();
+    if !compiler
+        .to_command()
+        .arg("--version")
+        .output()
+        .is_ok_and(|o| o.status.success())
+    {
+        println!(
+            "cargo::error=the CUDA kernels' tests need a C++ compiler, {} does not run: install g++ (Debian: apt-get install g++), or set CXX",
+            compiler.path().display()
+        );
+        return;
+    }
+
     // A function is called before each load and store; `watch.cpp` defines them in place of the sanitizer's library.
     let mut watched = plain.clone();
     watched.flag("-fsanitize=thread");

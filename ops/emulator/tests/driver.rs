@@ -13,8 +13,8 @@ use linfusion_ops::reference::linfusion_attention;
 use linfusion_ops::{Dims, ElementType, LinFusionAttentionAttrs};
 use ndarray::ArrayD;
 
-/// The fake driver never looks into it.
-static IMAGE: [u8; 16] = [0; 16];
+/// An archive of one image for compute capability 9.0: an empty zlib stream. The fake driver never looks into it.
+static KERNELS: [u8; 28] = *b"LFKERN01\x01\0\0\0c\x09\0\0\x08\0\0\0\x78\x9c\x03\0\0\0\0\x01";
 
 /// The fake driver's own functions.
 struct Fake(&'static Library);
@@ -148,7 +148,7 @@ impl Case {
 
 fn gpu(stream: Stream) -> Result<&'static Gpu, CudaError> {
     // SAFETY: a stream of the fake driver, which never reads the image.
-    unsafe { Gpu::of_stream(stream, &IMAGE) }
+    unsafe { Gpu::of_stream(stream, &KERNELS) }
 }
 
 fn launches_run_on_the_stream_in_its_context() {
@@ -221,18 +221,17 @@ fn launches_run_on_the_stream_in_its_context() {
 
 fn failures_are_told_and_leave_no_context_behind() {
     let fake = Fake::load();
-    fake.capability(6, 1);
+    fake.capability(8, 6);
+    let error = gpu(fake.stream(0)).err().unwrap().to_string();
+    let expected = "found compute capability 8.6, the kernels are for 9.0";
+    assert!(error.contains(expected), "{error}");
+    fake.capability(9, 0);
     fake.fail("cuModuleLoadData", 209);
     let error = gpu(fake.stream(0)).err().unwrap().to_string();
-    for part in [
-        "found compute capability 6.1",
-        "7.5",
-        "CUDA_ERROR_NO_BINARY_FOR_GPU",
-    ] {
+    for part in ["CUDA 13.0", "CUDA_ERROR_NO_BINARY_FOR_GPU", "update"] {
         assert!(error.contains(part), "{error}");
     }
     assert_eq!(fake.depth(), 0);
-    fake.capability(9, 0);
     fake.fail("cuModuleLoadData", 2);
     let error = gpu(fake.stream(0)).err().unwrap().to_string();
     assert_eq!(
@@ -271,7 +270,7 @@ fn failures_are_told_and_leave_no_context_behind() {
         Some(CudaError::NoContext)
     );
     // SAFETY: as above.
-    assert!(unsafe { Gpu::current(&IMAGE) }.unwrap().is_none());
+    assert!(unsafe { Gpu::current(&KERNELS) }.unwrap().is_none());
     case.run(device, fake.stream(0)).unwrap();
     case.assert_right();
 }

@@ -322,6 +322,19 @@ fn extreme_values(
     assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
 
+/// The sums of so many keys must not drown in their own rounding, nor the means in half precision's range.
+#[rstest]
+fn a_million_keys(#[values(1.0, 60000.0, 1e-4)] size: f64) {
+    let element = ElementType::F16;
+    let case = Case {
+        layout: Layout::Heads,
+        sizes: [1, 1, 40, 1 << 20, 8, 8],
+    };
+    let [q, k, mut v] = case.inputs(element, 1.0);
+    v.mapv_inplace(|x| stored((x + 0.5) * size / 1.5, element));
+    assert_eq!(check(&[q, k, v], 1, &RunOptions::new(element)).err(), None);
+}
+
 #[test]
 fn no_tokens() {
     let options = RunOptions::new(ElementType::F16);

@@ -12,7 +12,7 @@ use std::sync::{Mutex, PoisonError};
 use cudarc::driver::sys::{self, CUcontext, CUdevice_attribute, CUfunction, CUmodule, CUresult};
 use thiserror::Error;
 
-use super::CAPABILITIES;
+use super::archive::{Archive, ArchiveError};
 use super::plan::{Device, Launch};
 
 /// Bytes of dynamic shared memory that a kernel has without asking for more.
@@ -42,14 +42,19 @@ pub enum CudaError {
         /// What the driver says about it.
         text: String,
     },
-    /// The kernels were not compiled for this device.
+    /// There are no kernels for this device.
+    #[error(transparent)]
+    Archive(#[from] ArchiveError),
+    /// The driver can't load the kernels.
     #[error(
-        "no kernel for this device: found compute capability {}.{}, expected one of {CAPABILITIES} or later ({name})",
+        "the driver, for CUDA {driver}, can't load the kernels for compute capability {}.{}: {name}; update the driver",
         .capability.0, .capability.1
     )]
-    NoImage {
+    BadImage {
         /// The device's.
         capability: (u32, u32),
+        /// What the driver speaks.
+        driver: String,
         /// The driver's error.
         name: String,
     },
@@ -155,16 +160,16 @@ impl Drop for Pushed {
 }
 
 impl Gpu {
-    /// The context that a stream belongs to, with the kernels of `image`, a fatbin, loaded.
+    /// The context that a stream belongs to, with the kernels of `kernels`, an archive, loaded.
     ///
     /// # Safety
-    /// The stream must be valid, and `image` a fatbin, cubin or PTX.
+    /// The stream must be valid, and the code in `kernels` that of our kernels.
     ///
     /// # Errors
     /// [`CudaError`]: no driver, a device that the kernels aren't compiled for, what the driver reports.
     pub unsafe fn of_stream(
         stream: Stream,
-        image: &'static [u8],
+        kernels: &'static [u8],
     ) -> Result<&'static Self, CudaError> {
         let mut context = ptr::null_mut();
         // SAFETY: by the contract above.
@@ -172,17 +177,17 @@ impl Gpu {
             sys::cuStreamGetCtx(stream.0.cast(), &mut context)
         })?;
         // SAFETY: by the contract above.
-        unsafe { Self::of_context(context, image) }
+        unsafe { Self::of_context(context, kernels) }
     }
 
     /// The calling thread's context with the kernels loaded; `None` where it has no context.
     ///
     /// # Safety
-    /// `image` must be a fatbin, cubin or PTX.
+    /// The code in `kernels` must be that of our kernels.
     ///
     /// # Errors
     /// As for [`Self::of_stream`].
-    pub unsafe fn current(image: &'static [u8]) -> Result<Option<&'static Self>, CudaError> {
+    pub unsafe fn current(kernels: &'static [u8]) -> Result<Option<&'static Self>, CudaError> {
         let mut context = ptr::null_mut();
         // SAFETY: written before it is read.
         call("cuCtxGetCurrent", || unsafe {
@@ -192,14 +197,14 @@ impl Gpu {
             return Ok(None);
         }
         // SAFETY: by the contract above.
-        unsafe { Self::of_context(context, image) }.map(Some)
+        unsafe { Self::of_context(context, kernels) }.map(Some)
     }
 
     /// # Safety
     /// As for [`Self::of_stream`].
     unsafe fn of_context(
         context: CUcontext,
-        image: &'static [u8],
+        kernels: &'static [u8],
     ) -> Result<&'static Self, CudaError> {
         static LOADED: Mutex<Vec<&'static Gpu>> = Mutex::new(Vec::new());
         if context.is_null() {
@@ -212,14 +217,16 @@ impl Gpu {
         }
         let _pushed = Pushed::new(context)?;
         let device = device()?;
+        let image = Archive::read(kernels)?.image(device.capability)?;
         let mut module = ptr::null_mut();
-        // SAFETY: by the contract above.
+        // SAFETY: by the contract above; the driver copies the image.
         let load = call("cuModuleLoadData", || unsafe {
             sys::cuModuleLoadData(&mut module, image.as_ptr().cast())
         });
         load.map_err(|error| match error {
-            CudaError::Call { name, .. } if is_no_image(&name) => CudaError::NoImage {
+            CudaError::Call { name, .. } if is_bad_image(&name) => CudaError::BadImage {
                 capability: device.capability,
+                driver: version().map_or_else(|e| e.to_string(), |(a, b)| format!("{a}.{b}")),
                 name,
             },
             other => other,
@@ -312,11 +319,12 @@ impl Gpu {
     }
 }
 
-/// Errors that mean that the image has nothing for the device or the driver.
-fn is_no_image(name: &str) -> bool {
+/// Errors that mean that the driver doesn't know what the image has.
+fn is_bad_image(name: &str) -> bool {
     [
         "CUDA_ERROR_NO_BINARY_FOR_GPU",
         "CUDA_ERROR_UNSUPPORTED_PTX_VERSION",
+        "CUDA_ERROR_INVALID_IMAGE",
         "CUDA_ERROR_INVALID_PTX",
     ]
     .contains(&name)
@@ -336,7 +344,7 @@ fn device() -> Result<Device, CudaError> {
         call("cuDeviceGetAttribute", || unsafe {
             sys::cuDeviceGetAttribute(&mut value, which, device)
         })?;
-        Ok(u32::try_from(value).unwrap_or(0))
+        Ok::<u32, CudaError>(u32::try_from(value).unwrap_or(0))
     };
     Ok(Device {
         capability: (

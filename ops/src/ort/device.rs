@@ -6,8 +6,9 @@ use std::ptr;
 use ort_sys::{OrtAllocator, OrtKernelContext, OrtValue};
 
 use super::OrtError;
-use super::api::{Api, Scratch};
+use super::api::Api;
 use super::node::{Attrs, Node};
+use super::scratch::Scratch;
 use crate::cuda;
 use crate::cuda::driver::{CudaError, Gpu, Stream};
 use crate::cuda::plan::{Addresses, Launch, LinearPlan, WindowPlan};
@@ -15,7 +16,7 @@ use crate::schema::{Dims, WindowDims};
 
 /// What a node of the CUDA provider has beside its attributes.
 pub(super) struct CudaNode {
-    image: &'static [u8],
+    kernels: &'static [u8],
     scratch: Scratch,
 }
 
@@ -23,11 +24,11 @@ impl CudaNode {
     /// Loads the kernels where the session's thread has a context already, so that a device that can't run them is
     /// told of when the session is made, and so that nothing is loaded while a CUDA graph is captured.
     pub(super) fn new(api: Api) -> Result<Self, OrtError> {
-        let image = cuda::image().ok_or(CudaError::NotBuilt)?;
+        let kernels = cuda::kernels().ok_or(CudaError::NotBuilt)?;
         let scratch = super::scratch_of(api).ok_or(OrtError::CudaRelease)?;
-        // SAFETY: the library's own fatbin.
-        unsafe { Gpu::current(image) }?;
-        Ok(Self { image, scratch })
+        // SAFETY: the library's own kernels.
+        unsafe { Gpu::current(kernels) }?;
+        Ok(Self { kernels, scratch })
     }
 
     /// # Safety
@@ -43,7 +44,7 @@ impl CudaNode {
         // the stream they are on.
         unsafe {
             let stream = Stream(node.api.gpu_stream(context)?);
-            let gpu = Gpu::of_stream(stream, self.image)?;
+            let gpu = Gpu::of_stream(stream, self.kernels)?;
             let q = node.placed(context, 0, code)?;
             let k = node.placed(context, 1, code)?;
             let v = node.placed(context, 2, code)?;

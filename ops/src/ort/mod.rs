@@ -9,6 +9,7 @@ mod device;
 mod entry;
 mod node;
 mod pool;
+mod scratch;
 
 use std::ffi::{CStr, CString, c_char};
 use std::sync::{Mutex, OnceLock, PoisonError};
@@ -16,8 +17,9 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use ort_sys::{OrtApi, OrtApiBase, OrtCustomOpDomain, OrtSessionOptions, OrtStatusPtr};
 use thiserror::Error;
 
-use self::api::{API_VERSION, Api, MIN_RELEASE, Scratch};
+use self::api::{API_VERSION, Api, MIN_RELEASE};
 use self::entry::{Entry, Provider, guarded};
+use self::scratch::Scratch;
 use crate::cpu::{Isa, KernelError};
 use crate::cuda;
 use crate::cuda::driver::CudaError;
@@ -160,7 +162,7 @@ pub unsafe extern "system" fn RegisterCustomOps(
     match unsafe { Api::from_base(base) } {
         // SAFETY: likewise.
         Ok(api) => guarded(api, || unsafe {
-            let scratch = cuda::image().and_then(|_| Scratch::from_base(base));
+            let scratch = cuda::kernels().and_then(|_| Scratch::from_base(base));
             register(options, api, scratch)
         }),
         Err(old) => old.oldest.map_or_else(OrtStatusPtr::default, |api| {

@@ -2,7 +2,12 @@
 #pragma once
 #include "params.h"
 #include "ptx.cuh"
+
+#ifdef __CUDACC_RTC__
+#define INFINITY __int_as_float(0x7f800000)
+#else
 #include <math.h>
+#endif
 
 namespace lf {
 

@@ -2,7 +2,17 @@
 //
 // The Rust side has the same structures in `ops/src/cuda/params.rs`; the emulator refuses other sizes. Pointers are device addresses; strides and counts are in elements unless named bytes.
 #pragma once
+
+#ifdef __CUDACC_RTC__
+// The runtime compiler has no headers of the host.
+typedef unsigned short uint16_t;
+typedef int int32_t;
+typedef unsigned int uint32_t;
+typedef long long int64_t;
+typedef unsigned long long uint64_t;
+#else
 #include <stdint.h>
+#endif
 
 /// Where element (b, h, n, i) of a tensor lies: data + b*batch + h*head + n*token + i.
 struct LfTensor {

@@ -5,7 +5,7 @@
 // call into the emulator, which runs a block's threads as fibers; kernels use nothing of CUDA but
 // what is named here, so the same source runs in both.
 #pragma once
-#include <stdint.h>
+#include "params.h"
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
