@@ -97,7 +97,7 @@ impl Seen {
 fn linear_kernels_neither_race_nor_stray() {
     let mut seen = Seen::default();
     for element in HALVES {
-        for width in [40, 64, 72, 80, 128, 160, 48, 176] {
+        for width in [40, 64, 72, 80, 128, 160, 48, 56, 184] {
             let options = watched(element);
             let mut few = options;
             few.device = Device {

@@ -70,11 +70,12 @@ struct Apply {
             LF_UNROLL
             for (int s = 0; s < Shape::Steps; ++s) {
                 if (s >= shape.steps()) break;
-                load_matrices(features[m][s], at + m * 16 * shape.query_row() + s * 32);
+                // The second half of the last step may lie behind the row, where a copy may be under way.
+                const bool whole = s * 16 + 8 < shape.dim();
+                load_matrices(features[m][s], at + m * 16 * shape.query_row() + s * 32 - (whole ? 0 : (lane >> 4) * 16));
                 LF_UNROLL
                 for (int i = 0; i < 4; ++i) {
-                    // The second half of the last step may lie behind the row.
-                    const bool inside = i < 2 || s * 16 + 8 < shape.dim();
+                    const bool inside = i < 2 || whole;
                     features[m][s][i] = inside ? feature_pair<T>(features[m][s][i]) : 0u;
                 }
             }

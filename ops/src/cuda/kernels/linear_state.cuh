@@ -95,12 +95,17 @@ struct State {
         const unsigned char* key_at = keys + ((lane & 7) + (lane >> 4) * 8) * shape.key_row() +
                                       (row_warp * Shape::RowTiles * 16 + (lane >> 3 & 1) * 8) * 2;
         const unsigned char* value_at = values + ((lane & 7) + (lane >> 3 & 1) * 8) * shape.value_row() + (lane >> 4) * 16;
+        // Where a row ends in the middle of a load, its last 8 elements are read twice, not what lies behind: that may be
+        // under way. The products are left out.
+        const int key_half = (lane >> 3 & 1) * 16, value_half = (lane >> 4) * 16;
         for (int token = slice * per_slice; token < (slice + 1) * per_slice; token += 16) {
             FragmentA features[Shape::RowTiles];
             LF_UNROLL
             for (int m = 0; m < Shape::RowTiles; ++m) {
-                if ((row_warp * Shape::RowTiles + m) * 16 >= shape.dim()) continue;
-                load_matrices_transposed(features[m], key_at + token * shape.key_row() + m * 32);
+                const int first = (row_warp * Shape::RowTiles + m) * 16;
+                if (first >= shape.dim()) continue;
+                const int back = first + 8 >= shape.dim() ? key_half : 0;
+                load_matrices_transposed(features[m], key_at + token * shape.key_row() + m * 32 - back);
                 LF_UNROLL
                 for (int i = 0; i < 4; ++i) features[m][i] = feature_pair<T>(features[m][i]);
             }
@@ -112,7 +117,8 @@ struct State {
             for (int n = 0; n < Shape::ColumnTiles; n += 2) {
                 if (n >= shape.column_tiles()) break;
                 uint32_t pair[4];
-                load_matrices_transposed(pair, value_at + token * shape.value_row() + n * 16);
+                const int back = n + 1 >= shape.column_tiles() ? value_half : 0;
+                load_matrices_transposed(pair, value_at + token * shape.value_row() + n * 16 - back);
                 const FragmentB first = {pair[0], pair[1]}, second = {pair[2], pair[3]};
                 LF_UNROLL
                 for (int m = 0; m < Shape::RowTiles; ++m) {
