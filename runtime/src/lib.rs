@@ -6,5 +6,6 @@ pub mod engine;
 pub mod inputs;
 pub mod npz;
 pub mod provenance;
+pub mod scheduler;
 pub mod table;
 pub mod tensor;
