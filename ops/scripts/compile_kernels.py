@@ -76,7 +76,7 @@ class Nvcc:
             # From the sources' folder and by name: no path of this machine gets into the image.
             run = subprocess.run(command, cwd=KERNELS, capture_output=True, text=True, check=False)
             if run.returncode != 0:
-                raise Failure(errors(run.stdout + run.stderr))
+                raise Failure(f"{kind[1]}: {errors(run.stdout + run.stderr)}")
             return Image(b"p" if ptx else b"c", capability, out.read_bytes(), run.stdout + run.stderr)
 
 
@@ -113,7 +113,7 @@ class Nvrtc:
         failed = library.nvrtcCompileProgram(program, len(options), array)
         log = self._get(library, program, "ProgramLog").rstrip(b"\0").decode(errors="replace")
         if failed:
-            raise Failure(errors(log))
+            raise Failure(f"{options[1]}: {errors(log)}")
         code = self._get(library, program, "PTX" if ptx else "CUBIN")
         return Image(b"p" if ptx else b"c", capability, code, log)
 

@@ -86,7 +86,7 @@ struct State {
     }
 
     /// Adds a stage that has arrived; `count` of its tokens exist.
-    LF_DEVICE void add(int stage, int64_t count) {
+    LF_DEVICE void add(int stage, int count) {
         const unsigned char* keys = shared + stage * shape.stage_bytes();
         const unsigned char* values = keys + Shape::Tokens * shape.key_row();
         const int lane = lane_index();
@@ -97,27 +97,26 @@ struct State {
         const unsigned char* value_at = values + ((lane & 7) + (lane >> 3 & 1) * 8) * shape.value_row() + (lane >> 4) * 16;
         // Where a row ends in the middle of a load, its last 8 elements are read twice, not what lies behind: that may be
         // under way. The products are left out.
-        const int key_half = (lane >> 3 & 1) * 16, value_half = (lane >> 4) * 16;
         for (int token = slice * per_slice; token < (slice + 1) * per_slice; token += 16) {
             FragmentA features[Shape::RowTiles];
             LF_UNROLL
             for (int m = 0; m < Shape::RowTiles; ++m) {
                 const int first = (row_warp * Shape::RowTiles + m) * 16;
                 if (first >= shape.dim()) continue;
-                const int back = first + 8 >= shape.dim() ? key_half : 0;
+                const int back = first + 8 >= shape.dim() ? (lane & 8) * 2 : 0;
                 load_matrices_transposed(features[m], key_at + token * shape.key_row() + m * 32 - back);
                 LF_UNROLL
                 for (int i = 0; i < 4; ++i) features[m][i] = feature_pair<T>(features[m][i]);
             }
             // phi(0) = 1 of a token that doesn't exist counts in S for nothing, since its value is 0; in z it must not.
-            const int64_t left = count - token - 2 * (lane & 3);
+            const int left = count - token - 2 * (lane & 3);
             const FragmentB ones = {pack<T>(left > 0 ? 1.0f : 0.0f, left > 1 ? 1.0f : 0.0f),
                                     pack<T>(left > 8 ? 1.0f : 0.0f, left > 9 ? 1.0f : 0.0f)};
             LF_UNROLL
             for (int n = 0; n < Shape::ColumnTiles; n += 2) {
                 if (n >= shape.column_tiles()) break;
                 uint32_t pair[4];
-                const int back = n + 1 >= shape.column_tiles() ? value_half : 0;
+                const int back = n + 1 >= shape.column_tiles() ? lane & 16 : 0;
                 load_matrices_transposed(pair, value_at + token * shape.value_row() + n * 16 - back);
                 const FragmentB first = {pair[0], pair[1]}, second = {pair[2], pair[3]};
                 LF_UNROLL
@@ -153,7 +152,7 @@ struct State {
             const int64_t ahead = i + Shape::Stages - 1;
             if (ahead < tiles) fetch(stage == 0 ? Shape::Stages - 1 : stage - 1, start + ahead * Shape::Tokens);
             copy_commit();
-            add(stage, stop - start - i * Shape::Tokens);
+            add(stage, int(smaller(stop - start - i * Shape::Tokens, int64_t(Shape::Tokens))));
             stage = stage + 1 == Shape::Stages ? 0 : stage + 1;
         }
         copy_wait<0>();

@@ -15,6 +15,14 @@ namespace lf {
     LF_KERNEL(linfusion_state_##name##_d##D, LfLinear, THREADS, BLOCKS, state_kernel<State_##name##_##D>)              \
     LF_KERNEL(linfusion_apply_##name##_d##D, LfLinear, 128, APPLY_BLOCKS, apply_kernel<Apply_##name##_##D>)
 
+// The first phase's stages for 40 elements: four blocks fit into the shared memory of data-centre GPUs, two into the 100 KB
+// of others, where registers for more would be bought with spills.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+#define LF_BLOCKS_40 2
+#else
+#define LF_BLOCKS_40 4
+#endif
+
 // Both phases in one launch: warps, tokens and stages of the first.
 #define LF_FUSED(T, name, D, ROWS, THREADS, TOKENS, STAGES, QUERY_TILES, SLOTS)                                        \
     typedef StateShape<T, D, D, ROWS, D / 8, TOKENS, STAGES> FusedState_##name##_##D;                                  \
@@ -27,7 +35,7 @@ namespace lf {
     LF_KERNEL(linfusion_state_##name##_any##WIDTH, LfLinear, 512, 1, state_kernel<State_##name##_any##WIDTH>)
 
 #define LF_TYPE(T, name)                                                                                               \
-    LF_LINEAR(T, name, 40, 3, 128, 64, 4, 4, 2, 4, 4)                                                                  \
+    LF_LINEAR(T, name, 40, 3, 128, 64, 4, LF_BLOCKS_40, 2, 4, 4)                                                       \
     LF_LINEAR(T, name, 64, 4, 128, 64, 4, 2, 2, 3, 3)                                                                  \
     LF_LINEAR(T, name, 72, 3, 128, 64, 4, 2, 2, 3, 3)                                                                  \
     LF_LINEAR(T, name, 80, 3, 128, 64, 4, 2, 2, 3, 2)                                                                  \
