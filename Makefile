@@ -74,6 +74,11 @@ fuzz:
 	  $(CARGO) fuzz run "$$target" "fuzz/corpus/$$target" "fuzz/seeds/$$target" -- -max_total_time=$${FUZZ_SECONDS:-60} -rss_limit_mb=4096
 	done
 
+# Where both are asked for, the library waits for its kernels.
+ifneq ($(filter cuda,$(MAKECMDGOALS))$(if $(LINFUSION_NO_CUDA),,$(filter test,$(MAKECMDGOALS))),)
+lib: | cuda
+endif
+
 lib:
 	@[ -f '$(KERNELS)' ] && export LINFUSION_KERNELS='$(KERNELS)' || true
 	@$(CARGO) build --release --locked -p linfusion-ops --target-dir '$(LIBRARY_TARGET)'

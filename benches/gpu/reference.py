@@ -3,6 +3,8 @@
 Tensors are [B,H,N,D] here; `heads_of` and `layout_of` change from and to the operators' layouts.
 """
 
+from dataclasses import dataclass
+
 import torch
 
 from model import Layout, Window
@@ -43,6 +45,35 @@ def round_to(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.ldexp(torch.round(mantissa * 2**digits), exponent - digits)
 
 
+@dataclass(frozen=True)
+class State:
+    """What phase 1 leaves: [B,H,D,Dv] and [B,H,D,1], means over the keys."""
+
+    state: torch.Tensor
+    norm: torch.Tensor
+
+
+def linear_state(k: torch.Tensor, v: torch.Tensor, rounding: torch.dtype) -> State:
+    """Sums in double precision; `rounding` as for `linear`."""
+    keys = k.shape[2]
+    state = torch.zeros(*k.shape[:2], k.shape[3], v.shape[3], dtype=torch.float64, device=k.device)
+    norm = torch.zeros(*k.shape[:2], k.shape[3], 1, dtype=torch.float64, device=k.device)
+    for at in range(0, keys, CHUNK):
+        phi = round_to(feature(k[:, :, at : at + CHUNK].double()), rounding)
+        state += phi.transpose(2, 3) @ v[:, :, at : at + CHUNK].double()
+        norm += phi.sum(2).unsqueeze(3)
+    return State(round_to(state / keys, rounding), round_to(norm / keys, rounding))
+
+
+def linear_output(q: torch.Tensor, state: State, rounding: torch.dtype, eps: float = EPS) -> torch.Tensor:
+    """Phase 2 of any of the queries."""
+    out = torch.empty(*q.shape[:3], state.state.shape[3], dtype=torch.float64, device=q.device)
+    for at in range(0, q.shape[2], CHUNK):
+        phi = round_to(feature(q[:, :, at : at + CHUNK].double()), rounding)
+        out[:, :, at : at + CHUNK] = round_to(phi @ state.state / (phi @ state.norm + eps), rounding)
+    return out
+
+
 def linear(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rounding: torch.dtype, eps: float = EPS
 ) -> torch.Tensor:
@@ -51,19 +82,7 @@ def linear(
     `rounding` float64: the exact result; else features, the keys' sums and the output are rounded to that type, as an
     implementation in it does; float32 sums nothing differently, so it serves as a lower bound of its error.
     """
-    keys = k.shape[2]
-    state = torch.zeros(*k.shape[:2], k.shape[3], v.shape[3], dtype=torch.float64, device=q.device)
-    norm = torch.zeros(*k.shape[:2], k.shape[3], 1, dtype=torch.float64, device=q.device)
-    for at in range(0, keys, CHUNK):
-        phi = round_to(feature(k[:, :, at : at + CHUNK].double()), rounding)
-        state += phi.transpose(2, 3) @ v[:, :, at : at + CHUNK].double()
-        norm += phi.sum(2).unsqueeze(3)
-    state, norm = round_to(state / keys, rounding), round_to(norm / keys, rounding)
-    out = torch.empty(*q.shape[:3], v.shape[3], dtype=torch.float64, device=q.device)
-    for at in range(0, q.shape[2], CHUNK):
-        phi = round_to(feature(q[:, :, at : at + CHUNK].double()), rounding)
-        out[:, :, at : at + CHUNK] = round_to(phi @ state / (phi @ norm + eps), rounding)
-    return out
+    return linear_output(q, linear_state(k, v, rounding), rounding, eps)
 
 
 def window_mask(grid: tuple[int, int], text: int, window: Window, device: torch.device) -> torch.Tensor:

@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 SHAPES = [(8, 40), (8, 80), (8, 160), (10, 64), (20, 64), (16, 72)]
-TOKENS = [1 << n for n in (10, 12, 14, 16, 18, 20, 22)]
+TOKENS = [256, 512] + [1 << n for n in (10, 12, 14, 16, 18, 20, 22)]
 BATCH = 2
 
 

@@ -29,8 +29,10 @@ echo "== correctness"
 
 echo "== compute-sanitizer"
 if command -v compute-sanitizer >/dev/null; then
+    # Memory of its own for every tensor, so that what lies behind one is nobody's.
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1
     for tool in memcheck racecheck; do
-        for only in "linear F16 PACKED (2, 3, 257" "linear BF16" "window F16"; do
+        for only in "linear F16" "linear BF16" "window F16"; do
             log=$(mktemp)
             if compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" check.py --library "$library" --small --only "$only" >"$log" 2>&1; then
                 echo "$tool, $only: no errors"
@@ -44,6 +46,8 @@ if command -v compute-sanitizer >/dev/null; then
 else
     echo "not run: compute-sanitizer is not on PATH"
 fi
+
+unset PYTORCH_NO_CUDA_MEMORY_CACHING
 
 echo "== benchmark"
 "$python" bench.py --library "$library" -o "$results" $quick || wrong=1

@@ -322,6 +322,33 @@ fn extreme_values(
     assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
 
+/// The limit that the documentation states: features are float16 numbers on the tensor cores, so one below 2^-14, of an
+/// element below -9.7, keeps an absolute accuracy of 2^-25 only. Queries of 1000 keep eps from hiding it.
+#[rstest]
+fn features_below_half_precision(#[values(true, false)] keys_are_small: bool) {
+    let case = Case {
+        layout: Layout::Packed,
+        sizes: [1, 2, 33, 140, 64, 64],
+    };
+    let options = RunOptions::new(ElementType::F16);
+    for small in [-8.0, -10.0, -12.0, -15.5, -18.0] {
+        let [mut q, mut k, v] = case.inputs(ElementType::F16, 1.0);
+        q.fill(if keys_are_small { 1000.0 } else { small });
+        k.fill(if keys_are_small { small } else { 1000.0 });
+        let attrs = attrs(2);
+        let exact = linfusion_attention(q.view(), k.view(), v.view(), &attrs).unwrap();
+        let found = run_linear([&q, &k, &v], &attrs, &options).unwrap();
+        let largest = exact.iter().fold(0.0_f64, |m, x| m.max(x.abs()));
+        // Half a unit of the feature's, of the output's, and what the sums of an ordinary case may err.
+        let relative = 2.0_f64.powi(-25) / small.exp() + 2.0_f64.powi(-10);
+        let error = largest_error(&found.values, &exact);
+        assert!(
+            error <= largest * relative.min(1.0 + 2.0_f64.powi(-10)),
+            "{small}: error {error:e} of {largest:e}"
+        );
+    }
+}
+
 /// The sums of so many keys must not drown in their own rounding, nor the means in half precision's range.
 #[rstest]
 fn a_million_keys(#[values(1.0, 60000.0, 1e-4)] size: f64) {

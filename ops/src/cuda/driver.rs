@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use cudarc::driver::sys::{self, CUcontext, CUdevice_attribute, CUfunction, CUmodule, CUresult};
@@ -86,8 +87,7 @@ pub fn version() -> Result<(u32, u32), CudaError> {
 
 /// Calls the driver. Its library is looked for first, since the bindings panic without it.
 fn call(function: &'static str, work: impl FnOnce() -> CUresult) -> Result<(), CudaError> {
-    // SAFETY: loading the driver's library runs its initialisers only.
-    if !unsafe { sys::is_culib_present() } {
+    if !is_present() {
         return Err(CudaError::NoDriver);
     }
     let result = catch_unwind(AssertUnwindSafe(work)).map_err(|panic| {
@@ -103,6 +103,21 @@ fn call(function: &'static str, work: impl FnOnce() -> CUresult) -> Result<(), C
             text: error_text(failed, sys::cuGetErrorString),
         }),
     }
+}
+
+/// Whether there is a driver. Asked before every call, so a yes, which costs a search of the file system, is remembered;
+/// a no is not: the driver may come.
+fn is_present() -> bool {
+    static PRESENT: AtomicBool = AtomicBool::new(false);
+    if PRESENT.load(Ordering::Relaxed) {
+        return true;
+    }
+    // SAFETY: loading the driver's library runs its initialisers only.
+    let present = unsafe { sys::is_culib_present() };
+    if present {
+        PRESENT.store(true, Ordering::Relaxed);
+    }
+    present
 }
 
 fn error_text(result: CUresult, of: unsafe fn(CUresult, *mut *const c_char) -> CUresult) -> String {
@@ -291,6 +306,7 @@ impl Gpu {
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         let mut function = match functions.get(name) {
+            Some(function) if shared_bytes <= function.shared_bytes => return Ok(function.handle),
             Some(function) => *function,
             None => {
                 let c_name = CString::new(name).map_err(|_| CudaError::KernelName(name.into()))?;
