@@ -1,5 +1,22 @@
 //! Samplers of diffusion models: from `scheduler_config.json` to the next latents.
 
+mod ddim;
+mod dpm;
+mod euler;
+mod fields;
+mod flow;
+mod lcm;
+mod path;
+mod pndm;
+mod schedule;
+#[cfg(test)]
+mod tests;
+mod unipc;
+
+pub use fields::SchedulerError;
+
+use fields::Fields;
+
 /// One sampler with its time steps chosen. Tensors are flat: every rule here is element by element.
 pub trait Scheduler: Send {
     /// What the model is given as its `timestep`, one value per evaluation, from noise to image. Whole numbers
@@ -35,4 +52,71 @@ pub trait Scheduler: Send {
 
     /// The clean sample that the last step predicted, for previews; `None` before the first.
     fn predicted_original(&self) -> Option<&[f32]>;
+}
+
+/// What samplers have to know beside their configuration.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Run {
+    /// Steps of the schedule (`num_inference_steps`).
+    pub steps: usize,
+    /// Tokens of the latent image, for flow-matching models that shift their schedule by it.
+    pub image_tokens: Option<usize>,
+    /// DDIM's share of DDPM's noise, 0 to 1.
+    pub eta: f64,
+}
+
+/// Names that [`from_config`] takes beside those of diffusers' classes.
+pub const NAMES: [&str; 11] = [
+    "ddim",
+    "pndm",
+    "euler",
+    "euler-a",
+    "dpm++",
+    "dpm++-karras",
+    "dpm++-sde",
+    "dpm++-sde-karras",
+    "unipc",
+    "lcm",
+    "flow-euler",
+];
+
+/// Builds the sampler of a `scheduler_config.json`, or another one, given by a name of [`NAMES`] or of diffusers, from the
+/// same configuration.
+///
+/// # Errors
+/// The text is no JSON object, a field is unknown or asks for what isn't there, or there is no sampler of that name.
+pub fn from_config(
+    text: &str,
+    choice: Option<&str>,
+    run: &Run,
+) -> Result<Box<dyn Scheduler>, SchedulerError> {
+    let mut fields = Fields::parse(text)?;
+    let class = match choice {
+        Some(name) => {
+            let class = fields.choose(name).ok_or_else(|| SchedulerError::Unknown {
+                name: name.to_owned(),
+            })?;
+            class.to_owned()
+        }
+        None => fields.class()?,
+    };
+    if run.steps == 0 {
+        return Err(SchedulerError::Steps {
+            found: 0,
+            expected: "at least 1".to_owned(),
+        });
+    }
+    let scheduler: Box<dyn Scheduler> = match class.as_str() {
+        "DDIMScheduler" => Box::new(ddim::Ddim::new(&mut fields, run)?),
+        "PNDMScheduler" => Box::new(pndm::Pndm::new(&mut fields, run)?),
+        "EulerDiscreteScheduler" => Box::new(euler::Euler::new(&mut fields, run, false)?),
+        "EulerAncestralDiscreteScheduler" => Box::new(euler::Euler::new(&mut fields, run, true)?),
+        "DPMSolverMultistepScheduler" => Box::new(dpm::DpmSolver::new(&mut fields, run)?),
+        "UniPCMultistepScheduler" => Box::new(unipc::UniPc::new(&mut fields, run)?),
+        "LCMScheduler" => Box::new(lcm::Lcm::new(&mut fields, run)?),
+        "FlowMatchEulerDiscreteScheduler" => Box::new(flow::FlowEuler::new(&mut fields, run)?),
+        _ => return Err(SchedulerError::Unknown { name: class }),
+    };
+    fields.finish(&class)?;
+    Ok(scheduler)
 }

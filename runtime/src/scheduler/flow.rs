@@ -1,0 +1,130 @@
+//! Euler steps along a straight flow from noise to image (Esser et al. 2024).
+
+use super::fields::{Fields, SchedulerError};
+use super::schedule::{Levels, linspace, mix};
+use super::{Run, Scheduler};
+
+#[derive(Clone, Copy, PartialEq)]
+enum Shift {
+    Exponential,
+    Linear,
+}
+
+pub(super) struct FlowEuler {
+    sigmas: Vec<f64>,
+    timesteps: Vec<f64>,
+    clean: Vec<f32>,
+}
+
+impl FlowEuler {
+    pub(super) fn new(fields: &mut Fields, run: &Run) -> Result<Self, SchedulerError> {
+        let total = fields.count("num_train_timesteps", 1000)?.max(1) as f64;
+        let shift = fields.number("shift", 1.0)?;
+        let dynamic = fields.flag("use_dynamic_shifting", false)?;
+        let base = [
+            fields.number("base_image_seq_len", 256.0)?,
+            fields.number("base_shift", 0.5)?,
+        ];
+        let most = [
+            fields.number("max_image_seq_len", 4096.0)?,
+            fields.number("max_shift", 1.15)?,
+        ];
+        let kind = fields.choice(
+            "time_shift_type",
+            Shift::Exponential,
+            &[
+                ("exponential", Shift::Exponential),
+                ("linear", Shift::Linear),
+            ],
+        )?;
+        let terminal = fields.optional("shift_terminal")?;
+        fields.refuse_flag("invert_sigmas")?;
+        fields.refuse_flag("stochastic_sampling")?;
+        let levels = Levels::read(fields)?;
+        let constant = |s: f64| shift * s / (1.0 + (shift - 1.0) * s);
+        // The levels of the training are shifted once, and those between its ends again.
+        let ends = [1.0, 1.0 / total].map(|s| if dynamic { s } else { constant(s) });
+        let even = linspace(ends[0], ends[1], run.steps);
+        let mut sigmas: Vec<f64> = if dynamic {
+            let tokens = run.image_tokens.ok_or_else(|| SchedulerError::Field {
+                field: "use_dynamic_shifting".to_owned(),
+                found: "true".to_owned(),
+                expected: "false, for a model whose number of image tokens isn't known".to_owned(),
+            })? as f64;
+            let slope = (most[1] - base[1]) / (most[0] - base[0]);
+            let mu = tokens * slope + base[1] - slope * base[0];
+            let mu = if kind == Shift::Exponential {
+                mu.exp()
+            } else {
+                mu
+            };
+            even.iter().map(|s| mu / (mu + (1.0 / s - 1.0))).collect()
+        } else {
+            even.into_iter().map(constant).collect()
+        };
+        if let (Some(terminal), Some(last)) = (terminal, sigmas.last().copied()) {
+            let factor = (1.0 - last) / (1.0 - terminal);
+            sigmas
+                .iter_mut()
+                .for_each(|s| *s = 1.0 - (1.0 - *s) / factor);
+        }
+        if let (true, Some(high), Some(low)) =
+            (levels != Levels::Plain, sigmas.first(), sigmas.last())
+        {
+            sigmas = levels.spread(*high, *low, run.steps);
+        }
+        sigmas.iter_mut().for_each(|s| *s = f64::from(*s as f32));
+        let timesteps = sigmas
+            .iter()
+            .map(|s| f64::from((s * total) as f32))
+            .collect();
+        sigmas.push(0.0);
+        Ok(Self {
+            sigmas,
+            timesteps,
+            clean: Vec::new(),
+        })
+    }
+
+    fn sigma(&self, index: usize) -> f64 {
+        self.sigmas.get(index).copied().unwrap_or(0.0)
+    }
+}
+
+impl Scheduler for FlowEuler {
+    fn timesteps(&self) -> &[f64] {
+        &self.timesteps
+    }
+
+    fn init_noise_sigma(&self) -> f64 {
+        1.0
+    }
+
+    fn scale_model_input(&self, _: &mut [f32], _: usize) {}
+
+    fn begin(&mut self, _: usize) {}
+
+    fn step(
+        &mut self,
+        model_output: &[f32],
+        index: usize,
+        sample: &mut [f32],
+        _: &mut dyn FnMut(usize) -> Vec<f32>,
+    ) {
+        let (sigma, next) = (self.sigma(index) as f32, self.sigma(index + 1) as f32);
+        self.clean.resize(sample.len(), 0.0);
+        for ((x, output), clean) in sample.iter_mut().zip(model_output).zip(&mut self.clean) {
+            *clean = *x - sigma * output;
+            *x += (next - sigma) * output;
+        }
+    }
+
+    fn add_noise(&self, original: &mut [f32], noise: &[f32], index: usize) {
+        let sigma = self.sigma(index);
+        mix(original, noise, 1.0 - sigma, sigma);
+    }
+
+    fn predicted_original(&self) -> Option<&[f32]> {
+        (!self.clean.is_empty()).then_some(&self.clean)
+    }
+}
