@@ -126,4 +126,5 @@ def main():
     print(f"wrote {options.out}")
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -5,3 +5,4 @@ pub mod checkpoint;
 pub mod fixtures;
 pub mod onnx;
 pub mod random;
+pub mod sentencepiece;
