@@ -1,7 +1,7 @@
 //! Images from files.
 
 use std::fs::File;
-use std::io::{BufReader, Read, Seek};
+use std::io::{self, BufReader, Read, Seek};
 use std::path::Path;
 
 use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits};
@@ -27,17 +27,18 @@ pub fn read(path: &Path) -> Result<Rgb, ImageError> {
         path: path.to_owned(),
         source,
     };
-    let file = File::open(path).map_err(open)?;
-    let mut reader = ImageReader::new(BufReader::new(file))
-        .with_guessed_format()
-        .map_err(open)?;
-    let Some((format, name)) = reader.format().and_then(|f| Some((f, name_of(f)?))) else {
+    let mut file = BufReader::new(File::open(path).map_err(open)?);
+    let big_tiff = is_big_tiff(&mut file).map_err(open)?;
+    let mut reader = ImageReader::new(file).with_guessed_format().map_err(open)?;
+    if big_tiff {
+        reader.set_format(ImageFormat::Tiff);
+    }
+    let Some(name) = reader.format().and_then(name_of) else {
         return Err(ImageError::Format {
             path: path.to_owned(),
             found: first_bytes(reader.into_inner()),
         });
     };
-    reader.set_format(format);
     let mut limits = Limits::default();
     limits.max_alloc = Some(MEMORY);
     reader.limits(limits);
@@ -72,18 +73,27 @@ fn name_of(format: ImageFormat) -> Option<&'static str> {
     })
 }
 
-fn first_bytes(mut file: impl Read + Seek) -> String {
+/// Whether the file is a TIFF with offsets of 64 bits, which the image crate reads but does not recognise.
+fn is_big_tiff(file: &mut (impl Read + Seek)) -> io::Result<bool> {
+    let start = first_8(file)?;
+    file.rewind()?;
+    Ok(start.starts_with(b"II\x2b\x00") || start.starts_with(b"MM\x00\x2b"))
+}
+
+fn first_8(file: &mut (impl Read + Seek)) -> io::Result<Vec<u8>> {
     let mut start = Vec::new();
-    let read = file
-        .rewind()
-        .and_then(|()| file.take(8).read_to_end(&mut start));
-    match read {
-        Ok(0) => "none, the file is empty".to_owned(),
-        Ok(_) => start
-            .iter()
-            .map(|b| format!("{b:02x}"))
-            .collect::<Vec<_>>()
-            .join(" "),
+    file.rewind()?;
+    file.take(8).read_to_end(&mut start)?;
+    Ok(start)
+}
+
+fn first_bytes(mut file: impl Read + Seek) -> String {
+    match first_8(&mut file) {
+        Ok(start) if start.is_empty() => "none, the file is empty".to_owned(),
+        Ok(start) => {
+            let bytes: Vec<_> = start.iter().map(|b| format!("{b:02x}")).collect();
+            bytes.join(" ")
+        }
         Err(error) => format!("not readable: {error}"),
     }
 }
@@ -208,10 +218,20 @@ mod tests {
         let path = folder.path().join("a.png");
         let mut encoder = png::Encoder::new(fs::File::create(&path).unwrap(), 16385, 16384);
         encoder.set_color(png::ColorType::Rgb);
-        drop(encoder.write_header().unwrap().into_stream_writer().unwrap());
+        drop(
+            encoder
+                .write_header()
+                .unwrap()
+                .into_stream_writer()
+                .unwrap(),
+        );
         assert!(matches!(
             read(&path).unwrap_err(),
-            ImageError::TooLarge { width: 16385, height: 16384, .. }
+            ImageError::TooLarge {
+                width: 16385,
+                height: 16384,
+                ..
+            }
         ));
     }
 }

@@ -59,3 +59,18 @@ impl Write for Sink {
         (&*self.file).flush()
     }
 }
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_that_a_writer_swallows_comes_at_the_end() {
+        let sink = Sink::new(File::options().write(true).open("/dev/full").unwrap());
+        let mut writer = sink.clone();
+        assert!(writer.write(b"a").is_err());
+        drop(writer);
+        let error = sink.close().unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::StorageFull);
+    }
+}

@@ -202,7 +202,6 @@ fn a_full_disk_is_an_error_even_at_the_last_byte() {
     body.write(&[1, 2, 3]).unwrap();
     std::io::Read::read_exact(&mut reader, &mut [0; 8]).unwrap();
     drop(reader);
-    body.finish().unwrap();
-    let error = sink.close().unwrap_err();
+    let error = sink.cause(body.finish().unwrap_err());
     assert_eq!(error.kind(), std::io::ErrorKind::BrokenPipe);
 }
