@@ -42,7 +42,7 @@ impl TorchRandom {
             .0
             .iter_mut()
             .for_each(box_muller);
-        if count % BLOCK != 0
+        if !count.is_multiple_of(BLOCK)
             && let Some(last) = values.last_chunk_mut::<BLOCK>()
         {
             last.fill_with(|| self.uniform_24());
