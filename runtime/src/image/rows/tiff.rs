@@ -170,7 +170,8 @@ where
     }
 }
 
-/// A text in UTF-8, which readers take for the ASCII that the field's type says.
+/// A text in UTF-8. TIFF knows only ASCII: of the readers that meet other bytes, ExifTool takes them for UTF-8 and
+/// Pillow for Latin-1.
 struct Text<'a>(&'a str);
 
 impl TiffValue for Text<'_> {
