@@ -170,8 +170,7 @@ where
     }
 }
 
-/// A text in UTF-8. TIFF knows only ASCII: of the readers that meet other bytes, ExifTool takes them for UTF-8 and
-/// Pillow for Latin-1.
+/// A text in UTF-8. TIFF knows only ASCII, so that a reader may take other bytes for something else (Pillow: Latin-1).
 struct Text<'a>(&'a str);
 
 impl TiffValue for Text<'_> {
