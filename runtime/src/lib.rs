@@ -6,6 +6,7 @@ pub mod engine;
 pub mod image;
 pub mod inputs;
 pub mod npz;
+pub mod pipeline;
 pub mod provenance;
 pub mod scheduler;
 pub mod table;

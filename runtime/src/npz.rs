@@ -5,7 +5,7 @@ use std::io::{BufReader, BufWriter};
 use std::path::{Path, PathBuf};
 
 use ndarray::{ArrayD, IxDyn, OwnedRepr};
-use ndarray_npy::{NpzReader, NpzWriter, ReadNpzError, ReadableElement, WriteNpzError};
+use ndarray_npy::{NpzReader, NpzWriter, ReadNpyExt, ReadNpzError, ReadableElement, WriteNpzError};
 
 use crate::tensor::{DType, Tensor};
 
@@ -77,6 +77,33 @@ pub fn read(path: &Path) -> Result<Vec<(String, Tensor)>, NpzError> {
             Ok((name, tensor))
         })
         .collect()
+}
+
+/// The single-precision values of a `.npy` file of floats.
+///
+/// # Errors
+/// The file is missing, damaged, or no array of f32 or f64.
+pub fn read_array(path: &Path) -> Result<ArrayD<f32>, NpzError> {
+    let open = || {
+        File::open(path)
+            .map(BufReader::new)
+            .map_err(|source| NpzError::Io {
+                path: path.to_owned(),
+                source,
+            })
+    };
+    let single = ArrayD::<f32>::read_npy(open()?);
+    let double = || Ok::<_, NpzError>(ArrayD::<f64>::read_npy(open()?));
+    match single {
+        Ok(array) => Ok(array),
+        Err(source) => match double()? {
+            Ok(array) => Ok(array.mapv(|v| v as f32)),
+            Err(_) => Err(NpzError::Read {
+                path: path.to_owned(),
+                source: ReadNpzError::Npy(source),
+            }),
+        },
+    }
 }
 
 type Archive = NpzReader<BufReader<File>>;

@@ -7,13 +7,15 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use linfusion_runtime::bench::{EngineName, OperatorsFrom};
 use linfusion_runtime::engine::{Engine, library, load_library};
 
+use crate::generate::GenerateArgs;
+
 /// Runs, compares and measures diffusion graphs, original and converted.
 #[derive(Parser)]
 #[command(
     name = "linfusion-run",
     version,
     after_help = "Exit codes: 0 done; 1 failed; 2 wrong usage; 3 compare: outputs are not finite or beyond \
-                  --tolerance; 4 doctor: no ONNX Runtime, or a broken operator library.\n\
+                  --tolerance; 4 doctor: no ONNX Runtime, or a broken operator library; 130 generate: stopped.\n\
                   LINFUSION_LOG sets what is logged, e.g. `debug`."
 )]
 pub struct Arguments {
@@ -29,11 +31,15 @@ pub enum Command {
     Compare(CompareArgs),
     /// Time a step of several models at growing resolution, with peak memory
     Bench(BenchArgs),
-    /// Write shell completions or the man page to standard output
-    Generate {
-        #[command(subcommand)]
-        what: Generate,
+    /// Make images with a pipeline's folder
+    Generate(GenerateArgs),
+    /// Write completions for a shell to standard output
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
     },
+    /// Write the man page to standard output
+    Man,
     /// One measuring process of `bench`
     #[command(hide = true)]
     MeasureWorker {
@@ -148,17 +154,6 @@ pub enum EngineArg {
 pub enum Report {
     Table,
     Json,
-}
-
-#[derive(Subcommand)]
-pub enum Generate {
-    /// Completions for a shell
-    Completions {
-        /// The shell
-        shell: clap_complete::Shell,
-    },
-    /// The man page
-    Man,
 }
 
 impl Where {

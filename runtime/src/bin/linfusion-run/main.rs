@@ -2,6 +2,7 @@
 //! standard error.
 
 mod args;
+mod generate;
 mod output;
 
 use std::io::{self, IsTerminal, Write};
@@ -11,7 +12,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser};
 use miette::{IntoDiagnostic, WrapErr, miette};
 
-use args::{Arguments, BenchArgs, Command, CompareArgs, DoctorArgs, Generate, Where};
+use args::{Arguments, BenchArgs, Command, CompareArgs, DoctorArgs, Where};
 use linfusion_runtime::bench::{self, Job, Plan, WorkerCommand};
 use linfusion_runtime::compare::difference;
 use linfusion_runtime::engine::{Engine, Session, SessionOptions};
@@ -37,7 +38,18 @@ fn main() -> ExitCode {
         Command::Doctor(args) => run_doctor(args),
         Command::Compare(args) => run_compare(args),
         Command::Bench(args) => run_bench(args),
-        Command::Generate { what } => generate(what),
+        Command::Generate(args) => generate::run(args),
+        Command::Completions { shell } => {
+            let mut text = Vec::new();
+            clap_complete::generate(
+                *shell,
+                &mut Arguments::command(),
+                "linfusion-run",
+                &mut text,
+            );
+            print(&String::from_utf8_lossy(&text)).map(|()| ExitCode::SUCCESS)
+        }
+        Command::Man => man(),
         Command::MeasureWorker { job } => bench::serve(job, io::stdin().lock(), io::stdout())
             .into_diagnostic()
             .map(|()| ExitCode::SUCCESS),
@@ -249,17 +261,11 @@ fn session_options(place: &Where) -> miette::Result<SessionOptions> {
     })
 }
 
-fn generate(what: &Generate) -> miette::Result<ExitCode> {
-    let mut command = Arguments::command();
+fn man() -> miette::Result<ExitCode> {
     let mut text = Vec::new();
-    match what {
-        Generate::Completions { shell } => {
-            clap_complete::generate(*shell, &mut command, "linfusion-run", &mut text);
-        }
-        Generate::Man => clap_mangen::Man::new(command)
-            .render(&mut text)
-            .into_diagnostic()?,
-    }
+    clap_mangen::Man::new(Arguments::command())
+        .render(&mut text)
+        .into_diagnostic()?;
     print(&String::from_utf8_lossy(&text))?;
     Ok(ExitCode::SUCCESS)
 }

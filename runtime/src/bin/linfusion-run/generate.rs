@@ -1,0 +1,425 @@
+//! `linfusion-run generate`.
+
+use std::io::{self, IsTerminal, Read};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use clap::{Args, ValueEnum};
+use indicatif::{ProgressBar, ProgressStyle};
+use linfusion_runtime::engine::Operators;
+use linfusion_runtime::image::{Metadata, Parameters, Rgb, read};
+use linfusion_runtime::pipeline::{
+    Folder, Generated, Guidance, Init, Observer, PipelineError, Place, Progress, Request, Size,
+    generate,
+};
+use linfusion_runtime::{npz, scheduler};
+use miette::{IntoDiagnostic, WrapErr, miette};
+use ndarray::Ix4;
+use serde::Serialize;
+use sha2::{Digest, Sha256};
+
+use crate::args::{Report, Where};
+
+/// Exit code of a run that the user stopped, as shells give it for Ctrl-C.
+const STOPPED: u8 = 130;
+
+#[derive(Args)]
+pub struct GenerateArgs {
+    /// The pipeline: a folder with model_index.json, as optimum exports it
+    pub pipeline: PathBuf,
+    /// What to show
+    #[arg(long, required_unless_present = "prompts")]
+    pub prompt: Option<String>,
+    /// A file with a prompt a line; the second takes the next seed, and so on
+    #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
+    pub prompts: Option<PathBuf>,
+    /// What not to show
+    #[arg(long, value_name = "TEXT")]
+    pub negative: Option<String>,
+    /// Seed, as of PyTorch's CPU generator
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Steps of the sampler
+    #[arg(long, default_value_t = 30)]
+    pub steps: usize,
+    /// Guidance; 1 is none
+    #[arg(long, default_value_t = 7.5)]
+    pub guidance: f64,
+    /// Size in pixels [default: that of --image, else the model's own]
+    #[arg(long, value_name = "WxH", value_parser = size)]
+    pub size: Option<Size>,
+    /// Begin with this image
+    #[arg(long, value_name = "FILE")]
+    pub image: Option<PathBuf>,
+    /// How much to change it: 0 to 1
+    #[arg(long, default_value_t = 0.8, requires = "image")]
+    pub strength: f64,
+    /// White where --image is to be painted anew, by a model made for it
+    #[arg(long, value_name = "FILE", requires = "image")]
+    pub mask: Option<PathBuf>,
+    /// An image for the pipeline's ControlNet
+    #[arg(long, value_name = "FILE")]
+    pub control_image: Option<PathBuf>,
+    /// Factor on what the ControlNet adds
+    #[arg(long, default_value_t = 1.0)]
+    pub control_scale: f64,
+    /// The sampler [default: the pipeline's]
+    #[arg(long, value_name = "NAME", help = format!("The sampler: {} [default: the pipeline's]", scheduler::NAMES.join(", ")))]
+    pub scheduler: Option<String>,
+    /// DDIM's noise: 0 for none, 1 for DDPM's
+    #[arg(long, default_value_t = 0.0)]
+    pub eta: f64,
+    /// Images of each prompt, in one batch
+    #[arg(long, default_value_t = 1)]
+    pub num_images: usize,
+    /// Begin with these latents: standard normal, [images, channels, height/8, width/8]
+    #[arg(long, value_name = "FILE.npy", conflicts_with = "image")]
+    pub latents: Option<PathBuf>,
+    /// Strength of each enlarging stage; the last holds for further ones
+    #[arg(
+        long,
+        value_name = "S,…",
+        value_delimiter = ',',
+        default_value = "0.4,0.3,0.2,0.1"
+    )]
+    pub upscale: Vec<f64>,
+    /// Make a large image in one go instead of enlarging one of the model's own size
+    #[arg(long)]
+    pub direct: bool,
+    /// Side of the tiles in which larger images go through the VAE, in pixels
+    #[arg(long, value_name = "PIXELS", default_value_t = 1024)]
+    pub vae_tile: usize,
+    /// Both sides of guidance one after the other: half the memory
+    #[arg(long)]
+    pub cfg_split: bool,
+    /// Write the current estimate every so many steps
+    #[arg(long, value_name = "STEPS")]
+    pub preview: Option<usize>,
+    /// Where the image goes: .png or .tiff
+    #[arg(short, long, value_name = "OUT.png", default_value = "out.png")]
+    pub output: PathBuf,
+    /// Where models run
+    #[arg(long, value_enum, default_value_t = Device::Auto)]
+    pub device: Device,
+    #[command(flatten)]
+    pub place: Where,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Device {
+    Auto,
+    Cpu,
+}
+
+fn size(text: &str) -> Result<Size, String> {
+    let sides = text
+        .split_once(['x', 'X', '×'])
+        .map(|(w, h)| (w.parse(), h.parse()));
+    match sides {
+        Some((Ok(width), Ok(height))) => Ok(Size { width, height }),
+        _ => Err(format!("`{text}` is not WIDTHxHEIGHT, such as 1024x768")),
+    }
+}
+
+/// Shows progress on the terminal, and stops after Ctrl-C.
+struct Terminal {
+    bar: ProgressBar,
+    stop: Arc<AtomicBool>,
+}
+
+impl Terminal {
+    fn new() -> miette::Result<Self> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let flag = Arc::clone(&stop);
+        ctrlc::set_handler(move || {
+            // The second time it means it.
+            if flag.swap(true, Ordering::SeqCst) {
+                std::process::exit(i32::from(STOPPED));
+            }
+        })
+        .into_diagnostic()?;
+        Ok(Self {
+            bar: ProgressBar::hidden(),
+            stop,
+        })
+    }
+
+    fn say(&self, text: &str) {
+        if self.bar.is_hidden() {
+            eprintln!("{text}");
+        } else {
+            self.bar.println(text);
+        }
+    }
+}
+
+impl Observer for Terminal {
+    fn progress(&mut self, progress: Progress) {
+        match progress {
+            Progress::Begin { stage, steps } => {
+                self.bar = if io::stderr().is_terminal() {
+                    ProgressBar::new(steps as u64)
+                } else {
+                    ProgressBar::hidden()
+                };
+                let style = ProgressStyle::with_template(
+                    "{msg:24} {wide_bar} {pos}/{len} {elapsed} left {eta}",
+                );
+                self.bar
+                    .set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+                self.bar.set_message(stage);
+            }
+            Progress::Step => self.bar.inc(1),
+            Progress::End { stage, seconds } => {
+                self.bar.finish_and_clear();
+                eprintln!("{stage}: {seconds:.1} s");
+            }
+            Progress::Note(text) => self.say(&text),
+        }
+    }
+
+    fn stopped(&self) -> bool {
+        self.stop.load(Ordering::SeqCst)
+    }
+}
+
+#[derive(Serialize)]
+struct Summary {
+    prompt: String,
+    seed: u64,
+    #[serde(flatten)]
+    generated: Generated,
+}
+
+pub fn run(args: &GenerateArgs) -> miette::Result<ExitCode> {
+    let folder = Folder::open(&args.pipeline).into_diagnostic()?;
+    let place = place(args)?;
+    let prompts = prompts(args)?;
+    let hash = model_hash(&folder)?;
+    let mut terminal = Terminal::new()?;
+    let mut summaries = Vec::new();
+    for (number, prompt) in prompts.iter().enumerate() {
+        let seed = args.seed.wrapping_add(number as u64);
+        let output = match prompts.len() {
+            1 => args.output.clone(),
+            _ => prompt_output(&args.output, number),
+        };
+        let request = request(args, prompt, seed, output)?;
+        let metadata = |size| metadata(args, &request, &hash, size);
+        match generate(&folder, &place, &request, &metadata, &mut terminal) {
+            Ok(generated) => summaries.push(Summary {
+                prompt: prompt.clone(),
+                seed,
+                generated,
+            }),
+            Err(stopped @ PipelineError::Stopped { .. }) => {
+                eprintln!("{stopped}");
+                return Ok(ExitCode::from(STOPPED));
+            }
+            Err(error) => return Err(error).into_diagnostic(),
+        }
+    }
+    crate::print(&match args.place.report {
+        Report::Json => crate::output::json(&summaries)?,
+        Report::Table => {
+            let paths = summaries.iter().flat_map(|s| &s.generated.images);
+            paths.map(|p| format!("{}\n", p.display())).collect()
+        }
+    })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn place(args: &GenerateArgs) -> miette::Result<Place> {
+    let options = crate::session_options(&args.place)?;
+    if matches!(options.operators, Operators::Library(_)) {
+        tracing::debug!("operators from a library");
+    }
+    Ok(Place {
+        engine: args.place.engine(),
+        options,
+    })
+}
+
+fn prompts(args: &GenerateArgs) -> miette::Result<Vec<String>> {
+    let Some(path) = &args.prompts else {
+        return Ok(args.prompt.iter().cloned().collect());
+    };
+    let mut bytes = Vec::new();
+    std::fs::File::open(path)
+        .and_then(|mut file| file.read_to_end(&mut bytes))
+        .into_diagnostic()
+        .wrap_err_with(|| format!("reading {}", path.display()))?;
+    let text = String::from_utf8(bytes).map_err(|e| {
+        let line = e
+            .as_bytes()
+            .iter()
+            .take(e.utf8_error().valid_up_to())
+            .filter(|b| **b == b'\n')
+            .count()
+            + 1;
+        miette!(
+            help = "save it as UTF-8",
+            "{} is no UTF-8 (line {line})",
+            path.display()
+        )
+    })?;
+    let prompts: Vec<String> = text
+        .lines()
+        .filter(|l| !l.trim().is_empty())
+        .map(str::to_owned)
+        .collect();
+    if prompts.is_empty() {
+        return Err(miette!(
+            "{} has no prompt: expected one a line",
+            path.display()
+        ));
+    }
+    Ok(prompts)
+}
+
+fn prompt_output(path: &Path, number: usize) -> PathBuf {
+    let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+    let extension = path
+        .extension()
+        .map(|e| format!(".{}", e.to_string_lossy()))
+        .unwrap_or_default();
+    path.with_file_name(format!("{stem}-{:03}{extension}", number + 1))
+}
+
+fn open(path: &Path) -> miette::Result<Rgb> {
+    read(path).into_diagnostic()
+}
+
+fn request(
+    args: &GenerateArgs,
+    prompt: &str,
+    seed: u64,
+    output: PathBuf,
+) -> miette::Result<Request> {
+    let init = match (&args.image, &args.mask, &args.latents) {
+        (Some(image), Some(mask), _) => Init::Inpaint {
+            image: open(image)?,
+            mask: open(mask)?,
+            strength: args.strength,
+        },
+        (Some(image), None, _) => Init::Image {
+            image: open(image)?,
+            strength: args.strength,
+        },
+        (None, _, Some(path)) => {
+            let array = npz::read_array(path).into_diagnostic()?;
+            let shape = array.shape().to_vec();
+            Init::Latents(array.into_dimensionality::<Ix4>().map_err(|_| {
+                miette!("{} is {shape:?}, expected [images, channels, height, width] of the latent image", path.display())
+            })?)
+        }
+        (None, _, None) => Init::Noise,
+    };
+    Ok(Request {
+        prompt: prompt.to_owned(),
+        negative: args.negative.clone(),
+        images: args.num_images,
+        seed,
+        steps: args.steps,
+        guidance: args.guidance,
+        size: args.size,
+        init,
+        scheduler: args.scheduler.clone(),
+        eta: args.eta,
+        upscale: args.upscale.clone(),
+        direct: args.direct,
+        vae_tile: args.vae_tile,
+        batching: if args.cfg_split {
+            Guidance::Split
+        } else {
+            Guidance::Together
+        },
+        control: args.control_image.as_deref().map(open).transpose()?,
+        control_scale: args.control_scale,
+        sizes: None,
+        output,
+        preview: args.preview,
+    })
+}
+
+/// First digits of the SHA-256 of the denoising model's files, as other tools give it.
+fn model_hash(folder: &Folder) -> miette::Result<String> {
+    let model = folder.model(folder.denoiser()).into_diagnostic()?;
+    let mut hasher = Sha256::new();
+    let parent = model.parent().unwrap_or(Path::new("."));
+    let mut files: Vec<PathBuf> = std::fs::read_dir(parent)
+        .into_diagnostic()?
+        .flatten()
+        .map(|e| e.path())
+        .filter(|p| p.is_file() && p.extension().is_none_or(|e| e != "json"))
+        .collect();
+    files.sort();
+    for path in files {
+        let mut file = std::fs::File::open(&path).into_diagnostic()?;
+        io::copy(&mut file, &mut Hashing(&mut hasher)).into_diagnostic()?;
+    }
+    let digest = hasher.finalize();
+    Ok(digest.iter().take(5).map(|b| format!("{b:02x}")).collect())
+}
+
+struct Hashing<'a>(&'a mut Sha256);
+
+impl io::Write for Hashing<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.update(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn metadata(args: &GenerateArgs, request: &Request, hash: &str, size: Size) -> Metadata {
+    let name = args
+        .pipeline
+        .file_name()
+        .map(|n| n.to_string_lossy().into_owned());
+    let parameters = Parameters {
+        prompt: request.prompt.clone(),
+        negative_prompt: request.negative.clone().unwrap_or_default(),
+        steps: request.steps,
+        sampler: request
+            .scheduler
+            .clone()
+            .unwrap_or_else(|| "pipeline's".to_owned()),
+        cfg_scale: request.guidance,
+        seed: request.seed,
+        width: size.width as u32,
+        height: size.height as u32,
+        model_hash: Some(hash.to_owned()),
+        model: name,
+        others: Vec::new(),
+        version: format!("linfusion-run {}", env!("CARGO_PKG_VERSION")),
+    };
+    let mut metadata = Metadata::default();
+    // The key is a valid one.
+    let _ = metadata.push("parameters", parameters.to_string());
+    metadata
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_width_and_height() {
+        assert_eq!(
+            size("1024x768"),
+            Ok(Size {
+                width: 1024,
+                height: 768
+            })
+        );
+        for wrong in ["1024", "x", "1024x", "ax8", "-8x8"] {
+            assert!(size(wrong).is_err(), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,20 @@
+//! Pipelines: from a folder and a prompt to an image, of any size.
+
+mod denoiser;
+mod error;
+mod folder;
+mod generate;
+mod ladder;
+mod model;
+mod prompt;
+mod request;
+mod tokenizer;
+mod vae;
+
+pub use denoiser::{Control, Guidance, Sizes};
+pub use error::PipelineError;
+pub use folder::{DenoiserConfig, Family, Folder, VaeConfig};
+pub use generate::{Generated, StageReport, generate};
+pub use ladder::Size;
+pub use model::Place;
+pub use request::{Init, Observer, Progress, Request};

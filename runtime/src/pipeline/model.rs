@@ -1,0 +1,206 @@
+//! One model of a pipeline, loaded for as long as its stage lasts.
+
+use std::path::{Path, PathBuf};
+
+use ndarray::{ArrayD, Ix3, Ix4};
+
+use super::error::PipelineError;
+use super::folder::Folder;
+use crate::engine::{Engine, Port, Session, SessionOptions};
+use crate::tensor::Tensor;
+
+/// Where models run.
+#[derive(Debug, Clone)]
+pub struct Place {
+    /// What runs them.
+    pub engine: Engine,
+    /// How.
+    pub options: SessionOptions,
+}
+
+/// A loaded model; errors name its stage.
+pub struct Model {
+    path: PathBuf,
+    stage: String,
+    session: Session,
+}
+
+impl Model {
+    /// Loads a component's model.
+    ///
+    /// # Errors
+    /// There is none, or the engine refuses it.
+    pub fn load(folder: &Folder, component: &str, place: &Place) -> Result<Self, PipelineError> {
+        let path = folder.model(component)?;
+        let session =
+            Session::from_file(place.engine, &path, &place.options).map_err(|source| {
+                PipelineError::Engine {
+                    stage: component.to_owned(),
+                    source,
+                }
+            })?;
+        Ok(Self {
+            path,
+            stage: component.to_owned(),
+            session,
+        })
+    }
+
+    /// Its file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What it takes.
+    pub fn inputs(&self) -> &[Port] {
+        self.session.inputs()
+    }
+
+    /// Whether it has such an input.
+    pub fn takes(&self, name: &str) -> bool {
+        self.inputs().iter().any(|port| port.name == name)
+    }
+
+    /// Runs it on named tensors, which are cast to the types that it takes.
+    ///
+    /// # Errors
+    /// They don't fit, or the engine fails.
+    pub fn run(&mut self, inputs: Vec<(String, Tensor)>) -> Result<Outputs, PipelineError> {
+        let cast: Vec<(String, Tensor)> = inputs
+            .into_iter()
+            .map(|(name, tensor)| {
+                let dtype = self
+                    .inputs()
+                    .iter()
+                    .find(|port| port.name == name)
+                    .map_or(tensor.dtype(), |port| port.dtype);
+                let tensor = if tensor.dtype() == dtype {
+                    tensor
+                } else {
+                    tensor.cast(dtype)
+                };
+                (name, tensor)
+            })
+            .collect();
+        let outputs = self
+            .session
+            .run(&cast)
+            .map_err(|source| PipelineError::Engine {
+                stage: self.stage.clone(),
+                source,
+            })?;
+        Ok(Outputs {
+            path: self.path.clone(),
+            outputs,
+        })
+    }
+
+    /// An error about its inputs or outputs.
+    pub fn ports(&self, problem: String) -> PipelineError {
+        PipelineError::Ports {
+            path: self.path.clone(),
+            problem,
+        }
+    }
+}
+
+/// What a model gave, in the graph's order.
+pub struct Outputs {
+    path: PathBuf,
+    outputs: Vec<(String, Tensor)>,
+}
+
+impl Outputs {
+    /// The output of that name, in single precision.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn named(&mut self, name: &str) -> Result<ArrayD<f32>, PipelineError> {
+        let place = self.outputs.iter().position(|(n, _)| n == name);
+        let place = place.ok_or_else(|| self.missing(&format!("no output `{name}`")))?;
+        Ok(single(self.outputs.swap_remove(place).1))
+    }
+
+    /// The first output that has `rank` dimensions, in single precision.
+    ///
+    /// # Errors
+    /// There is none.
+    fn of_rank(&mut self, rank: usize) -> Result<ArrayD<f32>, PipelineError> {
+        let place = self
+            .outputs
+            .iter()
+            .position(|(_, t)| t.shape().len() == rank);
+        let place =
+            place.ok_or_else(|| self.missing(&format!("no output of {rank} dimensions")))?;
+        Ok(single(self.outputs.swap_remove(place).1))
+    }
+
+    /// The first image-like output, [batch, channels, height, width].
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn image(&mut self) -> Result<ndarray::Array4<f32>, PipelineError> {
+        self.of_rank(4)?
+            .into_dimensionality::<Ix4>()
+            .map_err(|e| self.missing(&e.to_string()))
+    }
+
+    /// The first sequence, [batch, tokens, width].
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn sequence(&mut self) -> Result<ndarray::Array3<f32>, PipelineError> {
+        self.of_rank(3)?
+            .into_dimensionality::<Ix3>()
+            .map_err(|e| self.missing(&e.to_string()))
+    }
+
+    /// The hidden states of the last layer but one: of `hidden_states.0`, `.1`, … the second-last; the graph's order
+    /// may be any.
+    ///
+    /// # Errors
+    /// There are fewer than two.
+    pub fn penultimate_hidden_state(&mut self) -> Result<ndarray::Array3<f32>, PipelineError> {
+        let mut states: Vec<usize> = self
+            .outputs
+            .iter()
+            .filter_map(|(name, _)| name.strip_prefix("hidden_states.")?.parse().ok())
+            .collect();
+        states.sort_unstable();
+        let Some(place) = states.len().checked_sub(2).and_then(|i| states.get(i)) else {
+            return Err(self.missing(
+                "no outputs `hidden_states.0`, `hidden_states.1`, …; SD-XL's text encoders must be exported with \
+                 them, as optimum does",
+            ));
+        };
+        self.named(&format!("hidden_states.{place}"))?
+            .into_dimensionality::<Ix3>()
+            .map_err(|e| self.missing(&e.to_string()))
+    }
+
+    /// All outputs, in single precision.
+    pub fn all(self) -> Vec<ArrayD<f32>> {
+        self.outputs.into_iter().map(|(_, t)| single(t)).collect()
+    }
+
+    fn missing(&self, what: &str) -> PipelineError {
+        let names: Vec<String> = self
+            .outputs
+            .iter()
+            .map(|(name, t)| format!("{name} {:?}", t.shape()))
+            .collect();
+        PipelineError::Ports {
+            path: self.path.clone(),
+            problem: format!("{what}; its outputs are {}", names.join(", ")),
+        }
+    }
+}
+
+fn single(tensor: Tensor) -> ArrayD<f32> {
+    match tensor {
+        Tensor::F32(array) => array,
+        Tensor::F16(array) => array.mapv(f32::from),
+        Tensor::BF16(array) => array.mapv(f32::from),
+        other => other.to_f64().mapv(|v| v as f32),
+    }
+}

@@ -1,0 +1,109 @@
+//! What is asked of a pipeline, and what it tells while it works.
+
+use std::path::PathBuf;
+
+use ndarray::Array4;
+
+use super::denoiser::{Guidance, Sizes};
+use super::ladder::Size;
+use crate::image::Rgb;
+
+/// One generation.
+pub struct Request {
+    /// What to show.
+    pub prompt: String,
+    /// What not to; `None` leaves it to the pipeline.
+    pub negative: Option<String>,
+    /// Images of that prompt, in one batch.
+    pub images: usize,
+    /// Seed of PyTorch's CPU generator.
+    pub seed: u64,
+    /// Steps of the sampler.
+    pub steps: usize,
+    /// Guidance; 1 and less is none.
+    pub guidance: f64,
+    /// Size in pixels; that of the first image or the model's own if `None`.
+    pub size: Option<Size>,
+    /// What to begin with.
+    pub init: Init,
+    /// A sampler's name; `None` for the pipeline's.
+    pub scheduler: Option<String>,
+    /// Noise of DDIM: 0 for none, 1 for DDPM's.
+    pub eta: f64,
+    /// Strengths of the enlarging stages; the last holds for all further ones.
+    pub upscale: Vec<f64>,
+    /// Everything at the wanted size, with no enlarging.
+    pub direct: bool,
+    /// Side of the VAE's tiles in pixels.
+    pub vae_tile: usize,
+    /// How guidance is batched.
+    pub batching: Guidance,
+    /// An image for a ControlNet.
+    pub control: Option<Rgb>,
+    /// Factor on what the ControlNet adds.
+    pub control_scale: f64,
+    /// What SD-XL is told about sizes; those of the image if `None`.
+    pub sizes: Option<Sizes>,
+    /// Where images go; several get numbers before the extension.
+    pub output: PathBuf,
+    /// Steps between previews; none if `None`.
+    pub preview: Option<usize>,
+}
+
+/// What a generation begins with.
+pub enum Init {
+    /// Noise from the seed.
+    Noise,
+    /// These latents: standard normal, [images, channels, height, width].
+    Latents(Array4<f32>),
+    /// An image, noised by a strength from 0 to 1 (SDEdit, Meng et al. 2022).
+    Image {
+        /// The image.
+        image: Rgb,
+        /// Share of the steps that run.
+        strength: f64,
+    },
+    /// An image of which the white parts of a mask are painted anew, by a model made for it.
+    Inpaint {
+        /// The image.
+        image: Rgb,
+        /// White where to paint.
+        mask: Rgb,
+        /// Share of the steps that run.
+        strength: f64,
+    },
+}
+
+/// What happens.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Progress {
+    /// A stage begins, with so many steps.
+    Begin {
+        /// Its name.
+        stage: String,
+        /// How many.
+        steps: usize,
+    },
+    /// A step of it is done.
+    Step,
+    /// The stage is done.
+    End {
+        /// Its name.
+        stage: String,
+        /// How long it took.
+        seconds: f64,
+    },
+    /// Something to tell the user: a prompt that was cut, a preview written.
+    Note(String),
+}
+
+/// Who watches.
+pub trait Observer {
+    /// Something happened.
+    fn progress(&mut self, progress: Progress);
+
+    /// Whether to stop.
+    fn stopped(&self) -> bool {
+        false
+    }
+}
