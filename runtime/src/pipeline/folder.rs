@@ -206,7 +206,7 @@ fn four() -> usize {
 impl VaeConfig {
     /// Pixels along a side of one latent pixel.
     pub fn factor(&self) -> usize {
-        1 << self.block_out_channels.len().clamp(1, 8) - 1
+        1 << (self.block_out_channels.len().clamp(1, 8) - 1)
     }
 }
 

@@ -3,18 +3,20 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use ndarray::{Array2, Array3, Array4, ArrayView3, Axis, concatenate};
+use ndarray::{Array4, ArrayView3, Axis};
 use serde::Serialize;
 
 use super::denoiser::{Conditions, Control, Denoiser, Sizes};
 use super::error::PipelineError;
+use super::files::{beside, bytes, finite, numbered, planes};
 use super::folder::{DenoiserConfig, Folder, VaeConfig};
 use super::ladder::{Size, stages};
 use super::model::Place;
 use super::prompt::{Encoded, Texts, encode};
 use super::request::{Init, Observer, Progress, Request};
-use super::vae::{Decoder, Encoder, latent_mask};
-use crate::image::{Metadata, Rgb, RowWriter, resize, to_byte};
+use super::start::Start;
+use super::vae::Decoder;
+use crate::image::{Metadata, Rgb, RowWriter, resize};
 use crate::scheduler::{self, Run, Scheduler};
 use crate::torch_random::TorchRandom;
 
@@ -44,15 +46,15 @@ pub struct StageReport {
 }
 
 /// Everything that the stages share.
-struct Work<'a> {
-    folder: &'a Folder,
-    place: &'a Place,
-    request: &'a Request,
-    observer: &'a mut dyn Observer,
-    vae: VaeConfig,
-    config: DenoiserConfig,
-    random: TorchRandom,
-    reports: Vec<StageReport>,
+pub(super) struct Work<'a> {
+    pub folder: &'a Folder,
+    pub place: &'a Place,
+    pub request: &'a Request,
+    pub observer: &'a mut dyn Observer,
+    pub vae: VaeConfig,
+    pub config: DenoiserConfig,
+    pub random: TorchRandom,
+    pub reports: Vec<StageReport>,
     /// The image of the last finished stage, until the last is done.
     kept: Option<PathBuf>,
 }
@@ -112,22 +114,23 @@ pub fn generate(
     })
 }
 
-/// Latents as a run of the sampler begins with them.
-struct Start {
-    latents: Array4<f32>,
-    scheduler: Box<dyn Scheduler>,
-    /// The first evaluation.
-    first: usize,
-    /// The latents of an inpainting model's mask and image.
-    inpaint: Option<Array4<f32>>,
-}
-
 impl Work<'_> {
     fn check(&self) -> Result<(), PipelineError> {
         let refuse =
             |option: &'static str, problem: String| Err(PipelineError::Request { option, problem });
         if self.request.images == 0 {
             return refuse("--num-images", "0, expected at least 1".to_owned());
+        }
+        let factor = self.vae.factor();
+        let tile = self.request.vae_tile;
+        if tile < 8 * factor || !tile.is_multiple_of(factor) {
+            return refuse(
+                "--vae-tile",
+                format!(
+                    "{tile}, expected a multiple of {factor} and at least {}",
+                    8 * factor
+                ),
+            );
         }
         let enlarged = self
             .size()
@@ -268,7 +271,7 @@ impl Work<'_> {
         self.request.guidance > 1.0 && self.config.time_cond_proj_dim.is_none()
     }
 
-    fn timed<T>(
+    pub(super) fn timed<T>(
         &mut self,
         stage: String,
         steps: usize,
@@ -352,7 +355,7 @@ impl Work<'_> {
         })
     }
 
-    fn scheduler(&self, size: Size) -> Result<Box<dyn Scheduler>, PipelineError> {
+    pub(super) fn scheduler(&self, size: Size) -> Result<Box<dyn Scheduler>, PipelineError> {
         let text = self.folder.text("scheduler", "scheduler_config.json")?;
         let token = self.token();
         let run = Run {
@@ -371,7 +374,7 @@ impl Work<'_> {
         })
     }
 
-    fn latent_shape(&self, size: Size) -> (usize, usize, usize, usize) {
+    pub(super) fn latent_shape(&self, size: Size) -> (usize, usize, usize, usize) {
         let factor = self.vae.factor();
         (
             self.request.images,
@@ -379,159 +382,6 @@ impl Work<'_> {
             size.height / factor,
             size.width / factor,
         )
-    }
-
-    fn noise(&mut self, size: Size) -> Array4<f32> {
-        let shape = self.latent_shape(size);
-        let count = shape.0 * shape.1 * shape.2 * shape.3;
-        // As many as the shape has.
-        Array4::from_shape_vec(shape, self.random.normal(count))
-            .unwrap_or_else(|_| Array4::zeros(shape))
-    }
-
-    /// The first evaluation of a run that changes an image by so much.
-    fn first_evaluation(
-        &self,
-        scheduler: &dyn Scheduler,
-        strength: f64,
-    ) -> Result<usize, PipelineError> {
-        let steps = self.request.steps;
-        let taken = ((steps as f64 * strength) as usize).min(steps);
-        let first = (steps - taken) * scheduler.order();
-        if first >= scheduler.timesteps().len() {
-            return Err(PipelineError::Request {
-                option: "--strength",
-                problem: format!(
-                    "{strength} of {steps} steps is none; expected at least {:.3}",
-                    1.0 / steps as f64
-                ),
-            });
-        }
-        Ok(first)
-    }
-
-    fn first_latents(&mut self, size: Size) -> Result<Start, PipelineError> {
-        let request = self.request;
-        let mut scheduler = self.scheduler(size)?;
-        match &request.init {
-            Init::Noise | Init::Latents(_) => {
-                let mut latents = match &request.init {
-                    Init::Latents(latents) => {
-                        let expected = self.latent_shape(size);
-                        if latents.dim() != expected {
-                            return Err(PipelineError::Request {
-                                option: "--latents",
-                                problem: format!(
-                                    "they are {:?}, expected {expected:?}",
-                                    latents.dim()
-                                ),
-                            });
-                        }
-                        latents.clone()
-                    }
-                    _ => self.noise(size),
-                };
-                let sigma = scheduler.init_noise_sigma() as f32;
-                latents.mapv_inplace(|v| v * sigma);
-                scheduler.begin(0);
-                Ok(Start {
-                    latents,
-                    scheduler,
-                    first: 0,
-                    inpaint: None,
-                })
-            }
-            Init::Image { image, strength } => self.noised_image(image, size, *strength),
-            Init::Inpaint {
-                image,
-                mask,
-                strength,
-            } => {
-                let first = self.first_evaluation(scheduler.as_ref(), *strength)?;
-                let mut start = match first {
-                    0 => {
-                        let mut latents = self.noise(size);
-                        let sigma = scheduler.init_noise_sigma() as f32;
-                        latents.mapv_inplace(|v| v * sigma);
-                        scheduler.begin(0);
-                        Start {
-                            latents,
-                            scheduler,
-                            first,
-                            inpaint: None,
-                        }
-                    }
-                    _ => self.noised_image(image, size, *strength)?,
-                };
-                start.inpaint = Some(self.masked(image, mask, size)?);
-                Ok(start)
-            }
-        }
-    }
-
-    /// Mask and masked image as an inpainting model takes them.
-    fn masked(
-        &mut self,
-        image: &Rgb,
-        mask: &Rgb,
-        size: Size,
-    ) -> Result<Array4<f32>, PipelineError> {
-        let mask = planes(&resize(mask, size.width as u32, size.height as u32)?)?;
-        // White is 1, black −1 in every plane; the mask of a grey image is its mean.
-        let mask: Array2<f32> = mask
-            .mean_axis(Axis(0))
-            .map_or_else(|| Array2::zeros((0, 0)), |m| (m + 1.0) / 2.0);
-        let mut kept = planes(&resize(image, size.width as u32, size.height as u32)?)?;
-        for mut plane in kept.outer_iter_mut() {
-            plane.zip_mut_with(&mask, |v, m| *v = if *m >= 0.5 { 0.0 } else { *v });
-        }
-        let small = latent_mask(&mask, self.vae.factor()).insert_axis(Axis(0));
-        let image = self.encode_image(kept.view(), "masked image")?;
-        let joined = concatenate(Axis(0), &[small.view(), image.view()]).unwrap_or(image);
-        Ok(repeat(&joined, self.request.images))
-    }
-
-    fn encode_image(
-        &mut self,
-        image: ArrayView3<'_, f32>,
-        what: &str,
-    ) -> Result<Array3<f32>, PipelineError> {
-        self.timed(format!("encode {what}"), 0, |work| {
-            let mut encoder = Encoder::load(
-                work.folder,
-                work.vae.clone(),
-                work.place,
-                work.request.vae_tile,
-            )?;
-            let latents = encoder.encode(image, &mut work.random)?;
-            finite(latents.iter(), || "vae_encoder".to_owned())?;
-            Ok(latents)
-        })
-    }
-
-    /// An image as latents, with noise for a part of the steps (SDEdit).
-    fn noised_image(
-        &mut self,
-        image: &Rgb,
-        size: Size,
-        strength: f64,
-    ) -> Result<Start, PipelineError> {
-        let mut scheduler = self.scheduler(size)?;
-        let first = self.first_evaluation(scheduler.as_ref(), strength)?;
-        let image = planes(&resize(image, size.width as u32, size.height as u32)?)?;
-        let encoded = self.encode_image(image.view(), &size.to_string())?;
-        let mut latents = repeat(&encoded, self.request.images);
-        let noise = self.noise(size);
-        scheduler.begin(first);
-        if let (Some(latents), Some(noise)) = (latents.as_slice_mut(), noise.as_slice()) {
-            scheduler.add_noise(latents, noise, first);
-        }
-        Ok(Start {
-            latents,
-            scheduler,
-            first,
-            inpaint: None,
-        })
     }
 
     fn denoise(
@@ -614,10 +464,9 @@ impl Work<'_> {
         let mut clean = latents.clone();
         if let (Some(values), Some(predicted)) =
             (clean.as_slice_mut(), scheduler.predicted_original())
+            && values.len() == predicted.len()
         {
-            if values.len() == predicted.len() {
-                values.copy_from_slice(predicted);
-            }
+            values.copy_from_slice(predicted);
         }
         let path = beside(&self.request.output, "preview");
         self.decode(
@@ -686,57 +535,4 @@ impl Work<'_> {
             Ok(paths)
         })
     }
-}
-
-/// `name.png` for one image, `name-1.png` and so on for several.
-fn numbered(path: &Path, number: usize, count: usize) -> PathBuf {
-    if count == 1 {
-        return path.to_owned();
-    }
-    beside(path, &(number + 1).to_string())
-}
-
-/// `name-word.png` for `name.png`.
-fn beside(path: &Path, word: &str) -> PathBuf {
-    let stem = path.file_stem().unwrap_or_default().to_string_lossy();
-    let extension = path
-        .extension()
-        .map(|e| format!(".{}", e.to_string_lossy()))
-        .unwrap_or_default();
-    path.with_file_name(format!("{stem}-{word}{extension}"))
-}
-
-fn planes(image: &Rgb) -> Result<Array3<f32>, PipelineError> {
-    let shape = (3, image.height() as usize, image.width() as usize);
-    Array3::from_shape_vec(shape, image.to_planes()).map_err(|e| PipelineError::Request {
-        option: "--image",
-        problem: e.to_string(),
-    })
-}
-
-/// Rows [3, rows, width] in −1 … 1 as bytes, pixel by pixel.
-fn bytes(band: ArrayView3<'_, f32>) -> Vec<u8> {
-    let pixels = band.permuted_axes([1, 2, 0]);
-    pixels.iter().map(|v| to_byte(*v)).collect()
-}
-
-fn repeat(latents: &Array3<f32>, count: usize) -> Array4<f32> {
-    let views = vec![latents.view().insert_axis(Axis(0)); count];
-    concatenate(Axis(0), &views).unwrap_or_else(|_| latents.clone().insert_axis(Axis(0)))
-}
-
-fn finite<'v>(
-    values: impl ExactSizeIterator<Item = &'v f32> + Clone,
-    stage: impl FnOnce() -> String,
-) -> Result<(), PipelineError> {
-    let count = values.clone().filter(|v| !v.is_finite()).count();
-    if count == 0 {
-        return Ok(());
-    }
-    Err(PipelineError::NotFinite {
-        stage: stage(),
-        count,
-        total: values.len(),
-        place: String::new(),
-    })
 }

@@ -2,12 +2,14 @@
 
 mod denoiser;
 mod error;
+mod files;
 mod folder;
 mod generate;
 mod ladder;
 mod model;
 mod prompt;
 mod request;
+mod start;
 mod tokenizer;
 mod vae;
 

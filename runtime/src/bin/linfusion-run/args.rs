@@ -32,7 +32,7 @@ pub enum Command {
     /// Time a step of several models at growing resolution, with peak memory
     Bench(BenchArgs),
     /// Make images with a pipeline's folder
-    Generate(GenerateArgs),
+    Generate(Box<GenerateArgs>),
     /// Write completions for a shell to standard output
     Completions {
         /// The shell

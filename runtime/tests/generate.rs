@@ -1,0 +1,258 @@
+//! `linfusion-run generate` as its users call it.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use linfusion_models::fixtures;
+use linfusion_runtime::engine::load_library;
+use linfusion_runtime::image::read;
+
+/// A tiny pipeline in a folder of its own; nothing where there is no ONNX Runtime.
+struct Bench {
+    scratch: tempfile::TempDir,
+    pipeline: PathBuf,
+}
+
+impl Bench {
+    fn new(name: &str) -> Option<Self> {
+        if load_library(None).is_err() {
+            println!("skipped: no ONNX Runtime library");
+            return None;
+        }
+        let scratch = tempfile::tempdir().unwrap();
+        let pipeline = scratch.path().join(name);
+        fixtures::pipeline(name, &pipeline).unwrap();
+        Some(Self { scratch, pipeline })
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.scratch.path().join(name)
+    }
+
+    fn run(&self, arguments: &[&str]) -> Output {
+        Command::new(env!("CARGO_BIN_EXE_linfusion-run"))
+            .arg("generate")
+            .arg(&self.pipeline)
+            .args(["--engine", "ort"])
+            .args(arguments)
+            .current_dir(self.scratch.path())
+            .output()
+            .unwrap()
+    }
+
+    /// Files beside the pipeline.
+    fn files(&self) -> Vec<String> {
+        let entries = std::fs::read_dir(self.scratch.path()).unwrap().flatten();
+        let mut names: Vec<String> = entries
+            .filter(|e| e.path().is_file())
+            .map(|e| e.file_name().to_string_lossy().into_owned())
+            .collect();
+        names.sort();
+        names
+    }
+}
+
+fn said(output: &Output) -> String {
+    // The report wraps lines to the terminal's width.
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    let words: Vec<&str> = text.split_whitespace().filter(|w| *w != "│").collect();
+    words.join(" ")
+}
+
+fn text_of(path: &Path) -> String {
+    String::from_utf8_lossy(&std::fs::read(path).unwrap()).into_owned()
+}
+
+#[test]
+fn a_prompt_becomes_an_image_that_says_how_it_was_made() {
+    let Some(bench) = Bench::new("sd15") else {
+        return;
+    };
+    let output = bench.run(&[
+        "--prompt",
+        "a horse",
+        "--steps",
+        "2",
+        "--seed",
+        "4",
+        "--report",
+        "json",
+        "-o",
+        "horse.png",
+    ]);
+    assert!(output.status.success(), "{}", said(&output));
+    let image = read(&bench.path("horse.png")).unwrap();
+    assert_eq!((image.width(), image.height()), (128, 128));
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report[0]["seed"], 4);
+    assert_eq!(
+        report[0]["stages"][1]["steps"], 3,
+        "PNDM takes one step twice: {report}"
+    );
+    let text = text_of(&bench.path("horse.png"));
+    assert!(text.contains("a horse\nSteps: 2") && text.contains("Size: 128x128"));
+    assert_eq!(bench.files(), ["horse.png"]);
+    // The same seed, the same image; another, another.
+    bench.run(&[
+        "--prompt",
+        "a horse",
+        "--steps",
+        "2",
+        "--seed",
+        "4",
+        "-o",
+        "again.png",
+    ]);
+    bench.run(&[
+        "--prompt",
+        "a horse",
+        "--steps",
+        "2",
+        "--seed",
+        "5",
+        "-o",
+        "other.png",
+    ]);
+    let bytes = |name: &str| read(&bench.path(name)).unwrap().bytes().to_vec();
+    assert_eq!(bytes("again.png"), image.bytes());
+    assert_ne!(bytes("other.png"), image.bytes());
+}
+
+#[test]
+fn a_large_image_is_reached_in_stages_and_tiles() {
+    let Some(bench) = Bench::new("sd15") else {
+        return;
+    };
+    let output = bench.run(&[
+        "--prompt",
+        "mars",
+        "--steps",
+        "5",
+        "--size",
+        "512x256",
+        "--vae-tile",
+        "128",
+        "-o",
+        "mars.tiff",
+        "--report",
+        "json",
+    ]);
+    assert!(output.status.success(), "{}", said(&output));
+    let image = read(&bench.path("mars.tiff")).unwrap();
+    assert_eq!((image.width(), image.height()), (512, 256));
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let stages: Vec<&str> = report[0]["stages"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter_map(|s| s["stage"].as_str())
+        .collect();
+    assert_eq!(
+        stages,
+        [
+            "text",
+            "denoise 192x64",
+            "decode 192x64",
+            "encode 384x192",
+            "denoise 384x192",
+            "decode 384x192",
+            "encode 512x256",
+            "denoise 512x256",
+            "decode 512x256",
+        ]
+    );
+    assert_eq!(
+        bench.files(),
+        ["mars.tiff"],
+        "images between stages are gone in the end"
+    );
+}
+
+#[test]
+fn a_file_of_prompts_takes_a_seed_each() {
+    let Some(bench) = Bench::new("sd21") else {
+        return;
+    };
+    std::fs::write(bench.path("prompts.txt"), "a horse\n\nmars\n").unwrap();
+    let output = bench.run(&[
+        "--prompts",
+        "prompts.txt",
+        "--steps",
+        "1",
+        "-o",
+        "p.png",
+        "--num-images",
+        "2",
+        "--cfg-split",
+    ]);
+    assert!(output.status.success(), "{}", said(&output));
+    assert_eq!(
+        bench.files(),
+        [
+            "p-001-1.png",
+            "p-001-2.png",
+            "p-002-1.png",
+            "p-002-2.png",
+            "prompts.txt"
+        ]
+    );
+    assert!(text_of(&bench.path("p-002-1.png")).contains("Seed: 1"));
+}
+
+#[test]
+fn bad_input_is_named_and_leaves_nothing() {
+    let Some(bench) = Bench::new("sd15") else {
+        return;
+    };
+    std::fs::write(bench.path("bad.txt"), b"fine\n\xff\n").unwrap();
+    std::fs::write(bench.path("no.png"), "no image").unwrap();
+    let before = bench.files();
+    let cases: [(&[&str], &str); 11] = [
+        (
+            &["--prompt", "x", "--size", "100x128"],
+            "--size: 100x128, expected multiples of 64, such as 128x128",
+        ),
+        (&["--prompt", "x", "--size", "0x64"], "--size: 0x64"),
+        (
+            &["--prompt", "x", "--steps", "0"],
+            "0 steps, expected at least 1",
+        ),
+        (
+            &["--prompt", "x", "--steps", "2000"],
+            "2000 steps, expected 1 to 1000",
+        ),
+        (
+            &["--prompt", "x", "--scheduler", "magic"],
+            "no sampler `magic`",
+        ),
+        (&["--prompt", "x", "--vae-tile", "100"], "--vae-tile: 100"),
+        (&["--prompt", "x", "--image", "no.png"], "no.png"),
+        (
+            &["--prompt", "x", "--image", "no.png", "--strength", "0"],
+            "no.png",
+        ),
+        (&["--prompts", "bad.txt"], "bad.txt is no UTF-8 (line 2)"),
+        (&["--prompt", "x", "-o", "out.gif"], "gif"),
+        (
+            &["--prompt", "x", "--steps", "1", "-o", "none/out.png"],
+            "none",
+        ),
+    ];
+    for (arguments, expected) in cases {
+        let output = bench.run(arguments);
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}");
+        assert!(
+            said(&output).contains(expected),
+            "{arguments:?}: {}",
+            said(&output)
+        );
+    }
+    std::fs::write(bench.pipeline.join("unet/model.onnx"), "damaged").unwrap();
+    let output = bench.run(&["--prompt", "x", "--steps", "1"]);
+    assert!(
+        said(&output).contains("unet/model.onnx"),
+        "{}",
+        said(&output)
+    );
+    assert_eq!(bench.files(), before);
+}
