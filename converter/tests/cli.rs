@@ -219,3 +219,74 @@ fn inspect_json_has_every_site_once() {
         assert!(sites.iter().all(|s| !s[key].is_null()), "{key}");
     }
 }
+
+#[test]
+fn a_pipeline_is_converted_as_a_folder() {
+    let scratch = tempfile::tempdir().unwrap();
+    let root = scratch.path();
+    fixtures::pipeline("sd15", &root.join("sd15")).unwrap();
+    let weights = fixtures::path("sd15-tiny/linfusion");
+    let weights = weights.to_str().unwrap();
+    let output = linfusion(&["sd15", "--weights", weights], root);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert_eq!(files(root), ["sd15", "sd15.linfusion"]);
+    assert_eq!(
+        files(&root.join("sd15.linfusion")),
+        files(&root.join("sd15"))
+    );
+    assert_eq!(
+        files(&root.join("sd15.linfusion/unet")),
+        ["config.json", "model.onnx"]
+    );
+    let original = std::fs::read(root.join("sd15/unet/model.onnx")).unwrap();
+    let converted = std::fs::read(root.join("sd15.linfusion/unet/model.onnx")).unwrap();
+    assert!(text(&converted).contains("LinFusionAttention") && converted != original);
+    // The links hold after both have moved together.
+    std::fs::create_dir(root.join("moved")).unwrap();
+    for name in ["sd15", "sd15.linfusion"] {
+        std::fs::rename(root.join(name), root.join("moved").join(name)).unwrap();
+    }
+    let moved = root.join("moved/sd15.linfusion");
+    assert!(moved.join("vae_decoder/model.onnx").is_file());
+    assert!(moved.join("text_encoder").is_symlink());
+
+    // What is there stays as it is.
+    let again = linfusion(
+        &["sd15", "--weights", weights, "--force"],
+        &root.join("moved"),
+    );
+    assert_eq!(again.status.code(), Some(1));
+    assert!(
+        text(&again.stderr).contains("'sd15.linfusion' cannot be made"),
+        "{}",
+        text(&again.stderr)
+    );
+    assert_eq!(
+        std::fs::read(moved.join("unet/model.onnx")).unwrap(),
+        converted
+    );
+}
+
+#[test]
+fn a_folder_that_is_no_pipeline_is_refused_and_nothing_left() {
+    let scratch = tempfile::tempdir().unwrap();
+    let root = scratch.path();
+    fixtures::pipeline("sd15", &root.join("sd15")).unwrap();
+    let failure = |what: &str, code: i32| {
+        let output = linfusion(&["sd15", "-o", "new"], root);
+        assert_eq!(output.status.code(), Some(code), "{}", text(&output.stderr));
+        assert!(
+            text(&output.stderr).contains(what),
+            "{}",
+            text(&output.stderr)
+        );
+        assert_eq!(files(root), ["sd15"]);
+    };
+    failure("no LinFusion weights", 3);
+    std::fs::remove_file(root.join("sd15/unet/model.onnx")).unwrap();
+    failure("has no model.onnx", 1);
+    std::fs::remove_dir_all(root.join("sd15/unet")).unwrap();
+    failure("neither a folder unet nor transformer", 1);
+    std::fs::remove_file(root.join("sd15/model_index.json")).unwrap();
+    failure("without model_index.json", 1);
+}

@@ -11,6 +11,30 @@ use crate::report::ModelReport;
 use crate::rewrite::SiteError;
 use crate::verify::VerifyError;
 
+/// What is wrong with a pipeline's folder.
+#[derive(Debug, thiserror::Error)]
+pub enum PipelineFault {
+    /// It is none.
+    #[error(
+        "is a folder without model_index.json\nhint: name a model file, or the folder that optimum exported"
+    )]
+    NoIndex,
+    /// There is nothing to convert.
+    #[error("has neither a folder unet nor transformer")]
+    NoDenoiser,
+    /// There is no model, or no single one.
+    #[error("has no model.onnx and no other single ONNX file")]
+    NoModel,
+    /// The new folder cannot be made, or is there.
+    #[error(
+        "cannot be made: {0}\nhint: -o names another folder; one that is there is never replaced"
+    )]
+    Create(std::io::Error),
+    /// Something cannot be put into it.
+    #[error("cannot be written: {0}")]
+    Write(std::io::Error),
+}
+
 /// Why a conversion failed. Nothing was written then.
 #[derive(Debug, thiserror::Error)]
 pub enum ConvertError {
@@ -124,6 +148,14 @@ pub enum ConvertError {
         out: String,
         /// Why: usually the disk is full.
         source: std::io::Error,
+    },
+    /// A pipeline's folder cannot be converted as a whole.
+    #[error("'{path}' {fault}")]
+    Pipeline {
+        /// The folder.
+        path: String,
+        /// What is wrong with it.
+        fault: PipelineFault,
     },
     /// The output cannot be written.
     #[error(transparent)]

@@ -2,6 +2,7 @@
 
 mod error;
 mod patches;
+mod pipeline;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -25,8 +26,9 @@ use crate::report::{ConvertReport, ModelReport};
 use crate::rewrite::{Emit, apply, declare_operators};
 use crate::verify::{Converted, Verified, Verify, known_problems, verify};
 
-pub use self::error::ConvertError;
+pub use self::error::{ConvertError, PipelineFault};
 use self::patches::{of_module, patches};
+pub use self::pipeline::convert_pipeline;
 
 /// Where the LinFusion weights come from.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -191,11 +191,11 @@ impl SelectionArgs {
 /// Converting.
 #[derive(Args, Debug)]
 pub struct ConvertArgs {
-    /// The model: a UNet, ControlNet or transformer in ONNX.
+    /// The model: a UNet, ControlNet or transformer in ONNX, or the folder of a pipeline with one.
     // Optional to the type, since other commands do without; clap asks for it.
     #[arg(required = true)]
     pub model: Option<PathBuf>,
-    /// The file to write [default: <MODEL>.linfusion.onnx].
+    /// The file to write [default: <MODEL>.linfusion.onnx], or the folder [default: <FOLDER>.linfusion].
     #[arg(short, long, value_name = "FILE")]
     pub out: Option<PathBuf>,
     /// A LinFusion checkpoint (folder or .safetensors), or `none` for an untrained

@@ -13,7 +13,9 @@ use args::{
 use clap::{CommandFactory, Parser};
 use indicatif::{ProgressBar, ProgressStyle};
 use linfusion_convert::analysis::METADATA_KEY;
-use linfusion_convert::convert::{ConvertError, Partial, Request, Run, convert, inspect};
+use linfusion_convert::convert::{
+    ConvertError, Partial, Request, Run, convert, convert_pipeline, inspect,
+};
 use linfusion_convert::grid::GridSize;
 use linfusion_convert::plan::{BadPattern, MethodRule, Selection, globs};
 use linfusion_convert::report::ConvertReport;
@@ -202,6 +204,11 @@ fn run_convert(args: &ConvertArgs) -> Result<(), Failure> {
         run: if args.dry_run { Run::Dry } else { Run::Write },
     };
     let bar = spinner();
+    let convert = if request.model.is_dir() {
+        convert_pipeline
+    } else {
+        convert
+    };
     let result = convert(&request, &mut |step| bar.set_message(step.to_owned()));
     bar.finish_and_clear();
     let report = match result {

@@ -6,9 +6,8 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
-use linfusion_runtime::engine::Operators;
 use linfusion_runtime::image::{Metadata, Parameters, Rgb, read};
 use linfusion_runtime::pipeline::{
     Folder, Generated, Guidance, Init, Observer, PipelineError, Place, Progress, Request, Size,
@@ -100,17 +99,8 @@ pub struct GenerateArgs {
     /// Where the image goes: .png or .tiff
     #[arg(short, long, value_name = "OUT.png", default_value = "out.png")]
     pub output: PathBuf,
-    /// Where models run
-    #[arg(long, value_enum, default_value_t = Device::Auto)]
-    pub device: Device,
     #[command(flatten)]
     pub place: Where,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Device {
-    Auto,
-    Cpu,
 }
 
 fn size(text: &str) -> Result<Size, String> {
@@ -232,13 +222,9 @@ pub fn run(args: &GenerateArgs) -> miette::Result<ExitCode> {
 }
 
 fn place(args: &GenerateArgs) -> miette::Result<Place> {
-    let options = crate::session_options(&args.place)?;
-    if matches!(options.operators, Operators::Library(_)) {
-        tracing::debug!("operators from a library");
-    }
     Ok(Place {
         engine: args.place.engine(),
-        options,
+        options: crate::session_options(&args.place)?,
     })
 }
 

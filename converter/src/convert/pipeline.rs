@@ -1,0 +1,118 @@
+//! A whole pipeline's folder: its UNet or transformer converted, the rest linked.
+
+use std::io;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+
+use super::error::{ConvertError, PipelineFault};
+use super::{Request, Run, convert};
+use crate::report::ConvertReport;
+
+const INDEX: &str = "model_index.json";
+/// The models that take the steps of sampling; a pipeline has one of them.
+const DENOISERS: [&str; 2] = ["unet", "transformer"];
+
+/// Converts the pipeline in the folder `request.model` into the folder `request.out` (default `<FOLDER>.linfusion`): the
+/// converted model and small files are new, other components are links to the original's.
+///
+/// The index is written last: a folder without it is unfinished.
+///
+/// # Errors
+/// [`ConvertError`]; the new folder is removed then.
+pub fn convert_pipeline(
+    request: &Request,
+    progress: &mut dyn FnMut(&str),
+) -> Result<ConvertReport, ConvertError> {
+    let folder = &request.model;
+    let fault = |path: &Path, fault: PipelineFault| ConvertError::Pipeline {
+        path: path.display().to_string(),
+        fault,
+    };
+    if !folder.join(INDEX).is_file() {
+        return Err(fault(folder, PipelineFault::NoIndex));
+    }
+    let component = DENOISERS
+        .into_iter()
+        .find(|name| folder.join(name).is_dir())
+        .ok_or_else(|| fault(folder, PipelineFault::NoDenoiser))?;
+    let model = only_model(&folder.join(component))
+        .ok_or_else(|| fault(&folder.join(component), PipelineFault::NoModel))?;
+    let mut inner = Request {
+        model: model.clone(),
+        out: None,
+        ..request.clone()
+    };
+    if request.run == Run::Dry {
+        return convert(&inner, progress);
+    }
+    let out = request
+        .out
+        .clone()
+        .unwrap_or_else(|| default_output(folder));
+    std::fs::create_dir(&out).map_err(|source| fault(&out, PipelineFault::Create(source)))?;
+    let target = out.join(component);
+    let done = std::fs::create_dir(&target)
+        .map_err(|source| fault(&target, PipelineFault::Write(source)))
+        .and_then(|()| {
+            inner.out = Some(target.join(model.file_name().unwrap_or("model.onnx".as_ref())));
+            let report = convert(&inner, progress)?;
+            fill(folder, &out, component)
+                .map_err(|source| fault(&out, PipelineFault::Write(source)))?;
+            Ok(report)
+        });
+    if done.is_err() {
+        // What it began; a failure to remove it has nobody to be told to beside the first.
+        let _ = std::fs::remove_dir_all(&out);
+    }
+    done
+}
+
+fn default_output(folder: &Path) -> PathBuf {
+    let mut name = folder.file_name().unwrap_or_default().to_owned();
+    name.push(".linfusion");
+    folder.with_file_name(name)
+}
+
+/// `model.onnx`, else the only ONNX file.
+fn only_model(folder: &Path) -> Option<PathBuf> {
+    let usual = folder.join("model.onnx");
+    if usual.is_file() {
+        return Some(usual);
+    }
+    let entries = std::fs::read_dir(folder).ok()?.flatten();
+    let mut models = entries
+        .map(|e| e.path())
+        .filter(|p| p.extension().is_some_and(|e| e == "onnx"));
+    models.next().filter(|_| models.next().is_none())
+}
+
+/// Puts everything but the converted model into the new folder, the index last.
+fn fill(folder: &Path, out: &Path, component: &str) -> io::Result<()> {
+    for entry in std::fs::read_dir(folder.join(component))? {
+        let path = entry?.path();
+        // Weights beside the old model are the old model's.
+        if path.extension().is_some_and(|e| e == "json" || e == "txt") {
+            copy(&path, &out.join(component))?;
+        }
+    }
+    let original = std::fs::canonicalize(folder)?;
+    let beside = original.parent() == std::fs::canonicalize(out)?.parent();
+    for entry in std::fs::read_dir(folder)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        if name == component || name == INDEX {
+            continue;
+        }
+        // Relative where both lie in one folder, so that it can be moved.
+        let target = match (beside, original.file_name()) {
+            (true, Some(folder)) => Path::new("..").join(folder).join(&name),
+            _ => original.join(&name),
+        };
+        symlink(target, out.join(&name))?;
+    }
+    copy(&folder.join(INDEX), out)
+}
+
+fn copy(file: &Path, into: &Path) -> io::Result<()> {
+    std::fs::copy(file, into.join(file.file_name().unwrap_or_default())).map(|_| ())
+}
