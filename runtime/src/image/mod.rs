@@ -1,7 +1,7 @@
 //! 8-bit RGB images: read, resized, written row by row, measured.
 //!
 //! What goes into a model and comes out of it is the same number for number as with Hugging Face diffusers, which
-//! reads and resizes with Pillow: [`resize`] is bit for bit Pillow's, [`Rgb::to_planes`] and [`Rgb::from_planes`]
+//! reads and resizes with Pillow: [`resize()`] is bit for bit Pillow's, [`Rgb::to_planes`] and [`Rgb::from_planes`]
 //! are `VaeImageProcessor`'s.
 
 mod error;
