@@ -156,9 +156,9 @@ fn doctor_tells_success_by_its_exit_code() {
 
 #[test]
 fn completions_and_man_page_are_generated() {
-    let completions = run(&["generate", "completions", "bash"]);
+    let completions = run(&["completions", "bash"]);
     assert!(stdout(&completions).contains("complete -F"));
-    let man = run(&["generate", "man"]);
+    let man = run(&["man"]);
     assert!(stdout(&man).contains(".TH linfusion-run"));
 }
 
