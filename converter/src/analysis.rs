@@ -9,9 +9,9 @@ use linfusion_ops::schema::{DOMAIN, LINFUSION_ATTENTION, WINDOW_ATTENTION};
 use crate::attention::kind::Kind;
 use crate::attention::site::{Site, find};
 use crate::attention::stream::TextSide;
+use crate::graph::default_opset;
 use crate::graph::{Graph, domain, op};
 use crate::grid::{GridSize, Grids};
-use crate::rewrite::default_opset;
 use crate::shapes::{Dim, Probe, Shapes, tensor_type};
 
 /// Everything the later steps want to know of a model.

@@ -4,7 +4,7 @@ use linfusion_ops::schema::TextSide;
 
 use crate::attention::origin::{Origin, Origins};
 use crate::graph::{Graph, tensor_name};
-use crate::shapes::{Dim, Shapes, tensor_type};
+use crate::shapes::{Dim, Shapes, looks_like_text, tensor_type};
 
 /// A size in tokens that the user states.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -294,17 +294,6 @@ fn some_grid(source: GridSource<'_>, tokens: i64) -> Option<Grid<'_>> {
 /// Whether an origin is an input that is named like text.
 fn is_text(origin: &Origin<'_>) -> bool {
     matches!(origin, Origin::Input(name) if looks_like_text(name))
-}
-
-/// Whether an input is named as those that bring text, in any library.
-#[must_use]
-pub fn looks_like_text(name: &str) -> bool {
-    let name = name.to_ascii_lowercase();
-    [
-        "encoder", "text", "txt", "context", "prompt", "caption", "cond",
-    ]
-    .iter()
-    .any(|part| name.contains(part))
 }
 
 /// FLUX's `img_ids`: `[tokens, 3]`, named so in every export.

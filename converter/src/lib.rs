@@ -10,12 +10,12 @@ pub mod attention;
 pub mod convert;
 pub mod cost;
 pub mod diff;
-pub mod graph;
 pub mod grid;
 pub mod mapping;
 pub mod plan;
 pub mod reference;
 pub mod report;
 pub mod rewrite;
-pub mod shapes;
 pub mod verify;
+
+pub use linfusion_models::{graph, shapes};

@@ -3,6 +3,8 @@ pub mod catalogue;
 pub mod checkpoint;
 #[cfg(feature = "fixtures")]
 pub mod fixtures;
+pub mod graph;
 pub mod onnx;
 pub mod random;
 pub mod sentencepiece;
+pub mod shapes;

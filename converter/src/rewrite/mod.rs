@@ -176,13 +176,3 @@ pub fn declare_operators(
     }
     Ok(())
 }
-
-/// The opset of the default domain that `model` imports.
-#[must_use]
-pub fn default_opset(model: &ModelProto) -> Option<i64> {
-    model
-        .opset_import
-        .iter()
-        .find(|o| matches!(o.domain.as_deref().unwrap_or(""), "" | "ai.onnx"))
-        .and_then(|o| o.version)
-}

@@ -2,12 +2,11 @@
 
 use std::collections::HashMap;
 
-use linfusion_models::onnx::proto::{GraphProto, TensorProto, ValueInfoProto};
+use crate::onnx::proto::{GraphProto, TensorProto, ValueInfoProto};
 
 use super::value::Fact;
 use super::{Dim, tensor_type};
 use crate::graph::{Graph, op};
-use crate::grid::looks_like_text;
 
 /// The sizes at which a graph is looked at.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -169,6 +168,17 @@ fn packed_image(inputs: &[Input<'_>]) -> Option<usize> {
         })
         .or_else(|| sequences().find(|i| !is_text(i)))
         .or_else(|| sequences().next())
+}
+
+/// Whether an input is named as those that bring text, in any library.
+#[must_use]
+pub fn looks_like_text(name: &str) -> bool {
+    let name = name.to_ascii_lowercase();
+    [
+        "encoder", "text", "txt", "context", "prompt", "caption", "cond",
+    ]
+    .iter()
+    .any(|part| name.contains(part))
 }
 
 /// The elements of a stored int64 vector.

@@ -1,7 +1,7 @@
 //! Evaluation of the operators that shape arithmetic is made of, on small
 //! known tensors.
 
-use linfusion_models::onnx::proto::NodeProto;
+use crate::onnx::proto::NodeProto;
 
 use super::SMALL;
 use super::value::{Elements, Fact, axis, count};

@@ -3,8 +3,8 @@
 
 use std::collections::{HashMap, HashSet};
 
-use linfusion_models::onnx::proto::{GraphProto, NodeProto, TensorProto};
-pub use linfusion_models::onnx::{
+use crate::onnx::proto::{GraphProto, ModelProto, NodeProto, TensorProto};
+pub use crate::onnx::{
     attr as attribute, attr_f as attr_float, attr_i as attr_int, attr_ints, attr_s as attr_str,
 };
 
@@ -20,6 +20,16 @@ pub struct Port {
     pub node: NodeId,
     /// Index into its inputs or outputs.
     pub slot: usize,
+}
+
+/// The opset of the default domain that `model` imports.
+#[must_use]
+pub fn default_opset(model: &ModelProto) -> Option<i64> {
+    model
+        .opset_import
+        .iter()
+        .find(|o| matches!(o.domain.as_deref().unwrap_or(""), "" | "ai.onnx"))
+        .and_then(|o| o.version)
 }
 
 /// Index over a graph. Borrows the protobuf; build it anew after a rewrite.

@@ -1,7 +1,7 @@
 //! Output shapes of the operators that diffusion graphs are made of, standard
 //! and as ONNX Runtime's optimizers rewrite them.
 
-use linfusion_models::onnx::proto::{FunctionProto, NodeProto};
+use crate::onnx::proto::{FunctionProto, NodeProto};
 use linfusion_ops::schema::DOMAIN;
 
 use super::TensorReader;

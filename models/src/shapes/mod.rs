@@ -5,22 +5,26 @@
 //! constants. No weight is read beyond tensors of [`SMALL`] elements.
 
 pub mod eval;
+mod footprint;
 mod probe;
 mod rules;
 pub use rules::einsum_terms;
 pub mod value;
+mod work;
 
 use std::collections::{HashMap, HashSet};
 
-use bytes::Bytes;
-use linfusion_models::onnx::proto::{
+use crate::onnx::proto::{
     self, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto,
 };
+use bytes::Bytes;
 
-pub use probe::Probe;
+pub use footprint::Footprint;
+pub use probe::{Probe, looks_like_text};
 pub use value::{Elements, Fact};
+pub use work::operations;
 
-use crate::graph::{Graph, domain, op, subgraphs, tensor_name};
+use crate::graph::{Graph, default_opset, domain, op, subgraphs, tensor_name};
 
 /// Tensors up to this many elements are evaluated, not only shaped.
 pub const SMALL: i64 = 1024;
@@ -34,6 +38,7 @@ pub struct Shapes {
     facts: HashMap<String, Fact>,
     opset: i64,
     defaults: HashSet<String>,
+    inside: HashMap<String, u64>,
 }
 
 static UNKNOWN: Fact = Fact {
@@ -47,6 +52,45 @@ impl Shapes {
     /// Propagates `probe` through the main graph of `model`.
     #[must_use]
     pub fn propagate(model: &ModelProto, read: TensorReader<'_>, probe: &Probe) -> Self {
+        Self::with(model, read, |graph, symbols, facts| {
+            probe.bind(graph, symbols, facts);
+        })
+    }
+
+    /// Propagates given shapes of the inputs; inputs that are not given keep their declared ones.
+    #[must_use]
+    pub fn at(model: &ModelProto, read: TensorReader<'_>, inputs: &[(&str, &[i64])]) -> Self {
+        Self::with(model, read, |graph, symbols, facts| {
+            for input in &graph.input {
+                let name = input.name.as_deref().unwrap_or("");
+                let Some((element, dims)) = tensor_type(input) else {
+                    continue;
+                };
+                let dims = dims.unwrap_or_default();
+                let declared = dims.iter().map(|d| match d {
+                    Dim::Value(v) => Some(*v),
+                    _ => None,
+                });
+                if let Some(shape) = declared.collect::<Option<Vec<i64>>>() {
+                    facts.insert(name.to_owned(), Fact::shaped(shape, element));
+                }
+                if let Some((_, shape)) = inputs.iter().find(|(n, _)| *n == name) {
+                    for (dim, size) in dims.iter().zip(*shape) {
+                        if let Dim::Symbol(symbol) = dim {
+                            symbols.insert((*symbol).to_owned(), *size);
+                        }
+                    }
+                    facts.insert(name.to_owned(), Fact::shaped(shape.to_vec(), element));
+                }
+            }
+        })
+    }
+
+    fn with(
+        model: &ModelProto,
+        read: TensorReader<'_>,
+        bind: impl FnOnce(&GraphProto, &mut HashMap<String, i64>, &mut HashMap<String, Fact>),
+    ) -> Self {
         let graph = &*model.graph;
         let mut env = Env {
             facts: HashMap::with_capacity(graph.node.len() * 2),
@@ -66,8 +110,9 @@ impl Shapes {
                 .collect(),
             read,
             depth: 0,
+            inside: HashMap::new(),
         };
-        probe.bind(graph, &mut env.symbols, &mut env.facts);
+        bind(graph, &mut env.symbols, &mut env.facts);
         env.graph(graph);
         // From IR version 4 on, a stored tensor that is also an input is a default.
         let inputs: HashSet<&str> = (graph.input.iter())
@@ -77,12 +122,19 @@ impl Shapes {
         let stored = graph.initializer.iter().map(tensor_name);
         Shapes {
             facts: env.facts,
-            opset: crate::rewrite::default_opset(model).unwrap_or(0),
+            opset: default_opset(model).unwrap_or(0),
             defaults: stored
                 .filter(|n| inputs.contains(n))
                 .map(str::to_owned)
                 .collect(),
+            inside: env.inside,
         }
+    }
+
+    /// Bytes that the values within a call of a model-local function take at most.
+    fn inside(&self, node: &NodeProto) -> u64 {
+        let output = node.output.first().map_or("", String::as_str);
+        self.inside.get(output).copied().unwrap_or(0)
     }
 
     /// Forgets the numbers that depend on the sizes of the probe, which `other` has other
@@ -216,6 +268,8 @@ struct Env<'m> {
     functions: HashMap<(&'m str, &'m str), &'m FunctionProto>,
     read: TensorReader<'m>,
     depth: usize,
+    /// What the values of function calls take, by the call's first output.
+    inside: HashMap<String, u64>,
 }
 
 impl Env<'_> {
@@ -337,6 +391,7 @@ impl Env<'_> {
             }
         }
         let outer = std::mem::replace(&mut self.facts, facts);
+        let outer_calls = std::mem::take(&mut self.inside);
         self.depth += 1;
         for inner in &function.node {
             self.node(
@@ -346,6 +401,24 @@ impl Env<'_> {
         }
         self.depth -= 1;
         let inner = std::mem::replace(&mut self.facts, outer);
+        let calls = std::mem::replace(&mut self.inside, outer_calls);
+        let nodes: Vec<&NodeProto> = function.node.iter().collect();
+        let peak = footprint::peak(
+            &nodes,
+            std::iter::empty(),
+            function.output.iter().map(String::as_str),
+            &|name| inner.get(name).cloned().unwrap_or_default(),
+            &|node| {
+                node.output
+                    .first()
+                    .and_then(|o| calls.get(o))
+                    .copied()
+                    .unwrap_or(0)
+            },
+        );
+        if let Some(output) = node.output.first() {
+            self.inside.insert(output.clone(), peak.bytes);
+        }
         function
             .output
             .iter()
