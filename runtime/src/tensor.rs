@@ -195,6 +195,32 @@ impl Tensor {
         }
     }
 
+    /// A tensor of little-endian bytes, as ONNX stores them; `None` if they are too few or too many.
+    pub fn from_le_bytes(dtype: DType, shape: &[usize], bytes: &[u8]) -> Option<Self> {
+        macro_rules! read {
+            ($variant:ident, $type:ty) => {{
+                let (words, rest) = bytes.as_chunks();
+                let values = words.iter().map(|w| <$type>::from_le_bytes(*w)).collect();
+                let array = ArrayD::from_shape_vec(shape, values).ok()?;
+                rest.is_empty().then_some(Self::$variant(array))
+            }};
+        }
+        match dtype {
+            DType::F32 => read!(F32, f32),
+            DType::F16 => read!(F16, f16),
+            DType::BF16 => read!(BF16, bf16),
+            DType::F64 => read!(F64, f64),
+            DType::I64 => read!(I64, i64),
+            DType::I32 => read!(I32, i32),
+            DType::U8 => read!(U8, u8),
+            DType::I8 => read!(I8, i8),
+            DType::Bool => {
+                let values = bytes.iter().map(|b| *b != 0).collect();
+                Some(Self::Bool(ArrayD::from_shape_vec(shape, values).ok()?))
+            }
+        }
+    }
+
     /// Whether no element is infinite or NaN.
     pub fn is_finite(&self) -> bool {
         match self {
@@ -222,6 +248,21 @@ from_array!(F32: f32, F16: f16, BF16: bf16, F64: f64, I64: i64, I32: i32, U8: u8
 mod tests {
     use super::*;
     use ndarray::arr1;
+
+    #[test]
+    fn bytes_are_little_endian_and_as_many_as_the_shape_says() {
+        let bytes = [1, 0, 0, 0, 255, 255, 255, 255];
+        let read = |dtype, shape: &[usize]| Tensor::from_le_bytes(dtype, shape, &bytes);
+        assert_eq!(read(DType::I32, &[2]), Some(arr1(&[1_i32, -1]).into()));
+        assert_eq!(
+            read(DType::I64, &[1]),
+            Some(arr1(&[-4_294_967_295_i64]).into())
+        );
+        assert_eq!(read(DType::F16, &[2, 2]).unwrap().shape(), [2, 2]);
+        assert_eq!(read(DType::Bool, &[8]).unwrap().to_f64().sum(), 5.0);
+        assert!(read(DType::I32, &[3]).is_none() && read(DType::I64, &[2]).is_none());
+        assert!(Tensor::from_le_bytes(DType::I32, &[1], &bytes[..5]).is_none());
+    }
 
     #[test]
     fn casts_round_and_saturate() {

@@ -256,3 +256,157 @@ fn bad_input_is_named_and_leaves_nothing() {
     );
     assert_eq!(bench.files(), before);
 }
+
+#[test]
+fn memory_is_counted_before_anything_begins() {
+    let Some(bench) = Bench::new("sd15") else {
+        return;
+    };
+    // Softmax over 512² latent pixels, 2 heads, both sides of guidance: terabytes.
+    let huge = [
+        "--prompt",
+        "x",
+        "--direct",
+        "--size",
+        "4096x4096",
+        "--device",
+        "cpu",
+    ];
+    let output = bench.run(&huge);
+    let said_so = said(&output);
+    assert_eq!(output.status.code(), Some(1));
+    for part in [
+        "denoise 4096x4096 needs about",
+        "TB",
+        "at node `",
+        "--force",
+    ] {
+        assert!(said_so.contains(part), "{part}: {said_so}");
+    }
+    // What was expected is what was taken: at a size where attention outweighs all else.
+    let arguments = [
+        "--prompt",
+        "x",
+        "--direct",
+        "--size",
+        "512x512",
+        "--steps",
+        "2",
+        "--scheduler",
+        "ddim",
+        "--report",
+        "json",
+        "--vae-tile",
+        "256",
+    ];
+    let output = bench.run(&arguments);
+    assert!(output.status.success(), "{}", said(&output));
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let stage = &report[0]["stages"][1];
+    let bytes = |field: &str| stage[field].as_f64().unwrap();
+    let ratio = bytes("peak_bytes") / bytes("expected_bytes");
+    // Scratch memory within operators and the allocator's rounding are not counted.
+    assert!((0.8..1.5).contains(&ratio), "{stage}");
+}
+
+#[test]
+fn a_device_is_taken_or_refused() {
+    let Some(bench) = Bench::new("sd15") else {
+        return;
+    };
+    let output = bench.run(&["--prompt", "x", "--device", "gpu"]);
+    assert_eq!(output.status.code(), Some(2), "{}", said(&output));
+    let providers = linfusion_runtime::engine::execution_providers(None).unwrap();
+    if !providers.iter().any(|p| p == "CUDAExecutionProvider") {
+        let output = bench.run(&["--prompt", "x", "--device", "cuda:1"]);
+        let said = said(&output);
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert!(
+            said.contains("cuda:1 cannot be used: this ONNX Runtime has no"),
+            "{said}"
+        );
+    }
+}
+
+#[test]
+fn the_node_that_makes_a_nan_is_named() {
+    let Some(bench) = Bench::new("sd15") else {
+        return;
+    };
+    let path = bench.pipeline.join("unet/model.onnx");
+    let file = linfusion_models::onnx::OnnxFile::open(&path).unwrap();
+    let mut model = file.model.clone();
+    let graph = model.graph.get_or_insert_default();
+    let is_middle = |name: &str| name.contains("mid_block") && name.contains("conv1");
+    let node = graph
+        .node
+        .iter()
+        .find(|n| {
+            n.op_type.as_deref() == Some("Conv") && is_middle(n.name.as_deref().unwrap_or(""))
+        })
+        .unwrap();
+    let (node, weight) = (node.name.clone().unwrap(), node.input[1].clone());
+    let tensor = graph
+        .initializer
+        .iter_mut()
+        .find(|t| t.name.as_deref() == Some(&weight))
+        .unwrap();
+    let mut bytes = file.tensor_bytes(tensor).unwrap().to_vec();
+    bytes[..4].copy_from_slice(&f32::NAN.to_le_bytes());
+    tensor.raw_data = Some(bytes.into());
+    std::fs::write(&path, buffa::Message::encode_to_vec(&model)).unwrap();
+    let output = bench.run(&["--prompt", "x", "--steps", "2", "--scheduler", "ddim"]);
+    let said = said(&output);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    for part in [
+        "unet, output `",
+        "infinite or not a number",
+        &format!("the first is made by `{node}` (Conv)"),
+    ] {
+        // Long names are broken at the terminal's width.
+        let dense = |text: &str| text.replace(' ', "");
+        assert!(dense(&said).contains(&dense(part)), "{part}: {said}");
+    }
+    assert!(!bench.files().contains(&"out.png".to_owned()));
+}
+
+#[test]
+fn a_pipeline_equals_itself() {
+    let Some(bench) = Bench::new("sd21") else {
+        return;
+    };
+    let compare = |more: &[&str]| {
+        Command::new(env!("CARGO_BIN_EXE_linfusion-run"))
+            .arg("compare")
+            .args([&bench.pipeline, &bench.pipeline])
+            .args(["--engine", "ort", "--report", "json"])
+            .args(more)
+            .current_dir(bench.scratch.path())
+            .output()
+            .unwrap()
+    };
+    let arguments = ["--prompt", "x", "--steps", "3", "-o", "both.png"];
+    let output = compare(&arguments);
+    assert!(output.status.success(), "{}", said(&output));
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let image = &report["images"][0];
+    assert_eq!(image["psnr_db"], serde_json::Value::Null);
+    assert_eq!(image["ssim"], 1.0);
+    let steps = image["steps"].as_array().unwrap();
+    assert_eq!(steps.len(), 3, "{report}");
+    assert!(steps.iter().all(|s| s["max_abs"] == 0.0));
+    let picture = read(&bench.path("both.png")).unwrap();
+    assert_eq!((picture.width(), picture.height()), (3 * 128, 128));
+    let output = compare(&["--prompt", "x", "--steps", "1", "--sites"]);
+    assert!(
+        said(&output).contains("has no operator of ai.linfusion"),
+        "{}",
+        said(&output)
+    );
+    let output = compare(&[]);
+    assert!(
+        said(&output).contains("give --prompt or --prompts"),
+        "{}",
+        said(&output)
+    );
+}

@@ -78,6 +78,7 @@ fn request(root: &Path, case: &Case) -> Request {
         control_scale: 1.0,
         sizes: None,
         output: root.join("out.png"),
+        force: false,
         preview: None,
     }
 }

@@ -85,6 +85,26 @@ pub fn version() -> Result<(u32, u32), CudaError> {
     Ok((version / 1000, version % 1000 / 10))
 }
 
+/// Bytes of memory of the device of that number.
+///
+/// # Errors
+/// [`CudaError`] if there is no driver or no such device.
+pub fn total_memory(device: u32) -> Result<u64, CudaError> {
+    // SAFETY: takes no pointer.
+    call("cuInit", || unsafe { sys::cuInit(0) })?;
+    let (mut handle, mut bytes) = (0, 0);
+    let device = c_int::try_from(device).unwrap_or(c_int::MAX);
+    // SAFETY: written before it is read.
+    call("cuDeviceGet", || unsafe {
+        sys::cuDeviceGet(&mut handle, device)
+    })?;
+    // SAFETY: the handle is one that the driver gave; written before it is read.
+    call("cuDeviceTotalMem", || unsafe {
+        sys::cuDeviceTotalMem_v2(&mut bytes, handle)
+    })?;
+    Ok(bytes as u64)
+}
+
 /// Calls the driver. Its library is looked for first, since the bindings panic without it.
 fn call(function: &'static str, work: impl FnOnce() -> CUresult) -> Result<(), CudaError> {
     if !is_present() {

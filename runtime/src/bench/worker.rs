@@ -10,8 +10,9 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
-use crate::engine::{Engine, EngineError, Operators, Session, SessionOptions};
+use crate::engine::{Device, Engine, EngineError, Operators, Session, SessionOptions};
 use crate::inputs::{self, InputsError, Request};
+use crate::memory;
 
 /// What a worker measures.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -26,6 +27,8 @@ pub struct Job {
     pub operators: OperatorsFrom,
     /// ONNX Runtime's library.
     pub library: Option<PathBuf>,
+    /// Where it runs.
+    pub device: Device,
     /// Height and width of the latent.
     pub latent: usize,
     /// Batch size.
@@ -128,7 +131,7 @@ pub fn serve(
             Err(error) => return answer(&Answer::Failed(error.to_string())),
         }
     }
-    answer(&Answer::Done(peak_rss()))
+    answer(&Answer::Done(memory::peak()))
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -150,6 +153,7 @@ impl Prepared {
             operators: job.operators.into(),
             threads: job.threads,
             library: job.library,
+            device: job.device,
             ..SessionOptions::default()
         };
         let mut session = Session::from_file(job.engine.into(), &job.model, &options)?;
@@ -173,14 +177,6 @@ impl Prepared {
     }
 }
 
-/// `VmHWM` of Linux.
-fn peak_rss() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
-    let kibibytes: u64 = line.split_whitespace().next()?.parse().ok()?;
-    kibibytes.checked_mul(1024)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -200,6 +196,7 @@ mod tests {
             threads: None,
             operators: OperatorsFrom::InProcess,
             library: None,
+            device: Device::Cpu,
             latent,
             batch: 1,
             sequence: 7,

@@ -1,5 +1,6 @@
 //! Engines that run ONNX graphs: ONNX Runtime, loaded when first asked for, and tract, built in.
 
+mod device;
 pub mod library;
 mod ort;
 #[cfg(feature = "tract")]
@@ -12,9 +13,24 @@ use std::fmt;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
+pub use self::device::{Chosen, Device, DeviceChoice};
 pub use self::ort::{execution_providers, load_library};
 
 use crate::tensor::{DType, Tensor};
+
+/// Bytes of memory that a model may take on a device, as far as the system tells: what is free of the machine's, all of a
+/// GPU's.
+pub fn memory_of(device: Device) -> Option<u64> {
+    match device {
+        Device::Cpu => crate::memory::available(),
+        Device::Cuda(number) => linfusion_ops::cuda::driver::total_memory(number).ok(),
+    }
+}
+
+/// Whether this program's own operators have CUDA kernels.
+pub fn has_gpu_kernels() -> bool {
+    linfusion_ops::cuda::kernels().is_some()
+}
 
 /// What runs a graph.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -73,6 +89,12 @@ pub struct SessionOptions {
     /// ONNX Runtime's shared library; `None` searches for one (see [`library::find`]). The first library
     /// that a process loads stays for good.
     pub library: Option<PathBuf>,
+    /// Where it runs; tract knows the processor only.
+    pub device: Device,
+    /// Bytes that ONNX Runtime may take of a GPU's memory; `None` for all.
+    pub device_memory: Option<usize>,
+    /// Begin of the name of a file for ONNX Runtime's profile; `None` for no profile.
+    pub profile: Option<PathBuf>,
 }
 
 /// An input or output of a graph.
@@ -113,6 +135,16 @@ pub enum EngineError {
     /// There is no ONNX Runtime library, or it does not load.
     #[error(transparent)]
     Library(#[from] library::LibraryError),
+    /// The device that was asked for doesn't work.
+    #[error("{device} cannot be used: {problem}; {hint}")]
+    Device {
+        /// The device.
+        device: Device,
+        /// What is missing.
+        problem: String,
+        /// What to do.
+        hint: &'static str,
+    },
     /// The operators of this program cannot be registered.
     #[error("cannot register this program's LinFusion operators: {0}")]
     Operators(#[from] linfusion_ops::ort::OrtError),
@@ -192,6 +224,11 @@ pub struct Session {
 trait Backend: Send {
     /// `inputs` are in the order of the graph's, and fit them.
     fn run(&mut self, inputs: &[(&str, &Tensor)]) -> Result<Vec<(String, Tensor)>, EngineError>;
+
+    /// Ends profiling; gives the profile's file if there is one.
+    fn end_profiling(&mut self) -> Result<Option<PathBuf>, EngineError> {
+        Ok(None)
+    }
 }
 
 /// A backend and the ports that it found.
@@ -229,10 +266,35 @@ impl Session {
         options: &SessionOptions,
     ) -> Result<Self, EngineError> {
         let loaded = match engine {
-            Engine::Ort => ort::load_bytes(bytes, options)?,
+            Engine::Ort => ort::load_bytes(bytes, Vec::new(), options)?,
             Engine::Tract => tract::load_bytes(bytes)?,
         };
         Ok(Self::new(engine, loaded))
+    }
+
+    /// Loads a model from memory, with the values of tensors that it says are in data files.
+    ///
+    /// # Errors
+    /// The engine is not there or refuses the model; tract, if there are such tensors.
+    pub fn from_parts(
+        engine: Engine,
+        bytes: &[u8],
+        weights: Vec<(String, Tensor)>,
+        options: &SessionOptions,
+    ) -> Result<Self, EngineError> {
+        let loaded = match engine {
+            Engine::Ort => ort::load_bytes(bytes, weights, options)?,
+            Engine::Tract => tract::load_bytes(bytes)?,
+        };
+        Ok(Self::new(engine, loaded))
+    }
+
+    /// Ends the profile that [`SessionOptions::profile`] asked for, and gives its file.
+    ///
+    /// # Errors
+    /// ONNX Runtime cannot write it.
+    pub fn end_profiling(&mut self) -> Result<Option<PathBuf>, EngineError> {
+        self.backend.end_profiling()
     }
 
     fn new(engine: Engine, loaded: Loaded) -> Self {

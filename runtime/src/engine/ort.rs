@@ -13,7 +13,8 @@ use ort::value::{DynValue, TensorElementType, TensorRef, ValueType};
 
 use super::library::{self, Candidate, LibraryError};
 use super::{
-    Backend, Dim, Engine, EngineError, Loaded, Operators, Optimization, Port, SessionOptions,
+    Backend, Device, Dim, Engine, EngineError, Loaded, Operators, Optimization, Port,
+    SessionOptions,
 };
 use crate::tensor::{DType, Tensor, each};
 
@@ -154,13 +155,29 @@ pub(super) fn load_file(path: &Path, options: &SessionOptions) -> Result<Loaded,
         source,
     })?;
     let mut builder = builder(options, refused)?;
-    finish(builder.commit_from_file(path).map_err(refused)?)
+    finish(
+        builder.commit_from_file(path).map_err(refused)?,
+        options.profile.is_some(),
+    )
 }
 
-pub(super) fn load_bytes(bytes: &[u8], options: &SessionOptions) -> Result<Loaded, EngineError> {
+pub(super) fn load_bytes(
+    bytes: &[u8],
+    weights: Vec<(String, Tensor)>,
+    options: &SessionOptions,
+) -> Result<Loaded, EngineError> {
     let refused = |e: ort::Error| refused("a model in memory".to_owned(), &e);
     let mut builder = builder(options, refused)?;
-    finish(builder.commit_from_memory(bytes).map_err(refused)?)
+    for (name, tensor) in weights {
+        let value = owned_value(tensor).map_err(refused)?;
+        builder = builder
+            .with_external_initializer(name, value)
+            .map_err(|e| refused(e.into()))?;
+    }
+    finish(
+        builder.commit_from_memory(bytes).map_err(refused)?,
+        options.profile.is_some(),
+    )
 }
 
 fn refused(model: String, error: &ort::Error) -> EngineError {
@@ -184,10 +201,29 @@ fn builder(
     };
     let mut builder = ort::session::Session::builder(&runtime.environment)
         .and_then(|b| Ok(b.with_optimization_level(level)?))
+        // A pattern is one block of everything that a step takes, and comes on top of what the first step, which it is
+        // learned from, has taken: about twice the memory, for no time gained where tensors are large.
+        .and_then(|b| Ok(b.with_memory_pattern(false)?))
         .map_err(&refused)?;
     if let Some(threads) = options.threads {
         builder = builder
             .with_intra_threads(threads.get())
+            .map_err(|e| refused(e.into()))?;
+    }
+    if let Some(prefix) = &options.profile {
+        builder = builder
+            .with_profiling(prefix)
+            .map_err(|e| refused(e.into()))?;
+    }
+    if let Device::Cuda(number) = options.device {
+        let mut provider = ort::ep::CUDA::default()
+            .with_device_id(i32::try_from(number).unwrap_or(i32::MAX))
+            .with_arena_extend_strategy(ort::ep::ArenaExtendStrategy::SameAsRequested);
+        if let Some(bytes) = options.device_memory {
+            provider = provider.with_memory_limit(bytes);
+        }
+        builder = builder
+            .with_execution_providers([provider.build().error_on_failure()])
             .map_err(|e| refused(e.into()))?;
     }
     match &options.operators {
@@ -210,7 +246,7 @@ fn absolute(path: &Path) -> PathBuf {
     std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
 }
 
-fn finish(session: ort::session::Session) -> Result<Loaded, EngineError> {
+fn finish(session: ort::session::Session, profiled: bool) -> Result<Loaded, EngineError> {
     let ports = |outlets: &[ort::value::Outlet]| {
         outlets
             .iter()
@@ -220,7 +256,7 @@ fn finish(session: ort::session::Session) -> Result<Loaded, EngineError> {
     Ok(Loaded {
         inputs: ports(session.inputs())?,
         outputs: ports(session.outputs())?,
-        backend: Box::new(OrtSession { session }),
+        backend: Box::new(OrtSession { session, profiled }),
     })
 }
 
@@ -272,9 +308,21 @@ fn dtype(element: TensorElementType) -> Option<DType> {
 
 struct OrtSession {
     session: ort::session::Session,
+    profiled: bool,
 }
 
 impl Backend for OrtSession {
+    fn end_profiling(&mut self) -> Result<Option<PathBuf>, EngineError> {
+        if !std::mem::take(&mut self.profiled) {
+            return Ok(None);
+        }
+        let file = self.session.end_profiling().map_err(|e| EngineError::Run {
+            engine: Engine::Ort,
+            message: e.to_string(),
+        })?;
+        Ok(Some(file.into()))
+    }
+
     fn run(&mut self, inputs: &[(&str, &Tensor)]) -> Result<Vec<(String, Tensor)>, EngineError> {
         let failed = |e: ort::Error| EngineError::Run {
             engine: Engine::Ort,
@@ -296,6 +344,10 @@ impl Backend for OrtSession {
             .map(|(name, value)| Ok((name.to_owned(), output_tensor(name, &value)?)))
             .collect()
     }
+}
+
+fn owned_value(tensor: Tensor) -> Result<DynValue, ort::Error> {
+    each!(tensor, a => Ok(ort::value::Tensor::from_array(a)?.into_dyn()))
 }
 
 fn row_major(tensor: &Tensor) -> Tensor {

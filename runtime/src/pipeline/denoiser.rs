@@ -124,9 +124,9 @@ impl Denoiser {
         })
     }
 
-    /// The model's file.
-    pub fn path(&self) -> &std::path::Path {
-        self.model.path()
+    /// The model, without the ControlNet beside it.
+    pub fn model(&mut self) -> &mut Model {
+        &mut self.model
     }
 
     /// What the model predicts for latents [images, channels, height, width], scaled for it, at a time step, with

@@ -119,3 +119,13 @@ pub enum PipelineError {
     #[error(transparent)]
     Image(#[from] crate::image::ImageError),
 }
+
+impl PipelineError {
+    /// The same, with the stage that it happened in before the model's name.
+    pub(super) fn within(mut self, place: &str) -> Self {
+        if let Self::NotFinite { stage, .. } | Self::Engine { stage, .. } = &mut self {
+            *stage = format!("{place}: {stage}");
+        }
+        self
+    }
+}

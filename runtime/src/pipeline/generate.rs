@@ -10,13 +10,16 @@ use super::denoiser::{Conditions, Control, Denoiser, Sizes};
 use super::error::PipelineError;
 use super::files::{beside, bytes, finite, numbered, planes};
 use super::folder::{DenoiserConfig, Folder, VaeConfig};
-use super::ladder::{Size, stages};
+use super::ladder::Size;
+use super::memory::{Counting, StageMemory};
 use super::model::Place;
+use super::plan::Plan;
 use super::prompt::{Encoded, Texts, encode};
-use super::request::{Init, Observer, Progress, Request};
+use super::request::{Evaluated, Observer, Progress, Request};
 use super::start::Start;
 use super::vae::Decoder;
 use crate::image::{Metadata, Rgb, RowWriter, resize};
+use crate::memory;
 use crate::scheduler::{self, Run, Scheduler};
 use crate::torch_random::TorchRandom;
 
@@ -43,6 +46,10 @@ pub struct StageReport {
     pub seconds: f64,
     /// Evaluations of the denoising model, or 0.
     pub steps: usize,
+    /// Bytes of memory that were expected; `None` where nothing was counted.
+    pub expected_bytes: Option<u64>,
+    /// Bytes that the process had at most meanwhile, where the system tells.
+    pub peak_bytes: Option<u64>,
 }
 
 /// Everything that the stages share.
@@ -53,6 +60,8 @@ pub(super) struct Work<'a> {
     pub observer: &'a mut dyn Observer,
     pub vae: VaeConfig,
     pub config: DenoiserConfig,
+    pub plan: Plan,
+    pub memory: Vec<StageMemory>,
     pub random: TorchRandom,
     pub reports: Vec<StageReport>,
     /// The image of the last finished stage, until the last is done.
@@ -73,6 +82,19 @@ pub fn generate(
 ) -> Result<Generated, PipelineError> {
     let vae: VaeConfig = folder.json("vae_decoder", "config.json")?;
     let config: DenoiserConfig = folder.json(folder.denoiser(), "config.json")?;
+    let plan = Plan::new(folder, request, &vae, &config)?;
+    let sizes = plan.sizes.clone();
+    let wanted = plan.wanted();
+    let counting = Counting {
+        folder,
+        place,
+        request,
+        plan: &plan,
+        vae: &vae,
+    };
+    let memory = counting.stages()?;
+    observer.progress(Progress::Memory(memory.clone()));
+    counting.check(&memory)?;
     let mut work = Work {
         folder,
         place,
@@ -80,20 +102,19 @@ pub fn generate(
         observer,
         vae,
         config,
+        plan,
+        memory,
         random: TorchRandom::new(request.seed),
         reports: Vec::new(),
         kept: None,
     };
-    work.check()?;
-    let wanted = work.size()?;
-    let sizes = work.stages(wanted)?;
     let encoded = work.encode_prompt()?;
     let mut latents = Array4::zeros((0, 0, 0, 0));
     let mut last = None;
     for (rung, size) in sizes.iter().enumerate() {
         let init = match &last {
             None => work.first_latents(*size)?,
-            Some(image) => work.noised_image(image, *size, work.upscale_strength(rung))?,
+            Some(image) => work.noised_image(image, *size, work.plan.upscale_strength(rung))?,
         };
         let conditions = work.conditions(&encoded, *size)?;
         latents = work.denoise(init, &conditions, *size)?;
@@ -115,162 +136,6 @@ pub fn generate(
 }
 
 impl Work<'_> {
-    fn check(&self) -> Result<(), PipelineError> {
-        let refuse =
-            |option: &'static str, problem: String| Err(PipelineError::Request { option, problem });
-        if self.request.images == 0 {
-            return refuse("--num-images", "0, expected at least 1".to_owned());
-        }
-        let factor = self.vae.factor();
-        let tile = self.request.vae_tile;
-        if tile < 8 * factor || !tile.is_multiple_of(factor) {
-            return refuse(
-                "--vae-tile",
-                format!(
-                    "{tile}, expected a multiple of {factor} and at least {}",
-                    8 * factor
-                ),
-            );
-        }
-        let enlarged = self
-            .size()
-            .and_then(|size| self.stages(size))
-            .is_ok_and(|stages| stages.len() > 1);
-        if self.request.images > 1 && enlarged {
-            return refuse(
-                "--num-images",
-                "more than one image of a size that is reached in stages; run once a seed"
-                    .to_owned(),
-            );
-        }
-        let strength = match &self.request.init {
-            Init::Image { strength, .. } | Init::Inpaint { strength, .. } => Some(*strength),
-            _ => None,
-        };
-        for strength in self.request.upscale.iter().copied().chain(strength) {
-            if !(strength > 0.0 && strength <= 1.0) {
-                return refuse(
-                    "--strength",
-                    format!("{strength}, expected above 0 and at most 1"),
-                );
-            }
-        }
-        let channels = self.vae.latent_channels;
-        let inpaints = matches!(self.request.init, Init::Inpaint { .. });
-        match (self.config.in_channels, inpaints) {
-            (found, false) if found == channels => Ok(()),
-            (found, true) if found == 2 * channels + 1 => Ok(()),
-            (found, true) => refuse(
-                "--mask",
-                format!(
-                    "the model takes {found} channels, and only one of {} can paint parts of an image anew",
-                    2 * channels + 1
-                ),
-            ),
-            (found, false) if found == 2 * channels + 1 => refuse(
-                "--mask",
-                "missing: the model is made for inpainting and needs --image and --mask".to_owned(),
-            ),
-            (found, false) => Err(PipelineError::Field {
-                path: self
-                    .folder
-                    .component(self.folder.denoiser())
-                    .join("config.json"),
-                field: "in_channels",
-                found: found.to_string(),
-                expected: format!(
-                    "{channels}, as the VAE has, or {} for inpainting",
-                    2 * channels + 1
-                ),
-            }),
-        }
-    }
-
-    /// Pixels along a side of one token.
-    fn token(&self) -> usize {
-        self.vae.factor() * self.config.patch_size.unwrap_or(1).max(1)
-    }
-
-    /// Pixels that both sides must be divisible by: an exported UNet doubles at each level of its way up what it halved
-    /// on its way down.
-    fn multiple(&self) -> usize {
-        let levels = self.config.block_out_channels.len().clamp(1, 6) - 1;
-        self.token() << levels
-    }
-
-    /// The side of the square image that the model was trained on.
-    fn native(&self) -> usize {
-        self.config.sample_size.map_or(64, |side| side.longest()) * self.vae.factor()
-    }
-
-    fn size(&self) -> Result<Size, PipelineError> {
-        let multiple = self.multiple();
-        if let Init::Latents(latents) = &self.request.init {
-            let (_, _, height, width) = latents.dim();
-            let factor = self.vae.factor();
-            let size = Size {
-                width: width * factor,
-                height: height * factor,
-            };
-            return match self.request.size {
-                Some(asked) if asked != size => Err(PipelineError::Request {
-                    option: "--size",
-                    problem: format!("{asked}, but the latents are of an image of {size}"),
-                }),
-                _ => Ok(size),
-            };
-        }
-        let size = match (&self.request.init, self.request.size) {
-            (_, Some(size)) => size,
-            (Init::Image { image, .. } | Init::Inpaint { image, .. }, None) => {
-                let whole = |side: u32| side as usize / multiple * multiple;
-                Size {
-                    width: whole(image.width()),
-                    height: whole(image.height()),
-                }
-            }
-            (_, None) => Size {
-                width: self.native(),
-                height: self.native(),
-            },
-        };
-        let fits =
-            |side: usize| side > 0 && side.is_multiple_of(multiple) && u32::try_from(side).is_ok();
-        if fits(size.width) && fits(size.height) {
-            return Ok(size);
-        }
-        let near =
-            |side: usize| (side as f64 / multiple as f64).round().max(1.0) as usize * multiple;
-        Err(PipelineError::Request {
-            option: "--size",
-            problem: format!(
-                "{size}, expected multiples of {multiple}, such as {}",
-                Size {
-                    width: near(size.width),
-                    height: near(size.height)
-                }
-            ),
-        })
-    }
-
-    fn stages(&self, wanted: Size) -> Result<Vec<Size>, PipelineError> {
-        // Only noise starts small: latents and images are taken at their size.
-        if self.request.direct || !matches!(self.request.init, Init::Noise) {
-            return Ok(vec![wanted]);
-        }
-        Ok(stages(wanted, self.native(), self.multiple()))
-    }
-
-    fn upscale_strength(&self, rung: usize) -> f64 {
-        let list = &self.request.upscale;
-        list.get(rung - 1).or(list.last()).copied().unwrap_or(0.3)
-    }
-
-    fn guided(&self) -> bool {
-        // Models with an embedding of the guidance were distilled to need one evaluation only.
-        self.request.guidance > 1.0 && self.config.time_cond_proj_dim.is_none()
-    }
-
     pub(super) fn timed<T>(
         &mut self,
         stage: String,
@@ -278,6 +143,7 @@ impl Work<'_> {
         work: impl FnOnce(&mut Self) -> Result<T, PipelineError>,
     ) -> Result<T, PipelineError> {
         let started = Instant::now();
+        memory::reset_peak();
         self.observer.progress(Progress::Begin {
             stage: stage.clone(),
             steps,
@@ -288,7 +154,10 @@ impl Work<'_> {
             stage: stage.clone(),
             seconds,
         });
+        let expected = self.memory.iter().find(|m| m.stage == stage);
         self.reports.push(StageReport {
+            expected_bytes: expected.map(StageMemory::total),
+            peak_bytes: memory::peak(),
             stage,
             seconds,
             steps,
@@ -313,7 +182,7 @@ impl Work<'_> {
             let texts = Texts {
                 prompts: &prompts,
                 negative: work.request.negative.as_deref(),
-                guided: work.guided(),
+                guided: work.plan.guided,
             };
             let encoded = encode(work.folder, work.place, &texts, alpha)?;
             for cut in &encoded.cuts {
@@ -357,7 +226,7 @@ impl Work<'_> {
 
     pub(super) fn scheduler(&self, size: Size) -> Result<Box<dyn Scheduler>, PipelineError> {
         let text = self.folder.text("scheduler", "scheduler_config.json")?;
-        let token = self.token();
+        let token = self.plan.token;
         let run = Run {
             steps: self.request.steps,
             image_tokens: Some(size.width / token * (size.height / token)),
@@ -372,16 +241,6 @@ impl Work<'_> {
                 source,
             }
         })
-    }
-
-    pub(super) fn latent_shape(&self, size: Size) -> (usize, usize, usize, usize) {
-        let factor = self.vae.factor();
-        (
-            self.request.images,
-            self.vae.latent_channels,
-            size.height / factor,
-            size.width / factor,
-        )
     }
 
     fn denoise(
@@ -422,15 +281,12 @@ impl Work<'_> {
                 if let Some(values) = input.as_slice_mut() {
                     scheduler.scale_model_input(values, index);
                 }
-                let predicted = denoiser.predict(&input, *timestep, conditions)?;
-                let place = || {
-                    format!(
-                        "{stage}, step {} of {count}, {}",
-                        index + 1 - first,
-                        denoiser.path().display()
-                    )
-                };
-                finite(predicted.iter(), place)?;
+                let step = index + 1 - first;
+                let keeps = work.observer.wants_inputs(step, count);
+                denoiser.model().keep(keeps);
+                let predicted = denoiser
+                    .predict(&input, *timestep, conditions)
+                    .map_err(|e| e.within(&format!("{stage}, step {step} of {count}")))?;
                 let predicted = predicted.as_standard_layout();
                 let random = &mut work.random;
                 if let (Some(output), Some(sample)) = (predicted.as_slice(), latents.as_slice_mut())
@@ -438,13 +294,19 @@ impl Work<'_> {
                     scheduler.step(output, index, sample, &mut |n| random.normal(n));
                 }
                 finite(latents.iter(), || {
-                    format!("{stage}, the sampler's step {}", index + 1 - first)
+                    format!("{stage}, the sampler's step {step}")
                 })?;
                 work.observer.progress(Progress::Step);
+                work.observer.evaluated(Evaluated {
+                    stage: &stage,
+                    step,
+                    latents: &latents,
+                    inputs: denoiser.model().kept(),
+                });
                 if work
                     .request
                     .preview
-                    .is_some_and(|every| every > 0 && (index + 1 - first).is_multiple_of(every))
+                    .is_some_and(|every| every > 0 && step.is_multiple_of(every))
                 {
                     work.preview(scheduler.as_ref(), &latents, size)?;
                 }

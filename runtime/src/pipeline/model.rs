@@ -1,11 +1,12 @@
 //! One model of a pipeline, loaded for as long as its stage lasts.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use ndarray::{ArrayD, Ix3, Ix4};
 
 use super::error::PipelineError;
 use super::folder::Folder;
+use super::suspect::first_not_finite;
 use crate::engine::{Engine, Port, Session, SessionOptions};
 use crate::tensor::Tensor;
 
@@ -23,6 +24,9 @@ pub struct Model {
     path: PathBuf,
     stage: String,
     session: Session,
+    place: Place,
+    keeps: bool,
+    kept: Option<Vec<(String, Tensor)>>,
 }
 
 impl Model {
@@ -43,12 +47,20 @@ impl Model {
             path,
             stage: component.to_owned(),
             session,
+            place: place.clone(),
+            keeps: false,
+            kept: None,
         })
     }
 
-    /// Its file.
-    pub fn path(&self) -> &Path {
-        &self.path
+    /// Whether to keep the inputs of a run, for [`Self::kept`].
+    pub fn keep(&mut self, keeps: bool) {
+        self.keeps = keeps;
+    }
+
+    /// The inputs of the last run that were to be kept.
+    pub fn kept(&mut self) -> Option<Vec<(String, Tensor)>> {
+        self.kept.take()
     }
 
     /// What it takes.
@@ -89,9 +101,30 @@ impl Model {
                 stage: self.stage.clone(),
                 source,
             })?;
+        self.all_finite(&outputs, &cast)?;
+        if self.keeps {
+            self.kept = Some(cast);
+        }
         Ok(Outputs {
             path: self.path.clone(),
             outputs,
+        })
+    }
+
+    fn all_finite(
+        &self,
+        outputs: &[(String, Tensor)],
+        inputs: &[(String, Tensor)],
+    ) -> Result<(), PipelineError> {
+        let Some((name, bad)) = outputs.iter().find(|(_, tensor)| !tensor.is_finite()) else {
+            return Ok(());
+        };
+        let values = bad.to_f64();
+        Err(PipelineError::NotFinite {
+            stage: format!("{}, output `{name}`", self.stage),
+            count: values.iter().filter(|v| !v.is_finite()).count(),
+            total: values.len(),
+            place: format!("; {}", first_not_finite(&self.path, &self.place, inputs)),
         })
     }
 

@@ -6,9 +6,12 @@ use ndarray::Array4;
 
 use super::denoiser::{Guidance, Sizes};
 use super::ladder::Size;
+use super::memory::StageMemory;
 use crate::image::Rgb;
+use crate::tensor::Tensor;
 
 /// One generation.
+#[derive(Clone)]
 pub struct Request {
     /// What to show.
     pub prompt: String,
@@ -46,11 +49,14 @@ pub struct Request {
     pub sizes: Option<Sizes>,
     /// Where images go; several get numbers before the extension.
     pub output: PathBuf,
+    /// Begin even if the memory that is counted on isn't there.
+    pub force: bool,
     /// Steps between previews; none if `None`.
     pub preview: Option<usize>,
 }
 
 /// What a generation begins with.
+#[derive(Clone)]
 pub enum Init {
     /// Noise from the seed.
     Noise,
@@ -77,6 +83,8 @@ pub enum Init {
 /// What happens.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Progress {
+    /// What the stages will take, before the first begins.
+    Memory(Vec<StageMemory>),
     /// A stage begins, with so many steps.
     Begin {
         /// Its name.
@@ -97,10 +105,33 @@ pub enum Progress {
     Note(String),
 }
 
+/// A step that was taken.
+pub struct Evaluated<'a> {
+    /// The stage.
+    pub stage: &'a str,
+    /// The step, from 1.
+    pub step: usize,
+    /// The latents after it.
+    pub latents: &'a Array4<f32>,
+    /// What the model was given, if it was wanted: the last evaluation of the step.
+    pub inputs: Option<Vec<(String, Tensor)>>,
+}
+
 /// Who watches.
 pub trait Observer {
     /// Something happened.
     fn progress(&mut self, progress: Progress);
+
+    /// Whether to keep the model's inputs at this step, of so many, from 1.
+    fn wants_inputs(&self, step: usize, steps: usize) -> bool {
+        let _ = (step, steps);
+        false
+    }
+
+    /// A step was taken.
+    fn evaluated(&mut self, evaluated: Evaluated<'_>) {
+        let _ = evaluated;
+    }
 
     /// Whether to stop.
     fn stopped(&self) -> bool {

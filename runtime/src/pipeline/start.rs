@@ -23,7 +23,7 @@ pub(super) struct Start {
 
 impl Work<'_> {
     fn noise(&mut self, size: Size) -> Array4<f32> {
-        let shape = self.latent_shape(size);
+        let shape = self.plan.latent_shape(size);
         let count = shape.0 * shape.1 * shape.2 * shape.3;
         // As many as the shape has.
         Array4::from_shape_vec(shape, self.random.normal(count))
@@ -58,7 +58,7 @@ impl Work<'_> {
             Init::Noise | Init::Latents(_) => {
                 let mut latents = match &request.init {
                     Init::Latents(latents) => {
-                        let expected = self.latent_shape(size);
+                        let expected = self.plan.latent_shape(size);
                         if latents.dim() != expected {
                             return Err(PipelineError::Request {
                                 option: "--latents",

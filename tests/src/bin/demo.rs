@@ -10,7 +10,7 @@ use linfusion_convert::convert::{WeightsFrom, convert};
 use linfusion_models::fixtures;
 use linfusion_models::onnx::write::Overwrite;
 use linfusion_runtime::bench::{self, EngineName, Job, OperatorsFrom, Plan, WorkerCommand, plot};
-use linfusion_runtime::engine::{Engine, Operators};
+use linfusion_runtime::engine::{Device, Engine, Operators};
 use linfusion_runtime::npz;
 use linfusion_runtime::table::table;
 use linfusion_tests::{has_ort, max_difference, request, run};
@@ -154,6 +154,7 @@ fn measure(engine: Engine, model: &Path, out: &Path, folder: &Path) -> Result<()
         threads: None,
         operators: OperatorsFrom::InProcess,
         library: None,
+        device: Device::Cpu,
         latent: 0,
         batch: 2,
         sequence: 77,

@@ -5,8 +5,9 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use linfusion_runtime::bench::{EngineName, OperatorsFrom};
-use linfusion_runtime::engine::{Engine, library, load_library};
+use linfusion_runtime::engine::{DeviceChoice, Engine, library, load_library};
 
+use crate::compare::CompareArgs;
 use crate::generate::GenerateArgs;
 
 /// Runs, compares and measures diffusion graphs, original and converted.
@@ -27,8 +28,8 @@ pub struct Arguments {
 pub enum Command {
     /// What is installed, and what would run where
     Doctor(DoctorArgs),
-    /// Run two models on the same inputs and report how far their outputs are apart
-    Compare(CompareArgs),
+    /// Run two models, or two pipelines, on the same inputs and report how far they are apart
+    Compare(Box<CompareArgs>),
     /// Time a step of several models at growing resolution, with peak memory
     Bench(BenchArgs),
     /// Make images with a pipeline's folder
@@ -53,27 +54,6 @@ pub struct DoctorArgs {
     /// Also look at this operator library
     #[arg(long, value_name = "FILE", env = "LINFUSION_OPS_LIBRARY")]
     pub operator_library: Option<PathBuf>,
-    #[command(flatten)]
-    pub place: Where,
-}
-
-#[derive(Args)]
-pub struct CompareArgs {
-    /// The model that is right
-    pub reference: PathBuf,
-    /// The model to judge
-    pub other: PathBuf,
-    /// Inputs under the models' names; random ones otherwise
-    #[arg(long, value_name = "FILE.npz")]
-    pub inputs: Option<PathBuf>,
-    /// Height and width of the latent image, where the models leave it open [default: 64]
-    #[arg(long)]
-    pub latent: Option<usize>,
-    /// Fail (exit code 3) if a value is further off than this
-    #[arg(long, value_name = "MAX_ABS")]
-    pub tolerance: Option<f64>,
-    #[command(flatten)]
-    pub shape: Shape,
     #[command(flatten)]
     pub place: Where,
 }
@@ -133,8 +113,14 @@ pub struct Where {
     /// ONNX Runtime's library [default: ORT_DYLIB_PATH, else searched for]
     #[arg(long, value_name = "FILE")]
     pub ort_library: Option<PathBuf>,
+    /// Where models run: auto, cpu, cuda or cuda:N; only auto may take another
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    pub device: DeviceChoice,
+    /// Bytes that ONNX Runtime may take of the GPU's memory, e.g. 20GB [default: all]
+    #[arg(long, value_name = "BYTES", value_parser = byte_count)]
+    pub gpu_memory: Option<usize>,
     /// Where ONNX Runtime takes the LinFusion operators from: none, in-process, or a library file
-    #[arg(long, value_name = "WHICH", default_value = "in-process", value_parser = operators)]
+    #[arg(long, alias = "op-library", value_name = "WHICH", default_value = "in-process", value_parser = operators)]
     pub operators: OperatorsFrom,
     /// Threads within an operator [default: the engine's]
     #[arg(long)]
@@ -185,6 +171,27 @@ fn latent_size(text: &str) -> Result<usize, String> {
     }
 }
 
+/// `20GB`, `512MiB`, or a number of bytes.
+fn byte_count(text: &str) -> Result<usize, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit = match &text[digits.len()..] {
+        "" | "B" => 1.0,
+        "MB" => 1e6,
+        "GB" => 1e9,
+        "MiB" => f64::from(1 << 20),
+        "GiB" => f64::from(1 << 30),
+        other => {
+            return Err(format!(
+                "`{other}` is no unit; expected B, MB, GB, MiB or GiB"
+            ));
+        }
+    };
+    match digits.parse::<f64>() {
+        Ok(number) if number > 0.0 && number * unit < 1e18 => Ok((number * unit) as usize),
+        _ => Err(format!("`{text}` is no number of bytes, such as 20GB")),
+    }
+}
+
 fn named_shape(text: &str) -> Result<(String, Vec<usize>), String> {
     let (name, dims) = text
         .split_once('=')
@@ -224,6 +231,16 @@ mod tests {
         assert_eq!(latent_size("1024"), Ok(128));
         for wrong in ["0", "255", "1001", "-8", "x"] {
             assert!(latent_size(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn bytes_have_units() {
+        assert_eq!(byte_count("1024"), Ok(1024));
+        assert_eq!(byte_count("1.5GB"), Ok(1_500_000_000));
+        assert_eq!(byte_count("2GiB"), Ok(2 << 30));
+        for wrong in ["", "GB", "-1GB", "0", "3 GB", "3TB", "nanGB"] {
+            assert!(byte_count(wrong).is_err(), "{wrong}");
         }
     }
 

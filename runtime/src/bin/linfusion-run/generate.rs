@@ -8,12 +8,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
+use linfusion_runtime::engine::{Device, memory_of};
 use linfusion_runtime::image::{Metadata, Parameters, Rgb, read};
 use linfusion_runtime::pipeline::{
     Folder, Generated, Guidance, Init, Observer, PipelineError, Place, Progress, Request, Size,
     generate,
 };
-use linfusion_runtime::{npz, scheduler};
+use linfusion_runtime::{memory, npz, scheduler};
 use miette::{IntoDiagnostic, WrapErr, miette};
 use ndarray::Ix4;
 use serde::Serialize;
@@ -93,6 +94,9 @@ pub struct GenerateArgs {
     /// Both sides of guidance one after the other: half the memory
     #[arg(long)]
     pub cfg_split: bool,
+    /// Begin even if less memory is free than the estimate says
+    #[arg(long)]
+    pub force: bool,
     /// Write the current estimate every so many steps
     #[arg(long, value_name = "STEPS")]
     pub preview: Option<usize>,
@@ -103,7 +107,7 @@ pub struct GenerateArgs {
     pub place: Where,
 }
 
-fn size(text: &str) -> Result<Size, String> {
+pub fn size(text: &str) -> Result<Size, String> {
     let sides = text
         .split_once(['x', 'X', '×'])
         .map(|(w, h)| (w.parse(), h.parse()));
@@ -114,13 +118,14 @@ fn size(text: &str) -> Result<Size, String> {
 }
 
 /// Shows progress on the terminal, and stops after Ctrl-C.
-struct Terminal {
+pub struct Terminal {
+    device: Device,
     bar: ProgressBar,
     stop: Arc<AtomicBool>,
 }
 
 impl Terminal {
-    fn new() -> miette::Result<Self> {
+    pub fn new(device: Device) -> miette::Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
         let flag = Arc::clone(&stop);
         ctrlc::set_handler(move || {
@@ -131,6 +136,7 @@ impl Terminal {
         })
         .into_diagnostic()?;
         Ok(Self {
+            device,
             bar: ProgressBar::hidden(),
             stop,
         })
@@ -148,6 +154,16 @@ impl Terminal {
 impl Observer for Terminal {
     fn progress(&mut self, progress: Progress) {
         match progress {
+            Progress::Memory(stages) => {
+                let free = memory_of(self.device).map_or(String::new(), |free| {
+                    format!(" on {} of {}", self.device, memory::shown(free))
+                });
+                let stages: Vec<String> = stages
+                    .iter()
+                    .map(|s| format!("{} {}", s.stage, memory::shown(s.total())))
+                    .collect();
+                eprintln!("expected memory{free}: {}", stages.join(", "));
+            }
             Progress::Begin { stage, steps } => {
                 self.bar = if io::stderr().is_terminal() {
                     ProgressBar::new(steps as u64)
@@ -155,13 +171,17 @@ impl Observer for Terminal {
                     ProgressBar::hidden()
                 };
                 let style = ProgressStyle::with_template(
-                    "{msg:24} {wide_bar} {pos}/{len} {elapsed} left {eta}",
+                    "{msg:24} {wide_bar} {pos}/{len} {elapsed} left {eta} {prefix}",
                 );
                 self.bar
                     .set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
                 self.bar.set_message(stage);
             }
-            Progress::Step => self.bar.inc(1),
+            Progress::Step => {
+                let taken = memory::resident().map(memory::shown);
+                self.bar.set_prefix(taken.unwrap_or_default());
+                self.bar.inc(1);
+            }
             Progress::End { stage, seconds } => {
                 self.bar.finish_and_clear();
                 eprintln!("{stage}: {seconds:.1} s");
@@ -185,10 +205,10 @@ struct Summary {
 
 pub fn run(args: &GenerateArgs) -> miette::Result<ExitCode> {
     let folder = Folder::open(&args.pipeline).into_diagnostic()?;
-    let place = place(args)?;
-    let prompts = prompts(args)?;
+    let place = place(&args.place)?;
+    let prompts = prompts(args.prompt.as_deref(), args.prompts.as_deref())?;
     let hash = model_hash(&folder)?;
-    let mut terminal = Terminal::new()?;
+    let mut terminal = Terminal::new(place.options.device)?;
     let mut summaries = Vec::new();
     for (number, prompt) in prompts.iter().enumerate() {
         let seed = args.seed.wrapping_add(number as u64);
@@ -221,16 +241,17 @@ pub fn run(args: &GenerateArgs) -> miette::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn place(args: &GenerateArgs) -> miette::Result<Place> {
+pub fn place(place: &Where) -> miette::Result<Place> {
     Ok(Place {
-        engine: args.place.engine(),
-        options: crate::session_options(&args.place)?,
+        engine: place.engine(),
+        options: crate::session_options(place)?,
     })
 }
 
-fn prompts(args: &GenerateArgs) -> miette::Result<Vec<String>> {
-    let Some(path) = &args.prompts else {
-        return Ok(args.prompt.iter().cloned().collect());
+/// The prompt, or those of a file, one a line.
+pub fn prompts(prompt: Option<&str>, file: Option<&Path>) -> miette::Result<Vec<String>> {
+    let Some(path) = file else {
+        return Ok(prompt.map(str::to_owned).into_iter().collect());
     };
     let mut bytes = Vec::new();
     std::fs::File::open(path)
@@ -265,7 +286,8 @@ fn prompts(args: &GenerateArgs) -> miette::Result<Vec<String>> {
     Ok(prompts)
 }
 
-fn prompt_output(path: &Path, number: usize) -> PathBuf {
+/// `name-001.png` for the first of several prompts.
+pub fn prompt_output(path: &Path, number: usize) -> PathBuf {
     let stem = path.file_stem().unwrap_or_default().to_string_lossy();
     let extension = path
         .extension()
@@ -326,6 +348,7 @@ fn request(
         control_scale: args.control_scale,
         sizes: None,
         output,
+        force: args.force,
         preview: args.preview,
     })
 }

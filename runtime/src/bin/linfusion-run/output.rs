@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use comfy_table::{CellAlignment, Table};
 use linfusion_runtime::bench::BenchReport;
-use linfusion_runtime::compare::Difference;
+use linfusion_runtime::compare::{Difference, PipelineComparison, SiteDifference};
 use linfusion_runtime::doctor::Diagnosis;
 use linfusion_runtime::table::table;
 use miette::IntoDiagnostic;
@@ -28,6 +28,9 @@ pub struct Comparison {
     pub within_tolerance: bool,
     /// One entry an output.
     pub outputs: Vec<Difference>,
+    /// Each replaced attention, if it was asked for.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub sites: Vec<SiteDifference>,
 }
 
 pub fn json(value: &impl Serialize) -> miette::Result<String> {
@@ -74,7 +77,70 @@ pub fn comparison(comparison: &Comparison) -> String {
         };
         let _ = writeln!(text, "{verdict} the tolerance of {limit:e}");
     }
-    text
+    text + &sites(&comparison.sites)
+}
+
+/// What `compare` found of pipelines.
+pub fn pipelines(comparison: &PipelineComparison) -> String {
+    let mut table = table([
+        "prompt",
+        "seed",
+        "latents after the last step, ‖Δ‖/‖ref‖",
+        "PSNR dB",
+        "SSIM",
+        "seconds",
+        "picture",
+    ]);
+    for image in &comparison.images {
+        let last = image.steps.last().map_or(0.0, |s| s.relative);
+        let [reference, other] = image.seconds;
+        table.add_row([
+            image.prompt.chars().take(40).collect(),
+            image.seed.to_string(),
+            format!("{last:.3e}"),
+            image
+                .psnr_db
+                .map_or("equal".to_owned(), |v| format!("{v:.1}")),
+            format!("{:.4}", image.ssim),
+            format!("{reference:.1} / {other:.1}"),
+            image.picture.display().to_string(),
+        ]);
+    }
+    align_numbers(&mut table, 1);
+    let mut text = format!("{table}\n");
+    for image in &comparison.images {
+        let steps: Vec<String> = image
+            .steps
+            .iter()
+            .map(|s| format!("{:.1e}", s.relative))
+            .collect();
+        let _ = writeln!(
+            text,
+            "seed {}, latents step by step: {}",
+            image.seed,
+            steps.join(" ")
+        );
+    }
+    text + &sites(&comparison.sites)
+}
+
+fn sites(sites: &[SiteDifference]) -> String {
+    if sites.is_empty() {
+        return String::new();
+    }
+    let mut table = table(["attention", "now", "shape", "cosine", "‖Δ‖/‖ref‖"]);
+    for site in sites {
+        let number = |value: Option<f64>| value.map_or("–".to_owned(), |v| format!("{v:.4}"));
+        table.add_row([
+            site.site.clone(),
+            site.operators.join(", "),
+            format!("{:?}", site.shape),
+            number(site.cosine),
+            number(site.relative),
+        ]);
+    }
+    align_numbers(&mut table, 2);
+    format!("each attention alone, on the reference's activations\n{table}\n")
 }
 
 pub fn bench(report: &BenchReport) -> String {

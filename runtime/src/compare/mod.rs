@@ -1,6 +1,11 @@
-//! How far two tensors are apart.
+//! How far two tensors, two graphs' attentions, or two pipelines are apart.
 
+mod pipelines;
+mod sites;
+
+pub use pipelines::{CompareError, ImageDifference, PipelineComparison, StepDifference, pipelines};
 use serde::Serialize;
+pub use sites::{SiteDifference, SitesError, sites};
 
 use crate::tensor::Tensor;
 

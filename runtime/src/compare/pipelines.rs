@@ -1,0 +1,233 @@
+//! Two pipelines on the same prompts, seeds and sampler: how far latents and images drift apart.
+
+use std::path::{Path, PathBuf};
+
+use ndarray::Array4;
+use serde::Serialize;
+
+use super::sites::{SiteDifference, SitesError, sites};
+use crate::image::{self, ImageError, Metadata};
+use crate::pipeline::{
+    Evaluated, Folder, Generated, Observer, PipelineError, Place, Progress, Request, generate,
+};
+use crate::tensor::Tensor;
+
+/// One image of both pipelines.
+#[derive(Debug, Clone, Serialize)]
+pub struct ImageDifference {
+    /// What was to be shown.
+    pub prompt: String,
+    /// The seed.
+    pub seed: u64,
+    /// How far the latents are apart after each step of each stage.
+    pub steps: Vec<StepDifference>,
+    /// Peak signal-to-noise ratio in dB; `None` for equal images.
+    pub psnr_db: Option<f64>,
+    /// Structural similarity: 1 for equal images.
+    pub ssim: f64,
+    /// Reference, other, and their difference brightened, side by side.
+    pub picture: PathBuf,
+    /// Seconds of both.
+    pub seconds: [f64; 2],
+}
+
+/// The latents of both pipelines after a step.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct StepDifference {
+    /// The stage.
+    pub stage: String,
+    /// The step, from 1.
+    pub step: usize,
+    /// ‖other − reference‖ / ‖reference‖.
+    pub relative: f64,
+    /// The largest |other − reference|.
+    pub max_abs: f64,
+}
+
+/// What was found.
+#[derive(Debug, Clone, Serialize)]
+pub struct PipelineComparison {
+    /// One entry a prompt.
+    pub images: Vec<ImageDifference>,
+    /// Each attention that was replaced, on inputs of the reference's own steps; empty if it wasn't asked for.
+    pub sites: Vec<SiteDifference>,
+}
+
+/// Why pipelines cannot be compared.
+#[derive(Debug, thiserror::Error)]
+pub enum CompareError {
+    /// A pipeline doesn't run.
+    #[error("{}: {source}", pipeline.display())]
+    Pipeline {
+        /// Which one.
+        pipeline: PathBuf,
+        /// Why.
+        source: Box<PipelineError>,
+    },
+    /// An image cannot be read or written.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// The attentions cannot be compared.
+    #[error(transparent)]
+    Sites(#[from] SitesError),
+    /// There is no folder to work in.
+    #[error("cannot make a temporary folder: {0}")]
+    Scratch(#[from] std::io::Error),
+}
+
+/// Brightness of the difference's picture.
+const GAIN: f32 = 4.0;
+/// Steps of the reference whose inputs the attentions are compared on, over all prompts.
+const SAMPLES: usize = 3;
+
+/// Runs both pipelines on every request and compares them; `requests` have the picture's path as output.
+///
+/// # Errors
+/// One doesn't run, or a picture cannot be written.
+pub fn pipelines(
+    reference: &Folder,
+    other: &Folder,
+    place: &Place,
+    requests: &[Request],
+    with_sites: bool,
+    observer: &mut dyn Observer,
+) -> Result<PipelineComparison, CompareError> {
+    let scratch = tempfile::tempdir()?;
+    let mut images = Vec::new();
+    let mut samples = Vec::new();
+    for request in requests {
+        let mut run = |folder: &Folder, name: &str, wanted: usize| {
+            let mut asked = request.clone();
+            asked.output = scratch.path().join(name);
+            let mut watch = Watch {
+                inner: observer,
+                latents: Vec::new(),
+                wanted,
+                samples: Vec::new(),
+            };
+            let made = generate(folder, place, &asked, &|_| Metadata::default(), &mut watch)
+                .map_err(|source| CompareError::Pipeline {
+                    pipeline: folder.root().to_owned(),
+                    source: Box::new(source),
+                })?;
+            Ok::<_, CompareError>((made, watch.latents, watch.samples))
+        };
+        let missing = match with_sites {
+            true => SAMPLES
+                .saturating_sub(samples.len())
+                .div_ceil(requests.len().max(1)),
+            false => 0,
+        };
+        let (first, ours, taken) = run(reference, "reference.png", missing)?;
+        let (second, theirs, _) = run(other, "other.png", 0)?;
+        samples.extend(taken);
+        images.push(image_difference(
+            request,
+            [&first, &second],
+            &ours,
+            &theirs,
+        )?);
+    }
+    let sites = match with_sites {
+        true => {
+            let model = |folder: &Folder| {
+                folder
+                    .model(folder.denoiser())
+                    .map_err(|source| CompareError::Pipeline {
+                        pipeline: folder.root().to_owned(),
+                        source: Box::new(source),
+                    })
+            };
+            let (a, b) = (model(reference)?, model(other)?);
+            sites(&a, &b, &samples, place.engine, &place.options)?
+        }
+        false => Vec::new(),
+    };
+    Ok(PipelineComparison { images, sites })
+}
+
+fn image_difference(
+    request: &Request,
+    made: [&Generated; 2],
+    ours: &[Latents],
+    theirs: &[Latents],
+) -> Result<ImageDifference, CompareError> {
+    let read = |made: &Generated| {
+        let path = made.images.first().map_or(Path::new(""), PathBuf::as_path);
+        image::read(path)
+    };
+    let [a, b] = [read(made[0])?, read(made[1])?];
+    let picture = image::side_by_side(&[&a, &b, &image::difference(&a, &b, GAIN)?])?;
+    picture.write(&request.output, &Metadata::default())?;
+    let psnr = image::psnr(&a, &b)?;
+    Ok(ImageDifference {
+        prompt: request.prompt.clone(),
+        seed: request.seed,
+        steps: ours.iter().zip(theirs).map(step_difference).collect(),
+        psnr_db: psnr.is_finite().then_some(psnr),
+        ssim: image::ssim(&a, &b)?,
+        picture: request.output.clone(),
+        seconds: made.map(|m| m.stages.iter().map(|s| s.seconds).sum()),
+    })
+}
+
+struct Latents {
+    stage: String,
+    step: usize,
+    values: Array4<f32>,
+}
+
+fn step_difference((ours, theirs): (&Latents, &Latents)) -> StepDifference {
+    let (mut norm, mut error, mut most) = (0.0, 0.0, 0.0_f64);
+    for (a, b) in ours.values.iter().zip(&theirs.values) {
+        let (a, b) = (f64::from(*a), f64::from(*b));
+        norm += a * a;
+        error += (b - a) * (b - a);
+        most = most.max((b - a).abs());
+    }
+    StepDifference {
+        stage: ours.stage.clone(),
+        step: ours.step,
+        relative: (error / f64::max(norm, f64::MIN_POSITIVE)).sqrt(),
+        max_abs: most,
+    }
+}
+
+/// Keeps what is compared, and passes everything on.
+struct Watch<'a> {
+    inner: &'a mut dyn Observer,
+    latents: Vec<Latents>,
+    wanted: usize,
+    samples: Vec<Vec<(String, Tensor)>>,
+}
+
+impl Observer for Watch<'_> {
+    fn progress(&mut self, progress: Progress) {
+        self.inner.progress(progress);
+    }
+
+    fn stopped(&self) -> bool {
+        self.inner.stopped()
+    }
+
+    fn wants_inputs(&self, step: usize, steps: usize) -> bool {
+        // The middle of as many equal spans.
+        let place = |sample: usize| (2 * sample + 1) * steps / (2 * self.wanted) + 1;
+        self.samples.len() < self.wanted && (0..self.wanted).any(|sample| place(sample) == step)
+    }
+
+    fn evaluated(&mut self, evaluated: Evaluated<'_>) {
+        self.latents.push(Latents {
+            stage: evaluated.stage.to_owned(),
+            step: evaluated.step,
+            values: evaluated.latents.clone(),
+        });
+        if let Some(inputs) = evaluated.inputs {
+            self.samples.push(inputs);
+        }
+        self.inner.evaluated(Evaluated {
+            inputs: None,
+            ..evaluated
+        });
+    }
+}

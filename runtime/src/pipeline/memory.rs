@@ -1,0 +1,224 @@
+//! How much memory the stages of a generation will take, counted from the models' graphs before any is loaded.
+
+use std::path::Path;
+
+use linfusion_models::onnx::OnnxFile;
+use linfusion_models::shapes::{Footprint, Probe, Shapes};
+use serde::Serialize;
+
+use super::denoiser::Guidance;
+use super::error::PipelineError;
+use super::folder::{Family, Folder, VaeConfig};
+use super::ladder::Size;
+use super::model::Place;
+use super::plan::Plan;
+use super::request::{Init, Request};
+use crate::engine::{Device, Operators, memory_of};
+use crate::memory::{resident, shown};
+
+/// What a stage will take.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct StageMemory {
+    /// Its name, as in the report.
+    pub stage: String,
+    /// Bytes of its models' weights.
+    pub weights: u64,
+    /// Bytes of values, where they are most.
+    pub values: u64,
+    /// The node during which they are.
+    pub node: String,
+    /// Values of the graphs whose size is not known, and which count nothing.
+    pub unknown: usize,
+}
+
+impl StageMemory {
+    /// All bytes.
+    pub fn total(&self) -> u64 {
+        self.weights.saturating_add(self.values)
+    }
+}
+
+/// Text tokens that are counted with, where the graph leaves them open: T5's of PixArt, CLIP's otherwise.
+fn text_tokens(family: Family) -> i64 {
+    match family {
+        Family::PixArt => 300,
+        _ => 77,
+    }
+}
+
+pub(super) struct Counting<'a> {
+    pub folder: &'a Folder,
+    pub place: &'a Place,
+    pub request: &'a Request,
+    pub plan: &'a Plan,
+    pub vae: &'a VaeConfig,
+}
+
+impl Counting<'_> {
+    /// All stages in order, under the names of the report.
+    pub fn stages(&self) -> Result<Vec<StageMemory>, PipelineError> {
+        let mut stages = vec![self.text()?];
+        for (rung, size) in self.plan.sizes.iter().enumerate() {
+            let from_image = matches!(self.request.init, Init::Image { .. } | Init::Inpaint { .. });
+            if rung > 0 || from_image {
+                stages.push(self.encode(*size)?);
+            }
+            stages.push(self.denoise(*size)?);
+            stages.push(self.decode(*size)?);
+        }
+        // On the processor, what this program has already counts too.
+        if self.place.options.device == Device::Cpu {
+            let base = resident().unwrap_or(0);
+            for stage in &mut stages {
+                stage.values = stage.values.saturating_add(base);
+            }
+        }
+        Ok(stages)
+    }
+
+    /// The largest stage must fit into what is free.
+    pub fn check(&self, stages: &[StageMemory]) -> Result<(), PipelineError> {
+        let options = &self.place.options;
+        let limit = options
+            .device_memory
+            .filter(|_| options.device != Device::Cpu);
+        let free = match (memory_of(options.device), limit) {
+            (Some(all), Some(limit)) => Some(all.min(limit as u64)),
+            (all, limit) => all.or(limit.map(|l| l as u64)),
+        };
+        let largest = stages.iter().max_by_key(|stage| stage.total());
+        let (Some(free), Some(largest)) = (free, largest) else {
+            return Ok(());
+        };
+        if self.request.force || largest.total() <= free {
+            return Ok(());
+        }
+        Err(PipelineError::Memory {
+            stage: largest.stage.clone(),
+            needed: shown(largest.total()),
+            available: shown(free),
+            hint: self.hint(largest),
+        })
+    }
+
+    fn hint(&self, stage: &StageMemory) -> String {
+        let place = match stage.node.as_str() {
+            "" => String::new(),
+            node => format!("most of it at node `{node}`; "),
+        };
+        let remedy = if !stage.stage.starts_with("denoise") {
+            "smaller --vae-tile"
+        } else if self.plan.guided && self.request.batching == Guidance::Together {
+            "try --cfg-split, a smaller --size, or convert the pipeline with linfusion-convert if it isn't"
+        } else {
+            "try a smaller --size, or convert the pipeline with linfusion-convert if it isn't"
+        };
+        format!("{place}{remedy}; --force begins anyway")
+    }
+
+    fn count(&self, component: &str, probe: &Probe) -> Result<Footprint, PipelineError> {
+        let path = self.folder.model(component)?;
+        let file = open(&path)?;
+        let read = |tensor: &_| file.tensor_bytes(tensor).ok();
+        let shapes = Shapes::propagate(&file.model, &read, probe);
+        let kernels = self.place.options.operators != Operators::None;
+        Ok(Footprint::of(&file.model, &shapes, kernels))
+    }
+
+    fn text(&self) -> Result<StageMemory, PipelineError> {
+        let mut largest = Footprint::default();
+        for component in ["text_encoder", "text_encoder_2", "text_encoder_3"] {
+            if !self.folder.has(component) {
+                continue;
+            }
+            let probe = Probe {
+                batch: 2,
+                latent: (1, 1),
+                text: text_tokens(self.folder.family),
+            };
+            let found = self.count(component, &probe)?;
+            if found.total() >= largest.total() {
+                largest = found;
+            }
+        }
+        Ok(stage("text".to_owned(), &[largest], 0))
+    }
+
+    fn denoise(&self, size: Size) -> Result<StageMemory, PipelineError> {
+        let (images, channels, height, width) = self.plan.latent_shape(size);
+        let sides = match (self.plan.guided, self.request.batching) {
+            (true, Guidance::Together) => 2,
+            _ => 1,
+        };
+        let probe = Probe {
+            batch: signed(images * sides),
+            latent: (signed(height), signed(width)),
+            text: text_tokens(self.folder.family),
+        };
+        let mut models = vec![self.count(self.folder.denoiser(), &probe)?];
+        if self.request.control.is_some() && self.folder.has("controlnet") {
+            models.push(self.count("controlnet", &probe)?);
+        }
+        // Latents, both predictions, and what a sampler keeps of earlier steps.
+        let latents = 8 * 4 * images * channels * height * width;
+        Ok(stage(format!("denoise {size}"), &models, latents as u64))
+    }
+
+    fn decode(&self, size: Size) -> Result<StageMemory, PipelineError> {
+        let side = self.request.vae_tile;
+        let factor = self.vae.factor();
+        let probe = Probe {
+            batch: 1,
+            latent: (
+                signed(size.height.min(side) / factor),
+                signed(size.width.min(side) / factor),
+            ),
+            text: 1,
+        };
+        let model = self.count("vae_decoder", &probe)?;
+        Ok(stage(format!("decode {size}"), &[model], self.bands(size)))
+    }
+
+    fn encode(&self, size: Size) -> Result<StageMemory, PipelineError> {
+        let side = self.request.vae_tile;
+        let probe = Probe {
+            batch: 1,
+            // Its input is pixels.
+            latent: (signed(size.height.min(side)), signed(size.width.min(side))),
+            text: 1,
+        };
+        let model = self.count("vae_encoder", &probe)?;
+        // The image as bytes and as planes.
+        let image = (3 + 12) * size.width * size.height;
+        Ok(stage(format!("encode {size}"), &[model], image as u64))
+    }
+
+    /// Two rows of tiles, and one joined, in single precision.
+    fn bands(&self, size: Size) -> u64 {
+        let rows = size.height.min(self.request.vae_tile);
+        (3 * 3 * 4 * rows * size.width) as u64
+    }
+}
+
+fn signed(size: usize) -> i64 {
+    i64::try_from(size).unwrap_or(i64::MAX)
+}
+
+fn stage(stage: String, models: &[Footprint], beside: u64) -> StageMemory {
+    // One model runs at a time; the weights of all are there.
+    let most = models.iter().max_by_key(|m| m.values);
+    StageMemory {
+        stage,
+        weights: models.iter().map(|m| m.weights).sum(),
+        values: most.map_or(0, |m| m.values).saturating_add(beside),
+        node: most.map(|m| m.node.clone()).unwrap_or_default(),
+        unknown: models.iter().map(|m| m.unknown).sum(),
+    }
+}
+
+fn open(path: &Path) -> Result<OnnxFile, PipelineError> {
+    OnnxFile::open(path).map_err(|e| PipelineError::Ports {
+        path: path.to_owned(),
+        problem: e.to_string(),
+    })
+}
