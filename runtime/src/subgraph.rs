@@ -5,6 +5,7 @@ use std::collections::{HashMap, HashSet};
 use linfusion_models::graph::{domain, op, subgraphs, tensor_name};
 use linfusion_models::onnx::proto::{GraphProto, ModelProto, NodeProto, ValueInfoProto};
 use linfusion_models::onnx::{ElementType, OnnxFile, is_external, make};
+use linfusion_models::shapes::Shapes;
 
 use crate::engine::{Engine, EngineError, Session, SessionOptions};
 use crate::tensor::{DType, Tensor};
@@ -161,6 +162,19 @@ pub fn load(
     }
     let bytes = buffa::Message::encode_to_vec(&part);
     Ok(Session::from_parts(engine, &bytes, weights, options)?)
+}
+
+/// Shapes of all values of `file`'s graph for these inputs.
+pub fn shapes(file: &OnnxFile, inputs: &[(String, Tensor)]) -> Shapes {
+    let sizes: Vec<(&str, Vec<i64>)> = inputs
+        .iter()
+        .map(|(name, tensor)| {
+            let dims = tensor.shape().iter().map(|d| *d as i64);
+            (name.as_str(), dims.collect())
+        })
+        .collect();
+    let given: Vec<(&str, &[i64])> = sizes.iter().map(|(n, s)| (*n, s.as_slice())).collect();
+    Shapes::at(&file.model, &|t| file.tensor_bytes(t).ok(), &given)
 }
 
 /// What a node is called in messages: its name, and the operator.

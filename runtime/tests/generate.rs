@@ -1,63 +1,12 @@
 //! `linfusion-run generate` as its users call it.
 
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+mod support;
 
-use linfusion_models::fixtures;
-use linfusion_runtime::engine::load_library;
+use std::path::Path;
+use std::process::Command;
+
 use linfusion_runtime::image::read;
-
-/// A tiny pipeline in a folder of its own; nothing where there is no ONNX Runtime.
-struct Bench {
-    scratch: tempfile::TempDir,
-    pipeline: PathBuf,
-}
-
-impl Bench {
-    fn new(name: &str) -> Option<Self> {
-        if load_library(None).is_err() {
-            println!("skipped: no ONNX Runtime library");
-            return None;
-        }
-        let scratch = tempfile::tempdir().unwrap();
-        let pipeline = scratch.path().join(name);
-        fixtures::pipeline(name, &pipeline).unwrap();
-        Some(Self { scratch, pipeline })
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.scratch.path().join(name)
-    }
-
-    fn run(&self, arguments: &[&str]) -> Output {
-        Command::new(env!("CARGO_BIN_EXE_linfusion-run"))
-            .arg("generate")
-            .arg(&self.pipeline)
-            .args(["--engine", "ort"])
-            .args(arguments)
-            .current_dir(self.scratch.path())
-            .output()
-            .unwrap()
-    }
-
-    /// Files beside the pipeline.
-    fn files(&self) -> Vec<String> {
-        let entries = std::fs::read_dir(self.scratch.path()).unwrap().flatten();
-        let mut names: Vec<String> = entries
-            .filter(|e| e.path().is_file())
-            .map(|e| e.file_name().to_string_lossy().into_owned())
-            .collect();
-        names.sort();
-        names
-    }
-}
-
-fn said(output: &Output) -> String {
-    // The report wraps lines to the terminal's width.
-    let text = String::from_utf8_lossy(&output.stderr).into_owned();
-    let words: Vec<&str> = text.split_whitespace().filter(|w| *w != "│").collect();
-    words.join(" ")
-}
+use support::{Bench, edit, said};
 
 fn text_of(path: &Path) -> String {
     String::from_utf8_lossy(&std::fs::read(path).unwrap()).into_owned()
@@ -334,27 +283,25 @@ fn the_node_that_makes_a_nan_is_named() {
         return;
     };
     let path = bench.pipeline.join("unet/model.onnx");
-    let file = linfusion_models::onnx::OnnxFile::open(&path).unwrap();
-    let mut model = file.model.clone();
-    let graph = model.graph.get_or_insert_default();
-    let is_middle = |name: &str| name.contains("mid_block") && name.contains("conv1");
-    let node = graph
-        .node
-        .iter()
-        .find(|n| {
+    let mut node = String::new();
+    edit(&path, |file, model| {
+        let graph = model.graph.get_or_insert_default();
+        let is_middle = |name: &str| name.contains("mid_block") && name.contains("conv1");
+        let conv = graph.node.iter().find(|n| {
             n.op_type.as_deref() == Some("Conv") && is_middle(n.name.as_deref().unwrap_or(""))
-        })
-        .unwrap();
-    let (node, weight) = (node.name.clone().unwrap(), node.input[1].clone());
-    let tensor = graph
-        .initializer
-        .iter_mut()
-        .find(|t| t.name.as_deref() == Some(&weight))
-        .unwrap();
-    let mut bytes = file.tensor_bytes(tensor).unwrap().to_vec();
-    bytes[..4].copy_from_slice(&f32::NAN.to_le_bytes());
-    tensor.raw_data = Some(bytes.into());
-    std::fs::write(&path, buffa::Message::encode_to_vec(&model)).unwrap();
+        });
+        let conv = conv.unwrap();
+        node = conv.name.clone().unwrap();
+        let weight = conv.input[1].clone();
+        let tensor = graph.initializer.iter_mut();
+        let tensor = tensor
+            .into_iter()
+            .find(|t| t.name.as_ref() == Some(&weight));
+        let tensor = tensor.unwrap();
+        let mut bytes = file.tensor_bytes(tensor).unwrap().to_vec();
+        bytes[..4].copy_from_slice(&f32::NAN.to_le_bytes());
+        tensor.raw_data = Some(bytes.into());
+    });
     let output = bench.run(&["--prompt", "x", "--steps", "2", "--scheduler", "ddim"]);
     let said = said(&output);
     assert_eq!(output.status.code(), Some(1), "{said}");

@@ -53,7 +53,6 @@ fn place() -> Option<Place> {
 fn request(root: &Path, case: &Case) -> Request {
     let size = case.width.zip(case.height);
     Request {
-        prompt: case.prompt.clone(),
         negative: Some(case.negative_prompt.clone()),
         images: case.num_images_per_prompt.unwrap_or(1),
         seed: case.seed,
@@ -68,18 +67,7 @@ fn request(root: &Path, case: &Case) -> Request {
             },
             None => Init::Noise,
         },
-        scheduler: None,
-        eta: 0.0,
-        upscale: vec![0.4],
-        direct: false,
-        vae_tile: 1024,
-        batching: Guidance::Together,
-        control: None,
-        control_scale: 1.0,
-        sizes: None,
-        output: root.join("out.png"),
-        force: false,
-        preview: None,
+        ..Request::new(case.prompt.clone(), root.join("out.png"))
     }
 }
 

@@ -105,6 +105,46 @@ pub fn total_memory(device: u32) -> Result<u64, CudaError> {
     Ok(bytes as u64)
 }
 
+/// Bytes of memory of the device of that number that nothing has taken, in whatever process.
+///
+/// # Errors
+/// [`CudaError`] if there is no driver, no such device, or it has no room for a context.
+pub fn free_memory(device: u32) -> Result<u64, CudaError> {
+    // SAFETY: takes no pointer.
+    call("cuInit", || unsafe { sys::cuInit(0) })?;
+    let (mut handle, mut context) = (0, std::ptr::null_mut());
+    let device = c_int::try_from(device).unwrap_or(c_int::MAX);
+    // SAFETY: written before it is read.
+    call("cuDeviceGet", || unsafe {
+        sys::cuDeviceGet(&mut handle, device)
+    })?;
+    // SAFETY: the handle is one that the driver gave; written before it is read.
+    call("cuDevicePrimaryCtxRetain", || unsafe {
+        sys::cuDevicePrimaryCtxRetain(&mut context, handle)
+    })?;
+    let free = (|| {
+        // SAFETY: the context is the one just retained.
+        call("cuCtxPushCurrent", || unsafe {
+            sys::cuCtxPushCurrent_v2(context)
+        })?;
+        let (mut free, mut total, mut popped) = (0, 0, std::ptr::null_mut());
+        // SAFETY: written before they are read.
+        let asked = call("cuMemGetInfo", || unsafe {
+            sys::cuMemGetInfo_v2(&mut free, &mut total)
+        });
+        // SAFETY: takes off what was pushed above.
+        call("cuCtxPopCurrent", || unsafe {
+            sys::cuCtxPopCurrent_v2(&mut popped)
+        })?;
+        asked.map(|()| free as u64)
+    })();
+    // SAFETY: retained above, once.
+    call("cuDevicePrimaryCtxRelease", || unsafe {
+        sys::cuDevicePrimaryCtxRelease_v2(handle)
+    })?;
+    free
+}
+
 /// Calls the driver. Its library is looked for first, since the bindings panic without it.
 fn call(function: &'static str, work: impl FnOnce() -> CUresult) -> Result<(), CudaError> {
     if !is_present() {

@@ -4,7 +4,7 @@ use std::io::{BufRead, BufReader, Lines, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
-use super::worker::Answer;
+use super::worker::{Answer, Expected, Finished, RunTime, StageTime};
 use super::{BenchReport, Measurement, ModelSummary, Plan, SizeReport, median};
 use crate::inputs::PIXELS_PER_LATENT;
 use crate::provenance;
@@ -75,15 +75,19 @@ fn measure(
     progress: &mut impl FnMut(&str),
 ) -> (SizeReport, Vec<BenchError>) {
     let pixels = latent.saturating_mul(PIXELS_PER_LATENT);
+    let mut counted = vec![None; plan.models.len()];
     let mut turns: Vec<Result<Turn, BenchError>> = plan
         .models
         .iter()
-        .map(|model| {
+        .zip(&mut counted)
+        .map(|(model, counted)| {
             progress(&format!("{pixels} × {pixels}: loading {}", model.display()));
-            let worker = Worker::start(plan, model, latent)?;
+            let mut worker = Worker::start(plan, model, latent)?;
+            *counted = Some(worker.counted()?);
+            worker.ready()?;
             Ok(Turn {
                 worker,
-                runs_ms: Vec::new(),
+                runs: Vec::new(),
             })
         })
         .collect();
@@ -103,28 +107,23 @@ fn measure(
     }
     let (mut results, mut failures) = (Vec::new(), Vec::new());
     let mut first_median = None;
-    for (i, turn) in turns.into_iter().enumerate() {
-        match turn.and_then(Turn::finish) {
-            Ok((runs_ms, peak_rss_bytes)) => {
-                let median_ms = median(&runs_ms);
-                if i == 0 {
-                    first_median = median_ms;
-                }
-                results.push(Measurement {
-                    speedup: first_median
-                        .zip(median_ms)
-                        .map(|(first, this)| first / this),
-                    runs_ms,
-                    median_ms,
-                    peak_rss_bytes,
-                    failure: None,
-                });
-            }
+    for (i, (turn, expected)) in turns.into_iter().zip(counted).enumerate() {
+        let mut measurement = match turn.and_then(Turn::finish) {
+            Ok((runs, finished)) => measurement(&runs, finished),
             Err(failure) => {
-                results.push(Measurement::failed(&failure));
+                let failed = Measurement::failed(&failure);
                 failures.push(failure);
+                failed
             }
+        };
+        if i == 0 {
+            first_median = measurement.median_ms;
         }
+        measurement.expected = expected;
+        measurement.speedup = first_median
+            .zip(measurement.median_ms)
+            .map(|(first, this)| first / this);
+        results.push(measurement);
     }
     let size = SizeReport {
         latent,
@@ -134,20 +133,47 @@ fn measure(
     (size, failures)
 }
 
+fn measurement(runs: &[RunTime], finished: Finished) -> Measurement {
+    let runs_ms: Vec<f64> = runs.iter().map(|r| r.ms).collect();
+    let steps: Vec<f64> = runs.iter().filter_map(|r| r.step_ms).collect();
+    // The stages of every run are the same.
+    let stages = runs.first().map_or(&[][..], |r| &r.stages);
+    let stages = stages.iter().enumerate().filter_map(|(i, first)| {
+        let times: Vec<f64> = runs
+            .iter()
+            .filter_map(|r| Some(r.stages.get(i)?.ms))
+            .collect();
+        Some(StageTime {
+            stage: first.stage.clone(),
+            ms: median(&times)?,
+        })
+    });
+    Measurement {
+        median_ms: median(&runs_ms),
+        step_ms: median(&steps),
+        stages: stages.collect(),
+        runs_ms,
+        peak_rss_bytes: finished.peak_rss_bytes,
+        device_bytes: finished.device_bytes,
+        profile: finished.profile,
+        ..Measurement::default()
+    }
+}
+
 /// A worker and what it has measured.
 struct Turn {
     worker: Worker,
-    runs_ms: Vec<f64>,
+    runs: Vec<RunTime>,
 }
 
 impl Turn {
     fn take(&mut self) -> Result<(), BenchError> {
-        self.runs_ms.push(self.worker.run()?);
+        self.runs.push(self.worker.run()?);
         Ok(())
     }
 
-    fn finish(self) -> Result<(Vec<f64>, Option<u64>), BenchError> {
-        Ok((self.runs_ms, self.worker.finish()?))
+    fn finish(self) -> Result<(Vec<RunTime>, Finished), BenchError> {
+        Ok((self.runs, self.worker.finish()?))
     }
 }
 
@@ -193,40 +219,50 @@ impl Worker {
         let process = Process(child);
         let (requests, answers) =
             pipes.ok_or_else(|| died(std::io::Error::other("it has no pipes")))?;
-        let mut worker = Self {
+        Ok(Self {
             model: model.to_owned(),
             latent,
             process,
             requests: Some(requests),
             answers: BufReader::new(answers).lines(),
-        };
-        match worker.answer()? {
-            Answer::Ready => Ok(worker),
-            other => Err(worker.unexpected(&other)),
+        })
+    }
+
+    fn counted(&mut self) -> Result<Expected, BenchError> {
+        match self.answer()? {
+            Answer::Counted(expected) => Ok(expected),
+            other => Err(self.unexpected(&other)),
         }
     }
 
-    fn run(&mut self) -> Result<f64, BenchError> {
+    fn ready(&mut self) -> Result<(), BenchError> {
+        match self.answer()? {
+            Answer::Ready => Ok(()),
+            other => Err(self.unexpected(&other)),
+        }
+    }
+
+    fn run(&mut self) -> Result<RunTime, BenchError> {
         let sent = match &mut self.requests {
             Some(requests) => requests.write_all(b"\n").and_then(|()| requests.flush()),
             None => Err(std::io::Error::other("it was told to finish")),
         };
         match (self.answer()?, sent) {
-            (Answer::Ran(ms), Ok(())) => Ok(ms),
+            (Answer::Ran(run), Ok(())) => Ok(run),
             // Where the process is gone, its answer has said how it ended.
             (_, Err(e)) => Err(self.died(e)),
             (other, Ok(())) => Err(self.unexpected(&other)),
         }
     }
 
-    fn finish(mut self) -> Result<Option<u64>, BenchError> {
+    fn finish(mut self) -> Result<Finished, BenchError> {
         self.requests = None;
-        let peak = match self.answer()? {
-            Answer::Done(peak) => peak,
+        let finished = match self.answer()? {
+            Answer::Done(finished) => finished,
             other => return Err(self.unexpected(&other)),
         };
         self.process.0.wait().map_err(|e| self.died(e))?;
-        Ok(peak)
+        Ok(finished)
     }
 
     fn answer(&mut self) -> Result<Answer, BenchError> {

@@ -1,10 +1,12 @@
-//! Times whole steps of several models at growing resolution, in one run.
+//! Times whole steps of several models, or whole images of several pipelines, at growing resolution, in one run.
 //!
 //! Every model and size has a process of its own, so that its peak memory is its own; the processes of one
 //! size live side by side and take turns, so that whatever slows the machine down slows all of them.
 
 mod host;
+mod pipeline;
 pub mod plot;
+mod profile;
 mod worker;
 
 use std::path::PathBuf;
@@ -12,7 +14,9 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 pub use self::host::{BenchError, run};
-pub use self::worker::{EngineName, Job, OperatorsFrom, serve};
+pub use self::pipeline::Images;
+pub use self::profile::{OperatorTime, Profile};
+pub use self::worker::{EngineName, Expected, Job, OperatorsFrom, StageTime, serve};
 
 use crate::engine::Engine;
 
@@ -21,7 +25,7 @@ use crate::engine::Engine;
 pub struct Plan {
     /// The program to start workers with: this one, with the subcommand that calls [`serve`].
     pub worker: WorkerCommand,
-    /// The models; ratios are taken against the first.
+    /// The models, or pipelines' folders; ratios are taken against the first.
     pub models: Vec<PathBuf>,
     /// Latent sizes (an eighth of the pixels along an edge).
     pub latents: Vec<usize>,
@@ -80,15 +84,25 @@ pub struct SizeReport {
 }
 
 /// One model at one size.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Default, Serialize)]
 pub struct Measurement {
-    /// Every run that counts, in milliseconds.
+    /// What a run should take, by counting; `None` if the model did not even load.
+    pub expected: Option<Expected>,
+    /// Every run that counts, in milliseconds: a step of a model, a whole image of a pipeline.
     pub runs_ms: Vec<f64>,
     /// Their median; `None` if the model did not get through this size.
     pub median_ms: Option<f64>,
     /// The largest resident memory of the process, model and all, in bytes; `None` where the system
     /// does not tell.
     pub peak_rss_bytes: Option<u64>,
+    /// What was taken of a GPU's memory, in bytes; `None` on the processor.
+    pub device_bytes: Option<u64>,
+    /// The median step of a pipeline's denoising model, in milliseconds.
+    pub step_ms: Option<f64>,
+    /// Median times of a pipeline's stages.
+    pub stages: Vec<StageTime>,
+    /// Where a model's time goes, where the engine tells (ONNX Runtime does).
+    pub profile: Option<Profile>,
     /// Time of the first model ÷ time of this one; `None` if either did not get through.
     pub speedup: Option<f64>,
     /// Why it did not get through: usually memory.
@@ -98,11 +112,8 @@ pub struct Measurement {
 impl Measurement {
     fn failed(failure: &BenchError) -> Self {
         Self {
-            runs_ms: Vec::new(),
-            median_ms: None,
-            peak_rss_bytes: None,
-            speedup: None,
             failure: Some(failure.to_string()),
+            ..Self::default()
         }
     }
 }
@@ -189,11 +200,8 @@ mod tests {
     #[test]
     fn a_crossover_holds_to_the_largest_size() {
         let measurement = |median_ms| Measurement {
-            runs_ms: Vec::new(),
             median_ms,
-            peak_rss_bytes: None,
-            speedup: None,
-            failure: None,
+            ..Measurement::default()
         };
         let sizes = |speedups: &[f64]| -> Vec<SizeReport> {
             let size = |(i, speedup): (usize, &f64)| SizeReport {

@@ -5,7 +5,7 @@ use std::path::Path;
 use plotters::coord::Shift;
 use plotters::prelude::*;
 
-use super::BenchReport;
+use super::{BenchReport, Measurement};
 
 /// Why there is no plot.
 #[derive(Debug, thiserror::Error)]
@@ -43,15 +43,22 @@ fn draw(report: &BenchReport, svg: &mut String) -> Result<(), String> {
     let root = SVGBackend::with_string(svg, SIZE).into_drawing_area();
     root.fill(&WHITE).map_err(|e| e.to_string())?;
     let (left, right) = root.split_horizontally(SIZE.0 / 2);
+    let results = || report.sizes.iter().flat_map(|size| &size.results);
     let time = Panel {
-        title: "one step, median",
+        title: match results().any(|r| r.step_ms.is_some()) {
+            true => "one image, median; dashed: by arithmetic",
+            false => "one step, median; dashed: by arithmetic",
+        },
         unit: "ms",
         value: |m| m.median_ms,
+        theory: arithmetic,
     };
     let memory = Panel {
-        title: "peak memory of the process",
+        title: "peak memory; dashed: counted",
         unit: "MiB",
-        value: |m| Some(m.peak_rss_bytes? as f64 / f64::from(1 << 20)),
+        // A GPU's, where there is one.
+        value: |m| Some(mib(m.device_bytes.or(m.peak_rss_bytes)?)),
+        theory: counted,
     };
     time.draw(report, &left)?;
     memory.draw(report, &right)?;
@@ -61,7 +68,39 @@ fn draw(report: &BenchReport, svg: &mut String) -> Result<(), String> {
 struct Panel {
     title: &'static str,
     unit: &'static str,
-    value: fn(&super::Measurement) -> Option<f64>,
+    value: fn(&Measurement) -> Option<f64>,
+    theory: fn(&BenchReport, usize) -> Vec<(f64, f64)>,
+}
+
+fn mib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
+}
+
+/// What a model's operations take at the rate of the largest size that it got through.
+fn arithmetic(report: &BenchReport, model: usize) -> Vec<(f64, f64)> {
+    let results = || of(report, model);
+    let rate = results().filter_map(|(_, r)| Some(r.expected?.operations / r.median_ms?));
+    let Some(rate) = rate.last() else {
+        return Vec::new();
+    };
+    results()
+        .filter_map(|(pixels, r)| Some((pixels, r.expected?.operations / rate)))
+        .collect()
+}
+
+/// Weights and values, as counted in the graph.
+fn counted(report: &BenchReport, model: usize) -> Vec<(f64, f64)> {
+    of(report, model)
+        .filter_map(|(pixels, r)| Some((pixels, mib(r.expected?.bytes))))
+        .collect()
+}
+
+/// A model's results by pixels along an edge, smallest first.
+fn of(report: &BenchReport, model: usize) -> impl Iterator<Item = (f64, &Measurement)> {
+    report
+        .sizes
+        .iter()
+        .filter_map(move |size| Some((size.pixels as f64, size.results.get(model)?)))
 }
 
 impl Panel {
@@ -70,13 +109,19 @@ impl Panel {
         report: &BenchReport,
         area: &DrawingArea<SVGBackend<'_>, Shift>,
     ) -> Result<(), String> {
-        let series: Vec<(String, Vec<(f64, f64)>)> = report
+        let series: Vec<Series> = report
             .models
             .iter()
             .enumerate()
-            .map(|(i, model)| (label(model), self.points(report, i)))
+            .map(|(i, model)| Series {
+                label: label(model),
+                points: of(report, i)
+                    .filter_map(|(pixels, r)| Some((pixels, (self.value)(r)?)))
+                    .collect(),
+                theory: (self.theory)(report, i),
+            })
             .collect();
-        let points = || series.iter().flat_map(|(_, points)| points);
+        let points = || series.iter().flat_map(|s| s.points.iter().chain(&s.theory));
         let Some((x, y)) = range(points().map(|p| p.0)).zip(range(points().map(|p| p.1))) else {
             return Ok(());
         };
@@ -99,11 +144,20 @@ impl Panel {
             .light_line_style(BLACK.mix(0.06))
             .draw()
             .map_err(|e| e.to_string())?;
-        for ((label, points), colour) in series.into_iter().zip(COLOURS.into_iter().cycle()) {
+        for (series, colour) in series.into_iter().zip(COLOURS.into_iter().cycle()) {
+            let points = series.points;
+            chart
+                .draw_series(DashedLineSeries::new(
+                    series.theory,
+                    5,
+                    4,
+                    colour.mix(0.7).stroke_width(1),
+                ))
+                .map_err(|e| e.to_string())?;
             chart
                 .draw_series(LineSeries::new(points.clone(), colour.stroke_width(2)))
                 .map_err(|e| e.to_string())?
-                .label(label)
+                .label(series.label)
                 .legend(move |(x, y)| {
                     PathElement::new([(x, y), (x + 18, y)], colour.stroke_width(2))
                 });
@@ -123,17 +177,12 @@ impl Panel {
             .draw()
             .map_err(|e| e.to_string())
     }
+}
 
-    fn points(&self, report: &BenchReport, model: usize) -> Vec<(f64, f64)> {
-        report
-            .sizes
-            .iter()
-            .filter_map(|size| {
-                let value = (self.value)(size.results.get(model)?)?;
-                Some((size.pixels as f64, value))
-            })
-            .collect()
-    }
+struct Series {
+    label: String,
+    points: Vec<(f64, f64)>,
+    theory: Vec<(f64, f64)>,
 }
 
 fn label(model: &super::ModelSummary) -> String {
@@ -153,8 +202,48 @@ fn range(values: impl Iterator<Item = f64>) -> Option<std::ops::Range<f64>> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Measurement, ModelSummary, SizeReport};
+    use super::super::{Expected, ModelSummary, SizeReport};
     use super::*;
+
+    #[test]
+    fn theory_is_scaled_by_what_was_measured_and_goes_on_where_nothing_was() {
+        let size = |pixels: usize, operations, median_ms| SizeReport {
+            latent: pixels / 8,
+            pixels,
+            results: vec![Measurement {
+                median_ms,
+                expected: Some(Expected {
+                    operations,
+                    bytes: 3 << 20,
+                }),
+                ..Measurement::default()
+            }],
+        };
+        let report = BenchReport {
+            sizes: vec![
+                size(512, 100.0, Some(30.0)),
+                size(1024, 1600.0, Some(160.0)),
+                size(2048, 25600.0, None),
+            ],
+            ..empty()
+        };
+        let expected = [(512.0, 10.0), (1024.0, 160.0), (2048.0, 2560.0)];
+        assert_eq!(arithmetic(&report, 0), expected);
+        assert_eq!(counted(&report, 0)[2], (2048.0, 3.0));
+        assert!(arithmetic(&report, 1).is_empty());
+    }
+
+    fn empty() -> BenchReport {
+        BenchReport {
+            engine: "ort".to_owned(),
+            threads: None,
+            processors: 2,
+            repeats: 1,
+            models: Vec::new(),
+            sizes: Vec::new(),
+            crossovers: Vec::new(),
+        }
+    }
 
     #[test]
     fn the_plot_names_every_model() {
@@ -163,13 +252,9 @@ mod tests {
             median_ms: Some(ms),
             peak_rss_bytes: Some(1 << 28),
             speedup: Some(1.0),
-            failure: None,
+            ..Measurement::default()
         };
         let report = BenchReport {
-            engine: "ort".to_owned(),
-            threads: None,
-            processors: 2,
-            repeats: 1,
             models: [("soft.onnx", false), ("lin.onnx", true)]
                 .map(|(path, untrained)| ModelSummary {
                     path: path.into(),
@@ -183,7 +268,7 @@ mod tests {
                     results: vec![measurement(pixels as f64), measurement(12.0)],
                 })
                 .into(),
-            crossovers: Vec::new(),
+            ..empty()
         };
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("x.svg");

@@ -1,23 +1,30 @@
-//! The measuring process: loads one model, runs it on request, and tells its peak memory at the end.
+//! The measuring process: loads one model, or opens one pipeline, runs it on request, and tells its peak memory at the end.
 //!
-//! It reads one line for each run and answers with one JSON line; at the end of its input it answers with
-//! [`Answer::Done`] and ends.
+//! It says what the run should take ([`Answer::Counted`]), gets ready ([`Answer::Ready`]), then reads one line for each run and
+//! answers with one JSON line; at the end of its input it answers with [`Answer::Done`] and ends.
 
 use std::io::{BufRead, Write};
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use linfusion_models::onnx::{OnnxFile, ReadError};
+use linfusion_models::shapes::{Footprint, operations};
 use serde::{Deserialize, Serialize};
 
-use crate::engine::{Device, Engine, EngineError, Operators, Session, SessionOptions};
+use super::pipeline::{Images, Pipeline};
+use super::profile::{self, Profile, ProfileError};
+use crate::engine::{Device, Engine, EngineError, Operators, Session, SessionOptions, memory_of};
 use crate::inputs::{self, InputsError, Request};
 use crate::memory;
+use crate::pipeline::PipelineError;
+use crate::subgraph;
+use crate::tensor::Tensor;
 
 /// What a worker measures.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Job {
-    /// The model.
+    /// The model, or a pipeline's folder.
     pub model: PathBuf,
     /// What runs it.
     pub engine: EngineName,
@@ -29,6 +36,8 @@ pub struct Job {
     pub library: Option<PathBuf>,
     /// Where it runs.
     pub device: Device,
+    /// Bytes that may be taken of a GPU's memory.
+    pub device_memory: Option<usize>,
     /// Height and width of the latent.
     pub latent: usize,
     /// Batch size.
@@ -39,6 +48,61 @@ pub struct Job {
     pub shapes: Vec<(String, Vec<usize>)>,
     /// Seed of the inputs.
     pub seed: u64,
+    /// What a pipeline makes.
+    pub images: Images,
+}
+
+impl Job {
+    pub(super) fn options(&self) -> SessionOptions {
+        SessionOptions {
+            operators: self.operators.clone().into(),
+            threads: self.threads,
+            library: self.library.clone(),
+            device: self.device,
+            device_memory: self.device_memory,
+            ..SessionOptions::default()
+        }
+    }
+}
+
+/// What a run should take, by counting.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Expected {
+    /// Floating-point operations; a multiply-add is two.
+    pub operations: f64,
+    /// Bytes of weights and of values, where they are most.
+    pub bytes: u64,
+}
+
+/// What one run took.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RunTime {
+    /// All of it, in milliseconds.
+    pub ms: f64,
+    /// One step of a pipeline's denoising model, the median.
+    pub step_ms: Option<f64>,
+    /// A pipeline's stages.
+    pub stages: Vec<StageTime>,
+}
+
+/// What a stage of a pipeline took.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StageTime {
+    /// As `denoise 512x512`.
+    pub stage: String,
+    /// Milliseconds, loading of models included.
+    pub ms: f64,
+}
+
+/// What is known at the end.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct Finished {
+    /// Peak resident memory in bytes, if the system tells.
+    pub peak_rss_bytes: Option<u64>,
+    /// What was taken of a GPU's memory.
+    pub device_bytes: Option<u64>,
+    /// Where the time went, if the engine tells.
+    pub profile: Option<Profile>,
 }
 
 /// [`Engine`] as it travels between processes.
@@ -92,12 +156,14 @@ impl From<OperatorsFrom> for Operators {
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) enum Answer {
+    /// What a run should take.
+    Counted(Expected),
     /// The model is loaded and has run once.
     Ready,
-    /// Milliseconds of a run.
-    Ran(f64),
-    /// Peak resident memory in bytes, if the system tells.
-    Done(Option<u64>),
+    /// What a run took.
+    Ran(RunTime),
+    /// There were no more requests.
+    Done(Finished),
     /// Why there is nothing to measure.
     Failed(String),
 }
@@ -116,65 +182,201 @@ pub fn serve(
         writeln!(answers, "{line}")?;
         answers.flush()
     };
-    let mut prepared = match serde_json::from_str(job)
-        .map_err(|e| e.to_string())
-        .and_then(|job| Prepared::new(job).map_err(|e| e.to_string()))
-    {
-        Ok(prepared) => prepared,
-        Err(message) => return answer(&Answer::Failed(message)),
+    let job: Job = match serde_json::from_str(job) {
+        Ok(job) => job,
+        Err(error) => return answer(&Answer::Failed(error.to_string())),
     };
+    let free = gpu_memory(job.device);
+    let mut work = match Work::open(&job) {
+        Ok(work) => work,
+        Err(error) => return answer(&Answer::Failed(error.to_string())),
+    };
+    answer(&Answer::Counted(work.expected()))?;
+    if let Err(error) = work.warm_up(&job) {
+        return answer(&Answer::Failed(error.to_string()));
+    }
     answer(&Answer::Ready)?;
     for line in requests.lines() {
         line?;
-        match prepared.run() {
-            Ok(ms) => answer(&Answer::Ran(ms))?,
+        match work.run() {
+            Ok(run) => answer(&Answer::Ran(run))?,
             Err(error) => return answer(&Answer::Failed(error.to_string())),
         }
     }
-    answer(&Answer::Done(memory::peak()))
+    let finished = Finished {
+        peak_rss_bytes: work.peak(),
+        // ONNX Runtime's arena gives nothing back while its session lives.
+        device_bytes: free
+            .zip(gpu_memory(job.device))
+            .map(|(b, a)| b.saturating_sub(a)),
+        profile: None,
+    };
+    let profile = work.profile(&job);
+    match profile {
+        Ok(profile) => answer(&Answer::Done(Finished {
+            profile,
+            ..finished
+        })),
+        Err(error) => answer(&Answer::Failed(error.to_string())),
+    }
+}
+
+fn gpu_memory(device: Device) -> Option<u64> {
+    match device {
+        Device::Cpu => None,
+        Device::Cuda(number) => linfusion_ops::cuda::driver::free_memory(number).ok(),
+    }
 }
 
 #[derive(Debug, thiserror::Error)]
-enum WorkerError {
+pub(super) enum WorkerError {
     #[error(transparent)]
     Engine(#[from] EngineError),
     #[error(transparent)]
     Inputs(#[from] InputsError),
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    #[error(transparent)]
+    Pipeline(#[from] PipelineError),
+    #[error(transparent)]
+    Profile(#[from] ProfileError),
+    #[error("a scratch folder: {0}")]
+    Scratch(#[from] std::io::Error),
+    #[error("needs about {needed} of memory, and {free} are free")]
+    Memory { needed: String, free: String },
 }
 
-struct Prepared {
+enum Work {
+    Model(Box<Model>),
+    Pipeline(Box<Pipeline>),
+}
+
+impl Work {
+    fn open(job: &Job) -> Result<Self, WorkerError> {
+        Ok(match job.model.is_dir() {
+            true => Self::Pipeline(Box::new(Pipeline::open(job)?)),
+            false => Self::Model(Box::new(Model::load(job)?)),
+        })
+    }
+
+    fn expected(&self) -> Expected {
+        match self {
+            Self::Model(model) => model.expected,
+            Self::Pipeline(pipeline) => pipeline.expected,
+        }
+    }
+
+    fn warm_up(&mut self, job: &Job) -> Result<(), WorkerError> {
+        // A process that takes more than there is ends without a word, and maybe others with it.
+        let needed = self.expected().bytes;
+        if let Some(free) = memory_of(job.device).filter(|free| *free < needed) {
+            return Err(WorkerError::Memory {
+                needed: memory::shown(needed),
+                free: memory::shown(free),
+            });
+        }
+        match self {
+            // The first run plans memory and packs weights.
+            Self::Model(model) => model.run().map(|_| ()),
+            // A pipeline loads its models anew for each image.
+            Self::Pipeline(_) => Ok(()),
+        }
+    }
+
+    fn run(&mut self) -> Result<RunTime, WorkerError> {
+        match self {
+            Self::Model(model) => model.run(),
+            Self::Pipeline(pipeline) => pipeline.run(),
+        }
+    }
+
+    fn peak(&self) -> Option<u64> {
+        match self {
+            Self::Model(_) => memory::peak(),
+            Self::Pipeline(pipeline) => pipeline.peak,
+        }
+    }
+
+    fn profile(self, job: &Job) -> Result<Option<Profile>, WorkerError> {
+        match self {
+            Self::Model(model) if Engine::from(job.engine) == Engine::Ort => {
+                let Model {
+                    session, inputs, ..
+                } = *model;
+                drop(session);
+                profiled(&job.model, &inputs, &job.options()).map(Some)
+            }
+            _ => Ok(None),
+        }
+    }
+}
+
+struct Model {
     session: Session,
-    inputs: Vec<(String, crate::tensor::Tensor)>,
+    inputs: Vec<(String, Tensor)>,
+    expected: Expected,
 }
 
-impl Prepared {
-    fn new(job: Job) -> Result<Self, WorkerError> {
-        let options = SessionOptions {
-            operators: job.operators.into(),
-            threads: job.threads,
-            library: job.library,
-            device: job.device,
-            ..SessionOptions::default()
-        };
-        let mut session = Session::from_file(job.engine.into(), &job.model, &options)?;
+impl Model {
+    fn load(job: &Job) -> Result<Self, WorkerError> {
+        let session = Session::from_file(job.engine.into(), &job.model, &job.options())?;
         let request = Request {
             latent: Some(job.latent),
             batch: job.batch,
             sequence: job.sequence,
-            shapes: job.shapes,
+            shapes: job.shapes.clone(),
             seed: job.seed,
         };
         let inputs = inputs::make(session.inputs(), &request)?;
-        // The first run plans memory and packs weights.
-        session.run(&inputs)?;
-        Ok(Self { session, inputs })
+        let expected = expected(&job.model, &inputs, &job.operators)?;
+        Ok(Self {
+            session,
+            inputs,
+            expected,
+        })
     }
 
-    fn run(&mut self) -> Result<f64, EngineError> {
+    fn run(&mut self) -> Result<RunTime, WorkerError> {
         let start = Instant::now();
         self.session.run(&self.inputs)?;
-        Ok(start.elapsed().as_secs_f64() * 1e3)
+        Ok(RunTime {
+            ms: start.elapsed().as_secs_f64() * 1e3,
+            step_ms: None,
+            stages: Vec::new(),
+        })
     }
+}
+
+fn expected(
+    path: &Path,
+    inputs: &[(String, Tensor)],
+    operators: &OperatorsFrom,
+) -> Result<Expected, ReadError> {
+    let file = OnnxFile::open(path)?;
+    let shapes = subgraph::shapes(&file, inputs);
+    let kernels = *operators != OperatorsFrom::None;
+    Ok(Expected {
+        operations: operations(&file.model, &shapes),
+        bytes: Footprint::of(&file.model, &shapes, kernels).total(),
+    })
+}
+
+/// Runs a model once more, with ONNX Runtime's profiler on.
+fn profiled(
+    path: &Path,
+    inputs: &[(String, Tensor)],
+    options: &SessionOptions,
+) -> Result<Profile, WorkerError> {
+    let scratch = tempfile::tempdir()?;
+    let options = SessionOptions {
+        profile: Some(scratch.path().join("profile")),
+        ..options.clone()
+    };
+    let attention = profile::attention_nodes(&OnnxFile::open(path)?);
+    let mut session = Session::from_file(Engine::Ort, path, &options)?;
+    session.run(inputs)?;
+    let written = session.end_profiling()?.unwrap_or_default();
+    Ok(profile::read(&written, &attention)?)
 }
 
 #[cfg(test)]
@@ -188,20 +390,25 @@ mod tests {
         text.lines().map(str::to_owned).collect()
     }
 
+    fn fixture(name: &str) -> PathBuf {
+        linfusion_models::fixtures::path(name)
+    }
+
     fn job(model: &str, latent: usize) -> String {
-        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/fixtures/");
         let job = Job {
-            model: PathBuf::from(format!("{folder}{model}")),
+            model: fixture(model),
             engine: EngineName::Tract,
             threads: None,
             operators: OperatorsFrom::InProcess,
             library: None,
             device: Device::Cpu,
+            device_memory: None,
             latent,
             batch: 1,
             sequence: 7,
             shapes: Vec::new(),
             seed: 0,
+            images: Images::default(),
         };
         serde_json::to_string(&job).unwrap()
     }
@@ -209,12 +416,28 @@ mod tests {
     #[test]
     fn a_worker_answers_every_request_and_tells_its_memory() {
         let answers = serve_lines(&job("sd15-tiny/unet.onnx", 8), "\n\n");
-        assert_eq!(answers.len(), 4, "{answers:?}");
-        assert_eq!(answers[0], "\"ready\"");
-        assert!(answers[1].starts_with("{\"ran\":") && answers[2].starts_with("{\"ran\":"));
-        match serde_json::from_str(&answers[3]).unwrap() {
-            Answer::Done(Some(bytes)) => assert!(bytes > 1 << 20),
-            Answer::Done(None) if !cfg!(target_os = "linux") => {}
+        let answers: Vec<Answer> = answers
+            .iter()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect();
+        match answers.as_slice() {
+            [
+                Answer::Counted(expected),
+                Answer::Ready,
+                Answer::Ran(first),
+                Answer::Ran(_),
+                Answer::Done(finished),
+            ] => {
+                assert!(first.ms > 0.0);
+                // Every number that is stored takes its place, and is used at least once.
+                let file = OnnxFile::open(&fixture("sd15-tiny/unet.onnx")).unwrap();
+                let stored = file.model.graph.initializer.iter();
+                let stored: i64 = stored.map(|t| t.dims.iter().product::<i64>()).sum();
+                assert!(expected.bytes as i64 > 4 * stored, "{stored} {expected:?}");
+                assert!(expected.operations as i64 > stored, "{stored} {expected:?}");
+                let peak = finished.peak_rss_bytes;
+                assert!(peak.is_some_and(|b| b > 1 << 20) || !cfg!(target_os = "linux"));
+            }
             other => panic!("{other:?}"),
         }
     }

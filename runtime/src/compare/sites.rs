@@ -14,7 +14,7 @@ use linfusion_models::shapes::Shapes;
 use serde::Serialize;
 
 use crate::engine::{Engine, EngineError, SessionOptions};
-use crate::subgraph::{Cut, PartError, load, part};
+use crate::subgraph::{Cut, PartError, load, part, shapes};
 use crate::tensor::Tensor;
 
 /// The domain of the operators that replace attention.
@@ -229,18 +229,6 @@ fn site_name(node: &NodeProto) -> String {
     let name = node.name.as_deref().unwrap_or_default().trim_matches('/');
     let site = name.rsplit_once('/').map_or(name, |(site, _)| site);
     site.to_owned()
-}
-
-fn shapes(file: &OnnxFile, sample: &[(String, Tensor)]) -> Shapes {
-    let sizes: Vec<(String, Vec<i64>)> = sample
-        .iter()
-        .map(|(name, t)| (name.clone(), t.shape().iter().map(|d| *d as i64).collect()))
-        .collect();
-    let given: Vec<(&str, &[i64])> = sizes
-        .iter()
-        .map(|(name, shape)| (name.as_str(), shape.as_slice()))
-        .collect();
-    Shapes::at(&file.model, &|t| file.tensor_bytes(t).ok(), &given)
 }
 
 /// Sites whose values fit into the budget together.

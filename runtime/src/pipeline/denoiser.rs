@@ -43,6 +43,38 @@ pub struct Control {
     pub scale: f32,
 }
 
+/// What to tell SD-XL about sizes instead of the image's own: pixels, each as height and width. What is left out on the negative
+/// side is as on the positive.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct SizeHints {
+    /// Of the image before it was resized.
+    pub original: Option<[usize; 2]>,
+    /// Of what was cut off its top and left.
+    pub crop: Option<[usize; 2]>,
+    /// Of the image.
+    pub target: Option<[usize; 2]>,
+    /// `original` on the negative side.
+    pub negative_original: Option<[usize; 2]>,
+    /// `crop` on the negative side.
+    pub negative_crop: Option<[usize; 2]>,
+    /// `target` on the negative side.
+    pub negative_target: Option<[usize; 2]>,
+}
+
+impl SizeHints {
+    /// For an image of that size.
+    pub fn at(&self, height: usize, width: usize) -> Sizes {
+        Sizes {
+            original: self.original.unwrap_or([height, width]),
+            crop: self.crop.unwrap_or([0, 0]),
+            target: self.target.unwrap_or([height, width]),
+            negative_original: self.negative_original,
+            negative_crop: self.negative_crop,
+            negative_target: self.negative_target,
+        }
+    }
+}
+
 /// The sizes that SD-XL was trained to be told, in pixels, each as height and width.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Sizes {
@@ -61,18 +93,6 @@ pub struct Sizes {
 }
 
 impl Sizes {
-    /// Those of a whole image.
-    pub fn of(height: usize, width: usize) -> Self {
-        Self {
-            original: [height, width],
-            crop: [0, 0],
-            target: [height, width],
-            negative_original: None,
-            negative_crop: None,
-            negative_target: None,
-        }
-    }
-
     fn time_ids(&self, side: Side) -> [f32; 6] {
         let pick = |usual: [usize; 2], negative: Option<[usize; 2]>| match side {
             Side::Negative => negative.unwrap_or(usual),
@@ -268,7 +288,7 @@ fn unknown_input(port: &crate::engine::Port) -> String {
 }
 
 /// The residuals of a ControlNet are the model's inputs named after the blocks that they are added to.
-fn is_residual(name: &str) -> bool {
+pub(super) fn is_residual(name: &str) -> bool {
     name.contains("residual") || name.contains("down_block") || name.contains("mid_block")
 }
 
@@ -411,4 +431,29 @@ fn scalar_shape(port: &crate::engine::Port) -> Vec<usize> {
 fn stack(axis: Axis, a: &Array4<f32>, b: &Array4<f32>) -> Array4<f32> {
     // Only called with arrays that agree on the other axes.
     concatenate(axis, &[a.view(), b.view()]).unwrap_or_else(|_| a.clone())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_negative_side_is_told_its_own_sizes() {
+        let own = SizeHints::default().at(768, 1024);
+        for side in [Side::Positive, Side::Negative] {
+            assert_eq!(own.time_ids(side), [768.0, 1024.0, 0.0, 0.0, 768.0, 1024.0]);
+        }
+        let hints = SizeHints {
+            original: Some([2000, 3000]),
+            crop: Some([5, 6]),
+            negative_original: Some([512, 513]),
+            negative_target: Some([32, 33]),
+            ..SizeHints::default()
+        };
+        let sizes = hints.at(768, 1024);
+        let positive = [2000.0, 3000.0, 5.0, 6.0, 768.0, 1024.0];
+        assert_eq!(sizes.time_ids(Side::Positive), positive);
+        let negative = [512.0, 513.0, 5.0, 6.0, 32.0, 33.0];
+        assert_eq!(sizes.time_ids(Side::Negative), negative);
+    }
 }

@@ -6,7 +6,7 @@ use std::time::Instant;
 use ndarray::{Array4, ArrayView3, Axis};
 use serde::Serialize;
 
-use super::denoiser::{Conditions, Control, Denoiser, Sizes};
+use super::denoiser::{Conditions, Control, Denoiser};
 use super::error::PipelineError;
 use super::files::{beside, bytes, finite, numbered, planes};
 use super::folder::{DenoiserConfig, Folder, VaeConfig};
@@ -46,6 +46,8 @@ pub struct StageReport {
     pub seconds: f64,
     /// Evaluations of the denoising model, or 0.
     pub steps: usize,
+    /// How long each of them took.
+    pub step_seconds: Vec<f64>,
     /// Bytes of memory that were expected; `None` where nothing was counted.
     pub expected_bytes: Option<u64>,
     /// Bytes that the process had at most meanwhile, where the system tells.
@@ -64,6 +66,8 @@ pub(super) struct Work<'a> {
     pub memory: Vec<StageMemory>,
     pub random: TorchRandom,
     pub reports: Vec<StageReport>,
+    /// Evaluations of the stage that is under way.
+    step_seconds: Vec<f64>,
     /// The image of the last finished stage, until the last is done.
     kept: Option<PathBuf>,
 }
@@ -106,6 +110,7 @@ pub fn generate(
         memory,
         random: TorchRandom::new(request.seed),
         reports: Vec::new(),
+        step_seconds: Vec::new(),
         kept: None,
     };
     let encoded = work.encode_prompt()?;
@@ -135,6 +140,28 @@ pub fn generate(
     })
 }
 
+/// What the stages of a request will take, counted from the models' graphs.
+///
+/// # Errors
+/// The request is impossible with this pipeline, or a model cannot be read.
+pub fn expected(
+    folder: &Folder,
+    place: &Place,
+    request: &Request,
+) -> Result<Vec<StageMemory>, PipelineError> {
+    let vae: VaeConfig = folder.json("vae_decoder", "config.json")?;
+    let config: DenoiserConfig = folder.json(folder.denoiser(), "config.json")?;
+    let plan = Plan::new(folder, request, &vae, &config)?;
+    let counting = Counting {
+        folder,
+        place,
+        request,
+        plan: &plan,
+        vae: &vae,
+    };
+    counting.stages()
+}
+
 impl Work<'_> {
     pub(super) fn timed<T>(
         &mut self,
@@ -158,6 +185,7 @@ impl Work<'_> {
         self.reports.push(StageReport {
             expected_bytes: expected.map(StageMemory::total),
             peak_bytes: memory::peak(),
+            step_seconds: std::mem::take(&mut self.step_seconds),
             stage,
             seconds,
             steps,
@@ -209,10 +237,7 @@ impl Work<'_> {
                 .as_ref()
                 .map(|text| text.repeated(self.request.images)),
             scale: self.request.guidance as f32,
-            sizes: self
-                .request
-                .sizes
-                .unwrap_or_else(|| Sizes::of(size.height, size.width)),
+            sizes: self.request.sizes.at(size.height, size.width),
             control: match &self.request.control {
                 Some(image) => Some(Control {
                     hint: hint(image)?,
@@ -277,6 +302,7 @@ impl Work<'_> {
             )?;
             for (index, timestep) in timesteps.iter().enumerate().skip(first) {
                 work.stopped()?;
+                let started = Instant::now();
                 let mut input = latents.clone();
                 if let Some(values) = input.as_slice_mut() {
                     scheduler.scale_model_input(values, index);
@@ -296,6 +322,7 @@ impl Work<'_> {
                 finite(latents.iter(), || {
                     format!("{stage}, the sampler's step {step}")
                 })?;
+                work.step_seconds.push(started.elapsed().as_secs_f64());
                 work.observer.progress(Progress::Step);
                 work.observer.evaluated(Evaluated {
                     stage: &stage,

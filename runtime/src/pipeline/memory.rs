@@ -2,22 +2,23 @@
 
 use std::path::Path;
 
-use linfusion_models::onnx::OnnxFile;
-use linfusion_models::shapes::{Footprint, Probe, Shapes};
+use linfusion_models::onnx::{OnnxFile, make};
+use linfusion_models::shapes::{Footprint, Probe, Shapes, operations};
 use serde::Serialize;
 
-use super::denoiser::Guidance;
+use super::denoiser::{Guidance, is_residual};
 use super::error::PipelineError;
 use super::folder::{Family, Folder, VaeConfig};
 use super::ladder::Size;
 use super::model::Place;
 use super::plan::Plan;
 use super::request::{Init, Request};
+use super::vae;
 use crate::engine::{Device, Operators, memory_of};
 use crate::memory::{resident, shown};
 
 /// What a stage will take.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct StageMemory {
     /// Its name, as in the report.
     pub stage: String,
@@ -27,6 +28,8 @@ pub struct StageMemory {
     pub values: u64,
     /// The node during which they are.
     pub node: String,
+    /// Floating-point operations of its models, counted; a multiply-add is two.
+    pub operations: f64,
     /// Values of the graphs whose size is not known, and which count nothing.
     pub unknown: usize,
 }
@@ -116,17 +119,29 @@ impl Counting<'_> {
         format!("{place}{remedy}; --force begins anyway")
     }
 
-    fn count(&self, component: &str, probe: &Probe) -> Result<Footprint, PipelineError> {
+    fn count(&self, component: &str, probe: &Probe) -> Result<Counted, PipelineError> {
         let path = self.folder.model(component)?;
         let file = open(&path)?;
         let read = |tensor: &_| file.tensor_bytes(tensor).ok();
-        let shapes = Shapes::propagate(&file.model, &read, probe);
+        let model = &mut file.model.clone();
+        // Each residual has a size of its own, which the graph often leaves open; what it is added to has the same.
+        for value in &mut model.graph.get_or_insert_default().input {
+            let name = value.name.as_deref().unwrap_or_default();
+            if let (true, Some((element, _))) = (is_residual(name), make::tensor_type_of(value)) {
+                *value = make::value_info(name, element, &vec![make::Dim::Fixed(1); 4]);
+            }
+        }
+        let shapes = Shapes::propagate(model, &read, probe);
         let kernels = self.place.options.operators != Operators::None;
-        Ok(Footprint::of(&file.model, &shapes, kernels))
+        Ok(Counted {
+            footprint: Footprint::of(model, &shapes, kernels),
+            operations: operations(model, &shapes),
+        })
     }
 
     fn text(&self) -> Result<StageMemory, PipelineError> {
         let mut largest = Footprint::default();
+        let mut operations = 0.0;
         for component in ["text_encoder", "text_encoder_2", "text_encoder_3"] {
             if !self.folder.has(component) {
                 continue;
@@ -137,17 +152,22 @@ impl Counting<'_> {
                 text: text_tokens(self.folder.family),
             };
             let found = self.count(component, &probe)?;
-            if found.total() >= largest.total() {
-                largest = found;
+            operations += found.operations;
+            if found.footprint.total() >= largest.total() {
+                largest = found.footprint;
             }
         }
-        Ok(stage("text".to_owned(), &[largest], 0))
+        let models = [Counted {
+            footprint: largest,
+            operations,
+        }];
+        Ok(stage("text".to_owned(), &models, 0, 1.0))
     }
 
     fn denoise(&self, size: Size) -> Result<StageMemory, PipelineError> {
         let (images, channels, height, width) = self.plan.latent_shape(size);
         let sides = match (self.plan.guided, self.request.batching) {
-            (true, Guidance::Together) => 2,
+            (true, Guidance::Together) => 2_usize,
             _ => 1,
         };
         let probe = Probe {
@@ -161,7 +181,13 @@ impl Counting<'_> {
         }
         // Latents, both predictions, and what a sampler keeps of earlier steps.
         let latents = 8 * 4 * images * channels * height * width;
-        Ok(stage(format!("denoise {size}"), &models, latents as u64))
+        let evaluations = self.request.steps * if self.plan.guided { 2 / sides } else { 1 };
+        Ok(stage(
+            format!("denoise {size}"),
+            &models,
+            latents as u64,
+            evaluations as f64,
+        ))
     }
 
     fn decode(&self, size: Size) -> Result<StageMemory, PipelineError> {
@@ -176,7 +202,8 @@ impl Counting<'_> {
             text: 1,
         };
         let model = self.count("vae_decoder", &probe)?;
-        Ok(stage(format!("decode {size}"), &[model], self.bands(size)))
+        let whole = format!("decode {size}");
+        Ok(stage(whole, &[model], self.bands(size), self.tiles(size)))
     }
 
     fn encode(&self, size: Size) -> Result<StageMemory, PipelineError> {
@@ -190,7 +217,15 @@ impl Counting<'_> {
         let model = self.count("vae_encoder", &probe)?;
         // The image as bytes and as planes.
         let image = (3 + 12) * size.width * size.height;
-        Ok(stage(format!("encode {size}"), &[model], image as u64))
+        let whole = format!("encode {size}");
+        Ok(stage(whole, &[model], image as u64, self.tiles(size)))
+    }
+
+    /// How many times a whole tile's pixels go through the VAE.
+    fn tiles(&self, size: Size) -> f64 {
+        let side = self.request.vae_tile;
+        let along = |pixels: usize| vae::covered(pixels, side) as f64 / pixels.min(side) as f64;
+        along(size.width) * along(size.height)
     }
 
     /// Two rows of tiles, and one joined, in single precision.
@@ -204,15 +239,25 @@ fn signed(size: usize) -> i64 {
     i64::try_from(size).unwrap_or(i64::MAX)
 }
 
-fn stage(stage: String, models: &[Footprint], beside: u64) -> StageMemory {
+/// A model at the sizes of a stage.
+struct Counted {
+    footprint: Footprint,
+    operations: f64,
+}
+
+/// A stage that runs `models` so many times, with so many bytes beside them.
+fn stage(stage: String, models: &[Counted], beside: u64, times: f64) -> StageMemory {
+    let operations: f64 = models.iter().map(|m| m.operations).sum();
+    let models = || models.iter().map(|m| &m.footprint);
     // One model runs at a time; the weights of all are there.
-    let most = models.iter().max_by_key(|m| m.values);
+    let most = models().max_by_key(|m| m.values);
     StageMemory {
         stage,
-        weights: models.iter().map(|m| m.weights).sum(),
+        operations: operations * times,
+        weights: models().map(|m| m.weights).sum(),
         values: most.map_or(0, |m| m.values).saturating_add(beside),
         node: most.map(|m| m.node.clone()).unwrap_or_default(),
-        unknown: models.iter().map(|m| m.unknown).sum(),
+        unknown: models().map(|m| m.unknown).sum(),
     }
 }
 

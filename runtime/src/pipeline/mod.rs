@@ -16,10 +16,10 @@ mod suspect;
 mod tokenizer;
 mod vae;
 
-pub use denoiser::{Control, Guidance, Sizes};
+pub use denoiser::{Control, Guidance, SizeHints, Sizes};
 pub use error::PipelineError;
 pub use folder::{DenoiserConfig, Family, Folder, VaeConfig};
-pub use generate::{Generated, StageReport, generate};
+pub use generate::{Generated, StageReport, expected, generate};
 pub use ladder::Size;
 pub use memory::StageMemory;
 pub use model::Place;

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use ndarray::Array4;
 
-use super::denoiser::{Guidance, Sizes};
+use super::denoiser::{Guidance, SizeHints};
 use super::ladder::Size;
 use super::memory::StageMemory;
 use crate::image::Rgb;
@@ -45,14 +45,42 @@ pub struct Request {
     pub control: Option<Rgb>,
     /// Factor on what the ControlNet adds.
     pub control_scale: f64,
-    /// What SD-XL is told about sizes; those of the image if `None`.
-    pub sizes: Option<Sizes>,
+    /// What SD-XL is told about sizes.
+    pub sizes: SizeHints,
     /// Where images go; several get numbers before the extension.
     pub output: PathBuf,
     /// Begin even if the memory that is counted on isn't there.
     pub force: bool,
     /// Steps between previews; none if `None`.
     pub preview: Option<usize>,
+}
+
+impl Request {
+    /// One image of `prompt` from noise, with everything else as `linfusion-run generate` has it by default.
+    pub fn new(prompt: String, output: PathBuf) -> Self {
+        Self {
+            prompt,
+            negative: None,
+            images: 1,
+            seed: 0,
+            steps: 30,
+            guidance: 7.5,
+            size: None,
+            init: Init::Noise,
+            scheduler: None,
+            eta: 0.0,
+            upscale: vec![0.4, 0.3, 0.2, 0.1],
+            direct: false,
+            vae_tile: 1024,
+            batching: Guidance::Together,
+            control: None,
+            control_scale: 1.0,
+            sizes: SizeHints::default(),
+            output,
+            force: false,
+            preview: None,
+        }
+    }
 }
 
 /// What a generation begins with.

@@ -9,7 +9,7 @@ use linfusion_models::shapes::Shapes;
 
 use super::model::Place;
 use crate::engine::{Optimization, SessionOptions};
-use crate::subgraph::{Cut, load, part, title};
+use crate::subgraph::{Cut, load, part, shapes, title};
 use crate::tensor::Tensor;
 
 /// Bytes of values that are looked at in one run.
@@ -39,15 +39,7 @@ fn search(
     inputs: &[(String, Tensor)],
 ) -> Result<Option<String>, String> {
     let file = OnnxFile::open(path).map_err(|e| e.to_string())?;
-    let sizes: Vec<(String, Vec<i64>)> = inputs
-        .iter()
-        .map(|(name, t)| (name.clone(), t.shape().iter().map(|d| *d as i64).collect()))
-        .collect();
-    let given: Vec<(&str, &[i64])> = sizes
-        .iter()
-        .map(|(name, shape)| (name.as_str(), shape.as_slice()))
-        .collect();
-    let shapes = Shapes::at(&file.model, &|t| file.tensor_bytes(t).ok(), &given);
+    let shapes = shapes(&file, inputs);
     let mut search = Search::new(&file, &shapes, place, inputs);
     let Some((mut low, mut high)) = search.bracket()? else {
         return Ok(None);

@@ -35,6 +35,18 @@ impl Tiling {
     }
 }
 
+/// Pixels along an edge that go through the VAE when `pixels` are cut into tiles: those in two tiles count twice.
+pub(super) fn covered(pixels: usize, side: usize) -> usize {
+    if pixels <= side {
+        return pixels;
+    }
+    let stride = Tiling::new(side, 1, 1).stride;
+    (0..pixels)
+        .step_by(stride)
+        .map(|first| side.min(pixels - first))
+        .sum()
+}
+
 /// What a model does to one tile, [channels, height, width] to the same.
 type Run<'a> = dyn FnMut(Array3<f32>) -> Result<Array3<f32>, PipelineError> + 'a;
 /// Takes rows of the output as they are finished, [channels, rows, width].

@@ -9,7 +9,9 @@ use std::process::ExitCode;
 use linfusion_convert::convert::{WeightsFrom, convert};
 use linfusion_models::fixtures;
 use linfusion_models::onnx::write::Overwrite;
-use linfusion_runtime::bench::{self, EngineName, Job, OperatorsFrom, Plan, WorkerCommand, plot};
+use linfusion_runtime::bench::{
+    self, EngineName, Images, Job, OperatorsFrom, Plan, WorkerCommand, plot,
+};
 use linfusion_runtime::engine::{Device, Engine, Operators};
 use linfusion_runtime::npz;
 use linfusion_runtime::table::table;
@@ -155,11 +157,13 @@ fn measure(engine: Engine, model: &Path, out: &Path, folder: &Path) -> Result<()
         operators: OperatorsFrom::InProcess,
         library: None,
         device: Device::Cpu,
+        device_memory: None,
         latent: 0,
         batch: 2,
         sequence: 77,
         shapes: Vec::new(),
         seed: 0,
+        images: Images::default(),
     };
     let worker = WorkerCommand {
         program: std::env::current_exe()?,

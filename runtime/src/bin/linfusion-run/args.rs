@@ -7,6 +7,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use linfusion_runtime::bench::{EngineName, OperatorsFrom};
 use linfusion_runtime::engine::{DeviceChoice, Engine, library, load_library};
 
+use crate::bench::BenchArgs;
 use crate::compare::CompareArgs;
 use crate::generate::GenerateArgs;
 
@@ -30,8 +31,8 @@ pub enum Command {
     Doctor(DoctorArgs),
     /// Run two models, or two pipelines, on the same inputs and report how far they are apart
     Compare(Box<CompareArgs>),
-    /// Time a step of several models at growing resolution, with peak memory
-    Bench(BenchArgs),
+    /// Time a step of several models, or an image of several pipelines, at growing resolution, with peak memory
+    Bench(Box<BenchArgs>),
     /// Make images with a pipeline's folder
     Generate(Box<GenerateArgs>),
     /// Write completions for a shell to standard output
@@ -56,35 +57,6 @@ pub struct DoctorArgs {
     pub operator_library: Option<PathBuf>,
     #[command(flatten)]
     pub place: Where,
-}
-
-#[derive(Args)]
-pub struct BenchArgs {
-    /// The models; the others are compared with the first
-    #[arg(required = true)]
-    pub models: Vec<PathBuf>,
-    /// Height and width of square images in pixels, divisible by 8
-    #[arg(long, value_delimiter = ',', default_value = "512,768,1024", value_parser = latent_size)]
-    pub sizes: Vec<usize>,
-    /// Runs that count, after one that does not
-    #[arg(long, default_value = "5")]
-    pub repeats: NonZeroUsize,
-    /// Also write the plot here
-    #[arg(long, value_name = "FILE.svg")]
-    pub plot: Option<PathBuf>,
-    /// Also write the measurements here
-    #[arg(long, value_name = "FILE.json")]
-    pub json: Option<PathBuf>,
-    #[command(flatten)]
-    pub shape: Shape,
-    #[command(flatten)]
-    pub place: Where,
-}
-
-impl BenchArgs {
-    pub fn latents(&self) -> Vec<usize> {
-        self.sizes.clone()
-    }
 }
 
 /// What random inputs look like.
@@ -159,18 +131,6 @@ impl Where {
     }
 }
 
-/// Image pixels of one latent pixel.
-const LATENT: usize = 8;
-
-fn latent_size(text: &str) -> Result<usize, String> {
-    let pixels: usize = text.parse().map_err(|_| format!("`{text}` is no number"))?;
-    match pixels {
-        0 => Err("0 is no size".to_owned()),
-        _ if pixels.is_multiple_of(LATENT) => Ok(pixels / LATENT),
-        _ => Err(format!("{pixels} pixels are not divisible by {LATENT}")),
-    }
-}
-
 /// `20GB`, `512MiB`, or a number of bytes.
 fn byte_count(text: &str) -> Result<usize, String> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
@@ -222,16 +182,6 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Arguments::command().debug_assert();
-    }
-
-    #[test]
-    fn sizes_are_pixels() {
-        assert_eq!(latent_size("64"), Ok(8));
-        assert_eq!(latent_size("256"), Ok(32));
-        assert_eq!(latent_size("1024"), Ok(128));
-        for wrong in ["0", "255", "1001", "-8", "x"] {
-            assert!(latent_size(wrong).is_err(), "{wrong}");
-        }
     }
 
     #[test]

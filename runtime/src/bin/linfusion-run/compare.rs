@@ -7,7 +7,7 @@ use clap::Args;
 use linfusion_runtime::compare::{difference, pipelines, sites};
 use linfusion_runtime::engine::Session;
 use linfusion_runtime::inputs::{self, Request};
-use linfusion_runtime::pipeline::{self, Folder, Guidance, Init, Size};
+use linfusion_runtime::pipeline::{self, Folder, Size};
 use linfusion_runtime::{npz, provenance, tensor::Tensor};
 use miette::{IntoDiagnostic, WrapErr, miette};
 
@@ -98,30 +98,21 @@ fn run_pipelines(args: &CompareArgs) -> miette::Result<ExitCode> {
     let requests: Vec<pipeline::Request> = prompts
         .iter()
         .enumerate()
-        .map(|(number, prompt)| pipeline::Request {
-            prompt: prompt.clone(),
-            negative: None,
-            images: 1,
-            seed: args.shape.seed.wrapping_add(number as u64),
-            steps: args.steps,
-            guidance: args.guidance,
-            size: args.size,
-            init: Init::Noise,
-            scheduler: args.scheduler.clone(),
-            eta: 0.0,
-            upscale: vec![0.4, 0.3, 0.2, 0.1],
-            direct: false,
-            vae_tile: args.vae_tile,
-            batching: Guidance::Together,
-            control: None,
-            control_scale: 1.0,
-            sizes: None,
-            output: match prompts.len() {
+        .map(|(number, prompt)| {
+            let output = match prompts.len() {
                 1 => args.output.clone(),
                 _ => prompt_output(&args.output, number),
-            },
-            force: args.force,
-            preview: None,
+            };
+            pipeline::Request {
+                seed: args.shape.seed.wrapping_add(number as u64),
+                steps: args.steps,
+                guidance: args.guidance,
+                size: args.size,
+                scheduler: args.scheduler.clone(),
+                vae_tile: args.vae_tile,
+                force: args.force,
+                ..pipeline::Request::new(prompt.clone(), output)
+            }
         })
         .collect();
     let place = place(&args.place)?;

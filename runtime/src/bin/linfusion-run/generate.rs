@@ -12,7 +12,7 @@ use linfusion_runtime::engine::{Device, memory_of};
 use linfusion_runtime::image::{Metadata, Parameters, Rgb, read};
 use linfusion_runtime::pipeline::{
     Folder, Generated, Guidance, Init, Observer, PipelineError, Place, Progress, Request, Size,
-    generate,
+    SizeHints, generate,
 };
 use linfusion_runtime::{memory, npz, scheduler};
 use miette::{IntoDiagnostic, WrapErr, miette};
@@ -88,6 +88,8 @@ pub struct GenerateArgs {
     /// Make a large image in one go instead of enlarging one of the model's own size
     #[arg(long)]
     pub direct: bool,
+    #[command(flatten)]
+    pub sizes: SizeArgs,
     /// Side of the tiles in which larger images go through the VAE, in pixels
     #[arg(long, value_name = "PIXELS", default_value_t = 1024)]
     pub vae_tile: usize,
@@ -105,6 +107,51 @@ pub struct GenerateArgs {
     pub output: PathBuf,
     #[command(flatten)]
     pub place: Where,
+}
+
+/// What SD-XL is told about sizes.
+#[derive(Args)]
+pub struct SizeArgs {
+    /// SD-XL: size of the picture before it was resized [default: that of the image]
+    #[arg(long, value_name = "WxH", value_parser = size)]
+    original_size: Option<Size>,
+    /// SD-XL: pixels cut off the top and left [default: 0,0]
+    #[arg(long, value_name = "TOP,LEFT", value_parser = crop)]
+    crop: Option<[usize; 2]>,
+    /// SD-XL: size of the picture [default: that of the image]
+    #[arg(long, value_name = "WxH", value_parser = size)]
+    target_size: Option<Size>,
+    /// SD-XL, on the negative side: as --original-size
+    #[arg(long, value_name = "WxH", value_parser = size)]
+    negative_original_size: Option<Size>,
+    /// SD-XL, on the negative side: as --crop
+    #[arg(long, value_name = "TOP,LEFT", value_parser = crop)]
+    negative_crop: Option<[usize; 2]>,
+    /// SD-XL, on the negative side: as --target-size
+    #[arg(long, value_name = "WxH", value_parser = size)]
+    negative_target_size: Option<Size>,
+}
+
+impl SizeArgs {
+    fn hints(&self) -> SizeHints {
+        let pixels = |size: Option<Size>| size.map(|s| [s.height, s.width]);
+        SizeHints {
+            original: pixels(self.original_size),
+            crop: self.crop,
+            target: pixels(self.target_size),
+            negative_original: pixels(self.negative_original_size),
+            negative_crop: self.negative_crop,
+            negative_target: pixels(self.negative_target_size),
+        }
+    }
+}
+
+fn crop(text: &str) -> Result<[usize; 2], String> {
+    let sides = text.split_once(',').map(|(t, l)| (t.parse(), l.parse()));
+    match sides {
+        Some((Ok(top), Ok(left))) => Ok([top, left]),
+        _ => Err(format!("`{text}` is not TOP,LEFT, such as 0,0")),
+    }
 }
 
 pub fn size(text: &str) -> Result<Size, String> {
@@ -346,7 +393,7 @@ fn request(
         },
         control: args.control_image.as_deref().map(open).transpose()?,
         control_scale: args.control_scale,
-        sizes: None,
+        sizes: args.sizes.hints(),
         output,
         force: args.force,
         preview: args.preview,
@@ -417,6 +464,14 @@ fn metadata(args: &GenerateArgs, request: &Request, hash: &str, size: Size) -> M
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn crops_are_top_and_left() {
+        assert_eq!(crop("0,16"), Ok([0, 16]));
+        for wrong in ["16", "0x16", "-1,0", ",", "1,2,3"] {
+            assert!(crop(wrong).is_err(), "{wrong}");
+        }
+    }
 
     #[test]
     fn sizes_are_width_and_height() {

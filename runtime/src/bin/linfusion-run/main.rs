@@ -2,6 +2,7 @@
 //! standard error.
 
 mod args;
+mod bench;
 mod compare;
 mod generate;
 mod output;
@@ -12,8 +13,8 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser};
 use miette::{IntoDiagnostic, WrapErr};
 
-use args::{Arguments, BenchArgs, Command, DoctorArgs, Where};
-use linfusion_runtime::bench::{self, Job, OperatorsFrom, Plan, WorkerCommand};
+use args::{Arguments, Command, DoctorArgs, Where};
+use linfusion_runtime::bench::{OperatorsFrom, serve};
 use linfusion_runtime::doctor;
 use linfusion_runtime::engine::{Device, Engine, SessionOptions};
 
@@ -33,7 +34,7 @@ fn main() -> ExitCode {
     let done = match &arguments.command {
         Command::Doctor(args) => run_doctor(args),
         Command::Compare(args) => compare::run(args),
-        Command::Bench(args) => run_bench(args),
+        Command::Bench(args) => bench::run(args),
         Command::Generate(args) => generate::run(args),
         Command::Completions { shell } => {
             let mut text = Vec::new();
@@ -46,7 +47,7 @@ fn main() -> ExitCode {
             print(&String::from_utf8_lossy(&text)).map(|()| ExitCode::SUCCESS)
         }
         Command::Man => man(),
-        Command::MeasureWorker { job } => bench::serve(job, io::stdin().lock(), io::stdout())
+        Command::MeasureWorker { job } => serve(job, io::stdin().lock(), io::stdout())
             .into_diagnostic()
             .map(|()| ExitCode::SUCCESS),
     };
@@ -75,50 +76,6 @@ fn run_doctor(args: &DoctorArgs) -> miette::Result<ExitCode> {
     } else {
         ExitCode::from(NOT_WELL)
     })
-}
-
-fn run_bench(args: &BenchArgs) -> miette::Result<ExitCode> {
-    let options = session_options(&args.place)?;
-    let plan = Plan {
-        worker: WorkerCommand {
-            program: std::env::current_exe().into_diagnostic()?,
-            arguments: vec!["measure-worker".to_owned()],
-        },
-        models: args.models.clone(),
-        latents: args.latents(),
-        repeats: args.repeats.get(),
-        template: Job {
-            model: Default::default(),
-            engine: args.place.engine_name(),
-            threads: options.threads,
-            operators: args.place.operators.clone(),
-            library: options.library,
-            device: options.device,
-            latent: 0,
-            batch: args.shape.batch,
-            sequence: args.shape.sequence,
-            shapes: args.shape.set.clone(),
-            seed: args.shape.seed,
-        },
-    };
-    let progress = indicatif::ProgressBar::new_spinner();
-    progress.enable_steady_tick(std::time::Duration::from_millis(200));
-    let report = bench::run(&plan, |what| progress.set_message(what.to_owned())).into_diagnostic();
-    progress.finish_and_clear();
-    let report = report?;
-    if let Some(path) = &args.plot {
-        bench::plot::write(&report, path).into_diagnostic()?;
-    }
-    if let Some(path) = &args.json {
-        std::fs::write(path, output::json(&report)?)
-            .into_diagnostic()
-            .wrap_err_with(|| format!("writing {}", path.display()))?;
-    }
-    print(&match args.place.report {
-        args::Report::Json => output::json(&report)?,
-        args::Report::Table => output::bench(&report),
-    })?;
-    Ok(ExitCode::SUCCESS)
 }
 
 fn session_options(place: &Where) -> miette::Result<SessionOptions> {

@@ -1,7 +1,7 @@
 //! Reports as text.
 
 use std::fmt::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use comfy_table::{CellAlignment, Table};
 use linfusion_runtime::bench::BenchReport;
@@ -144,31 +144,53 @@ fn sites(sites: &[SiteDifference]) -> String {
 }
 
 pub fn bench(report: &BenchReport) -> String {
-    let mut table = table(["pixels", "model", "median ms", "speed-up", "peak MiB"]);
+    let results = || report.sizes.iter().flat_map(|size| &size.results);
+    let pipelines = results().any(|r| r.step_ms.is_some());
+    let gpu = results().any(|r| r.device_bytes.is_some());
+    let mut head = vec!["pixels", "model", "median ms", "speed-up"];
+    head.push(if pipelines { "step ms" } else { "attention" });
+    head.extend(["peak MiB", "counted MiB"]);
+    head.extend(gpu.then_some("GPU MiB"));
+    let mut table = table(head);
+    let mib = |bytes: Option<u64>| {
+        bytes.map_or("–".to_owned(), |b| {
+            format!("{:.0}", b as f64 / f64::from(1 << 20))
+        })
+    };
     for size in &report.sizes {
         for (model, result) in report.models.iter().zip(&size.results) {
-            let name = model.path.file_name().unwrap_or(model.path.as_os_str());
-            table.add_row([
+            let mut row = vec![
                 size.pixels.to_string(),
-                name.to_string_lossy().into_owned(),
+                title(&model.path),
                 result
                     .median_ms
                     .map_or("failed".to_owned(), |ms| format!("{ms:.1}")),
                 result
                     .speedup
                     .map_or("–".to_owned(), |s| format!("{s:.2} ×")),
-                result.peak_rss_bytes.map_or("–".to_owned(), |b| {
-                    format!("{:.0}", b as f64 / f64::from(1 << 20))
-                }),
-            ]);
+                match (result.step_ms, &result.profile) {
+                    (Some(ms), _) => format!("{ms:.1}"),
+                    (None, Some(profile)) => format!("{:.0} %", 100.0 * profile.attention_share),
+                    (None, None) => "–".to_owned(),
+                },
+                mib(result.peak_rss_bytes),
+                mib(result.expected.map(|e| e.bytes)),
+            ];
+            row.extend(gpu.then(|| mib(result.device_bytes)));
+            table.add_row(row);
         }
     }
     align_numbers(&mut table, 2);
     let threads = report
         .threads
         .map_or("its own number of".to_owned(), |t| t.to_string());
+    let what = if pipelines {
+        "whole images"
+    } else {
+        "one step; attention: its share of it"
+    };
     let mut text = format!(
-        "{} with {threads} threads on {} processors; median of {} runs, models taking turns\n{table}\n",
+        "{what}; {} with {threads} threads on {} processors; median of {} runs, models taking turns\n{table}\n",
         report.engine, report.processors, report.repeats
     );
     for failure in report
@@ -201,6 +223,57 @@ pub fn bench(report: &BenchReport) -> String {
             text,
             "{} was converted without trained weights: only its speed means something",
             model.path.display()
+        );
+    }
+    text
+}
+
+fn title(model: &Path) -> String {
+    let name = model.file_name().unwrap_or(model.as_os_str());
+    name.to_string_lossy().into_owned()
+}
+
+/// Where each model's time goes at the largest size that it got through: operators, or a pipeline's stages.
+pub fn profiles(report: &BenchReport) -> String {
+    let mut text = String::new();
+    for (index, model) in report.models.iter().enumerate() {
+        let largest = report.sizes.iter().rev().find_map(|size| {
+            let result = size.results.get(index)?;
+            result.median_ms.is_some().then_some((size.pixels, result))
+        });
+        let Some((pixels, result)) = largest else {
+            continue;
+        };
+        let mut table = table(["", "calls", "ms", "share", "attention"]);
+        let share = |ms: f64, all: f64| format!("{:.1} %", 100.0 * ms / all);
+        if let Some(profile) = &result.profile {
+            for row in &profile.operators {
+                table.add_row([
+                    format!("{} ({})", row.operator, row.provider),
+                    row.calls.to_string(),
+                    format!("{:.2}", row.ms),
+                    share(row.ms, profile.total_ms),
+                    share(row.attention_ms, profile.total_ms),
+                ]);
+            }
+        } else if let (Some(all), false) = (result.median_ms, result.stages.is_empty()) {
+            for row in &result.stages {
+                table.add_row([
+                    row.stage.clone(),
+                    "1".to_owned(),
+                    format!("{:.2}", row.ms),
+                    share(row.ms, all),
+                    "–".to_owned(),
+                ]);
+            }
+        } else {
+            continue;
+        }
+        align_numbers(&mut table, 1);
+        let _ = writeln!(
+            text,
+            "{} at {pixels} × {pixels}, by time\n{table}",
+            title(&model.path)
         );
     }
     text
