@@ -14,3 +14,4 @@ pub mod subgraph;
 pub mod table;
 pub mod tensor;
 pub mod torch_random;
+pub mod triton;
