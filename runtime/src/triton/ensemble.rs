@@ -36,14 +36,23 @@ pub fn of_text_encoders(first: &ModelConfig, second: &ModelConfig) -> Option<Mod
         for port in &model.inputs {
             let name = format!("{}{suffix}", port.name);
             step.inputs.insert(port.name.clone(), name.clone());
-            ensemble.inputs.push(Port { name, ..port.clone() });
+            ensemble.inputs.push(Port {
+                name,
+                ..port.clone()
+            });
         }
         let states = penultimate(&model.outputs)?;
         let pooled = model.outputs.iter().find(|p| p.name == "text_embeds");
-        let outputs = [Some((states, format!("hidden_states{suffix}"))), pooled.map(|p| (p, p.name.clone()))];
+        let outputs = [
+            Some((states, format!("hidden_states{suffix}"))),
+            pooled.map(|p| (p, p.name.clone())),
+        ];
         for (port, name) in outputs.into_iter().flatten() {
             step.outputs.insert(port.name.clone(), name.clone());
-            ensemble.outputs.push(Port { name, ..port.clone() });
+            ensemble.outputs.push(Port {
+                name,
+                ..port.clone()
+            });
         }
         ensemble.steps.push(step);
     }
@@ -52,10 +61,12 @@ pub fn of_text_encoders(first: &ModelConfig, second: &ModelConfig) -> Option<Mod
 
 /// Of `hidden_states.0`, `hidden_states.1`, … the second-last, in whatever order the graph has them.
 fn penultimate(outputs: &[Port]) -> Option<&Port> {
-    let number = |port: &Port| -> Option<usize> {
-        port.name.strip_prefix("hidden_states.")?.parse().ok()
-    };
-    let mut states: Vec<(usize, &Port)> = outputs.iter().filter_map(|p| Some((number(p)?, p))).collect();
+    let number =
+        |port: &Port| -> Option<usize> { port.name.strip_prefix("hidden_states.")?.parse().ok() };
+    let mut states: Vec<(usize, &Port)> = outputs
+        .iter()
+        .filter_map(|p| Some((number(p)?, p)))
+        .collect();
     states.sort_by_key(|(number, _)| *number);
     let wanted = states.len().checked_sub(2)?;
     states.get(wanted).map(|(_, port)| *port)

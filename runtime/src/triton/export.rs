@@ -180,7 +180,12 @@ fn components(folder: &Folder) -> Result<Vec<&'static str>, TritonError> {
             return Err(missing(needed));
         }
     }
-    let rest = there(&["controlnet", folder.denoiser(), "vae_decoder", "vae_encoder"]);
+    let rest = there(&[
+        "controlnet",
+        folder.denoiser(),
+        "vae_decoder",
+        "vae_encoder",
+    ]);
     Ok([encoders, rest].concat())
 }
 
@@ -206,7 +211,10 @@ fn check_library(path: &Path) -> Result<(), TritonError> {
     let read = fs::File::open(path).and_then(|mut file| file.read_exact(&mut magic));
     let problem = match read {
         Ok(()) if magic == *b"\x7fELF" => return Ok(()),
-        Ok(()) => "is no shared library for Linux; expected liblinfusion_ops.so, which `make lib` builds".to_owned(),
+        Ok(()) => {
+            "is no shared library for Linux; expected liblinfusion_ops.so, which `make lib` builds"
+                .to_owned()
+        }
         Err(error) => format!("cannot be read: {error}"),
     };
     Err(TritonError::Library {
@@ -339,7 +347,9 @@ fn link(file: &OnnxFile, version: &Path) -> Result<(), TritonError> {
         return Err(fault(problem));
     }
     let folder = file.path().parent().unwrap_or(Path::new("."));
-    let pairs = locations.iter().map(|location| (folder.join(location), version.join(location)));
+    let pairs = locations
+        .iter()
+        .map(|location| (folder.join(location), version.join(location)));
     for (from, to) in pairs.chain([(file.path().to_owned(), version.join(MODEL))]) {
         let target = fs::canonicalize(&from).map_err(TritonError::io("resolve", &from))?;
         if let Some(parent) = to.parent() {

@@ -54,13 +54,13 @@ impl Unfinished {
     /// As for [`Self::begin`].
     pub fn publish(self) -> Result<(), TritonError> {
         admit(&self.place, self.existing)?;
-        let rename = |from: &Path, to: &Path| {
-            fs::rename(from, to).map_err(TritonError::io("rename to", to))
-        };
+        let rename =
+            |from: &Path, to: &Path| fs::rename(from, to).map_err(TritonError::io("rename to", to));
         let around = self.scratch.path().parent().unwrap_or(Path::new("."));
         let aside = match self.place.exists() {
             true => {
-                let folder = beside(around).map_err(TritonError::io("create a folder in", around))?;
+                let folder =
+                    beside(around).map_err(TritonError::io("create a folder in", around))?;
                 rename(&self.place, &folder.path().join("old"))?;
                 Some(folder)
             }
@@ -111,7 +111,9 @@ fn admit(place: &Path, existing: Existing) -> Result<(), TritonError> {
         let path = entry.map_err(TritonError::io("read", place))?.path();
         if !path.join("config.pbtxt").is_file() {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
-            return Err(foreign(format!("`{name}` in it is no folder with a config.pbtxt")));
+            return Err(foreign(format!(
+                "`{name}` in it is no folder with a config.pbtxt"
+            )));
         }
     }
     Ok(())

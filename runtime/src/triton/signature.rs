@@ -96,10 +96,15 @@ impl Declared {
             tensor: name.clone(),
             problem,
         };
-        let (element, dims) = tensor_type_of(value)
-            .ok_or_else(|| fault("is no tensor of a known type; Triton takes only tensors".to_owned()))?;
-        let data_type = DataType::of(element)
-            .ok_or_else(|| fault(format!("is of type {}, which Triton hasn't", element.name())))?;
+        let (element, dims) = tensor_type_of(value).ok_or_else(|| {
+            fault("is no tensor of a known type; Triton takes only tensors".to_owned())
+        })?;
+        let data_type = DataType::of(element).ok_or_else(|| {
+            fault(format!(
+                "is of type {}, which Triton hasn't",
+                element.name()
+            ))
+        })?;
         let dims = dims.ok_or_else(|| {
             fault("has no declared shape; export the model with its shapes".to_owned())
         })?;
@@ -230,14 +235,21 @@ mod tests {
     #[test]
     fn what_triton_lacks_is_refused_by_name() {
         let odd = value_info("x", ElementType::Complex64, &[Dim::Fixed(1)]);
-        let error = Declared::of(&odd, Path::new("m.onnx")).unwrap_err().to_string();
-        assert!(error.contains("m.onnx: `x` is of type complex64"), "{error}");
+        let error = Declared::of(&odd, Path::new("m.onnx"))
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("m.onnx: `x` is of type complex64"),
+            "{error}"
+        );
         let open = ValueInfoProto {
             name: Some("y".to_owned()),
             r#type: linfusion_models::onnx::make::tensor_type(ElementType::F32, None).into(),
             ..ValueInfoProto::default()
         };
-        let error = Declared::of(&open, Path::new("m.onnx")).unwrap_err().to_string();
+        let error = Declared::of(&open, Path::new("m.onnx"))
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("`y` has no declared shape"), "{error}");
     }
 }

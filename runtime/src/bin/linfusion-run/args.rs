@@ -9,6 +9,7 @@ use linfusion_runtime::engine::{DeviceChoice, Engine, library, load_library};
 
 use crate::bench::BenchArgs;
 use crate::compare::CompareArgs;
+use crate::export_triton::ExportTritonArgs;
 use crate::generate::GenerateArgs;
 
 /// Runs, compares and measures diffusion graphs, original and converted.
@@ -17,7 +18,7 @@ use crate::generate::GenerateArgs;
     name = "linfusion-run",
     version,
     after_help = "Exit codes: 0 done; 1 failed; 2 wrong usage; 3 compare: outputs are not finite or beyond \
-                  --tolerance; 4 doctor: no ONNX Runtime, or a broken operator library; 130 generate: stopped.\n\
+                  --tolerance; 4 doctor: no ONNX Runtime, or a broken operator library; 130 generate, export-triton: stopped.\n\
                   LINFUSION_LOG sets what is logged, e.g. `debug`."
 )]
 pub struct Arguments {
@@ -35,6 +36,8 @@ pub enum Command {
     Bench(Box<BenchArgs>),
     /// Make images with a pipeline's folder
     Generate(Box<GenerateArgs>),
+    /// Write a model repository for Triton Inference Server from a pipeline's folder
+    ExportTriton(ExportTritonArgs),
     /// Write completions for a shell to standard output
     Completions {
         /// The shell
@@ -132,7 +135,7 @@ impl Where {
 }
 
 /// `20GB`, `512MiB`, or a number of bytes.
-fn byte_count(text: &str) -> Result<usize, String> {
+pub fn byte_count(text: &str) -> Result<usize, String> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let unit = match &text[digits.len()..] {
         "" | "B" => 1.0,

@@ -23,7 +23,7 @@ use sha2::{Digest, Sha256};
 use crate::args::{Report, Where};
 
 /// Exit code of a run that the user stopped, as shells give it for Ctrl-C.
-const STOPPED: u8 = 130;
+pub const STOPPED: u8 = 130;
 
 #[derive(Args)]
 pub struct GenerateArgs {

@@ -4,6 +4,7 @@
 mod args;
 mod bench;
 mod compare;
+mod export_triton;
 mod generate;
 mod output;
 
@@ -36,6 +37,7 @@ fn main() -> ExitCode {
         Command::Compare(args) => compare::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Generate(args) => generate::run(args),
+        Command::ExportTriton(args) => export_triton::run(args),
         Command::Completions { shell } => {
             let mut text = Vec::new();
             clap_complete::generate(
