@@ -8,6 +8,7 @@
 # gpu-check  on a machine with a GPU, PyTorch, Triton and onnxruntime-gpu: correctness, compute-sanitizer,
 #            benchmark into benches/results; needs no network once `cuda lib` were run
 # ort    four releases of libonnxruntime into .cache/ort, hash-checked
+# triton-client  Triton's Python client into .cache/triton, hash-checked; what can't be fetched is skipped
 # clean  what cargo and the targets above made; `distclean` also the fetched libraries
 #
 # LINFUSION_ORT_DIR  a folder of VERSION/libonnxruntime.so.VERSION to use instead of fetching
@@ -20,7 +21,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
 .DELETE_ON_ERROR:
-.PHONY: demo test lint bench fuzz lib cuda gpu-check ort clean distclean help
+.PHONY: demo test lint bench fuzz lib cuda gpu-check ort triton-client clean distclean help
 
 CARGO ?= cargo
 CACHE := $(CURDIR)/.cache
@@ -43,9 +44,10 @@ demo:
 	@$(CARGO) build --release --locked -p linfusion-convert -p linfusion-runtime -p linfusion-tests
 	@$(CARGO) run --release --locked --quiet -p linfusion-tests --bin demo
 
-test: ort $(if $(LINFUSION_NO_CUDA),,cuda) lib
+test: ort triton-client $(if $(LINFUSION_NO_CUDA),,cuda) lib
 	@command -v $(CARGO) >/dev/null || { echo "cargo is not there: install Rust from https://rustup.rs" >&2; exit 1; }
 	@export LINFUSION_TEST_ORT_DIR='$(ORT_DIR)' LINFUSION_TEST_PYTHON_DIR='$(CACHE)/py'
+	@export LINFUSION_TEST_TRITON_DIR='$(CACHE)/triton'
 	@export LINFUSION_OPS_LIBRARY='$(LIBRARY)' ORT_DYLIB_PATH="$(NEWEST_ORT)"
 	@log=$$(mktemp); trap 'rm -f "$$log"' EXIT
 	@status=0; $(CARGO) test --workspace --locked --no-fail-fast 2>&1 | tee "$$log" || status=$$?
@@ -104,6 +106,10 @@ ort:
 	else
 	  PYTHON='$(or $(PYTHON),python3)' runtime/scripts/fetch_ort.sh '$(CACHE)'
 	fi
+
+# The schema that model repositories are checked with.
+triton-client:
+	@PYTHON='$(or $(PYTHON),python3)' tests/scripts/fetch_triton_client.sh '$(CACHE)'
 
 clean:
 	@$(CARGO) clean
