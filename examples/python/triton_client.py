@@ -125,6 +125,8 @@ def generate(client, pipeline, arguments):
         else:
             image = (latents - (1 - alpha) ** 0.5 * predicted) / alpha**0.5
             noise = predicted
+        if config.get("clip_sample", True):
+            image = np.clip(image, -config.get("clip_sample_range", 1.0), config.get("clip_sample_range", 1.0))
         latents = (alpha_next**0.5 * image + (1 - alpha_next) ** 0.5 * noise).astype(np.float32)
 
     vae = json.loads((pipeline / "vae_decoder" / "config.json").read_text(encoding="utf-8"))

@@ -1,10 +1,10 @@
 """Checks model repositories for Triton Inference Server without the server.
 
-usage: check_triton.py REPOSITORY [--operators FILE] [-- CLIENT ARGUMENTS...]
+usage: check_triton.py REPOSITORY [--operators FILE] [--client PROGRAM ARGUMENTS...]
 
 Each config.pbtxt is parsed with the schema that Triton's own client carries (unknown fields and values are errors), and held
 against its model as Triton's ONNX Runtime backend does before it serves it: names, types, dimensions. With a client,
-the repository is served on a loopback port as Triton would, and `CLIENT --server HOST:PORT ARGUMENTS` runs against it.
+the repository is served on a loopback port as Triton would, and `PROGRAM ARGUMENTS --server HOST:PORT` runs against it.
 `--operators` is the library that the configurations name by its path on the server. Prints what it found as JSON.
 """
 
@@ -223,7 +223,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("repository", type=Path)
     parser.add_argument("--operators", type=Path)
-    parser.add_argument("client", nargs="*")
+    parser.add_argument("--client", nargs=argparse.REMAINDER)
     arguments = parser.parse_args()
     try:
         models = load(arguments.repository, arguments.operators)

@@ -18,10 +18,10 @@ use linfusion_runtime::image::{Metadata, read};
 use linfusion_runtime::pipeline::{
     self, Folder, Guidance, Init, Observer, Place, Progress, generate,
 };
+use linfusion_runtime::torch_random;
 use linfusion_runtime::triton::{
     Existing, Exported, InstanceKind, Placing, Request, TritonError, export,
 };
-use linfusion_runtime::{npz, torch_random};
 use linfusion_tests::{checkpoint_for, has_ort};
 use ndarray::Array4;
 use rstest::rstest;
@@ -230,7 +230,9 @@ fn links_lead_to_the_pipelines_files() {
         target,
         std::fs::canonicalize(pipeline.join("unet/model.onnx")).unwrap()
     );
-    check(&repository, None, &[]);
+    if let Some(report) = check(&repository, None, &[]) {
+        assert!(report.get("failed").is_none(), "{report}");
+    }
 }
 
 /// What `check_triton.py` found; `None` where Triton's client is not there.
@@ -262,7 +264,7 @@ fn check(repository: &Path, operators: Option<&Path>, client: &[&str]) -> Option
         command.arg("--operators").arg(path);
     }
     if !client.is_empty() {
-        command.arg("--").args(client);
+        command.arg("--client").args(client);
     }
     let out = command.output().unwrap();
     let errors = String::from_utf8_lossy(&out.stderr);
