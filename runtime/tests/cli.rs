@@ -172,3 +172,33 @@ fn wrong_usage_has_its_own_code() {
         assert_eq!(run(arguments).status.code(), Some(2), "{arguments:?}");
     }
 }
+
+#[test]
+fn export_triton_writes_a_repository_and_says_what_will_not_be_batched() {
+    let scratch = tempfile::tempdir().unwrap();
+    let pipeline = scratch.path().join("sd15");
+    linfusion_models::fixtures::pipeline("sd15", &pipeline).unwrap();
+    let repository = scratch.path().join("models");
+    let paths = [&pipeline, &repository].map(|p| p.to_str().unwrap());
+    let export = ["export-triton", paths[0], "-o", paths[1]];
+    let output = run(&export);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let report = stdout(&output);
+    assert!(
+        report.contains("unet\n    no batching across requests: `timestep`"),
+        "{report}"
+    );
+    assert!(
+        report.contains("vae_decoder, batches of up to 4"),
+        "{report}"
+    );
+    assert!(repository.join("unet/1/model.onnx").is_file());
+
+    let again = run(&export);
+    assert_eq!(again.status.code(), Some(1));
+    assert!(stderr(&again).contains("--force"), "{}", stderr(&again));
+    let relative = run(&[&export[..], &["--served-at", "models"]].concat());
+    assert_eq!(relative.status.code(), Some(2));
+    let both = run(&[&export[..], &["--copy", "--link"]].concat());
+    assert_eq!(both.status.code(), Some(2));
+}
