@@ -13,7 +13,7 @@ use crate::pipeline::PipelineError;
 pub enum TritonError {
     /// The pipeline's folder cannot be read.
     #[error(transparent)]
-    Pipeline(#[from] PipelineError),
+    Pipeline(Box<PipelineError>),
     /// A pipeline without one of its models.
     #[error("{} has no folder {missing}; a pipeline is the folder that `optimum-cli export onnx --task text-to-image` writes", path.display())]
     Missing {
@@ -103,6 +103,12 @@ pub enum TritonError {
     /// The user stopped it.
     #[error("stopped; nothing was written")]
     Stopped,
+}
+
+impl From<PipelineError> for TritonError {
+    fn from(error: PipelineError) -> Self {
+        Self::Pipeline(Box::new(error))
+    }
 }
 
 impl TritonError {
