@@ -13,6 +13,8 @@ use linfusion_convert::convert::{Request as Conversion, WeightsFrom, convert_pip
 use linfusion_convert::rewrite::Emit;
 use linfusion_models::checkpoint::MlpWidth;
 use linfusion_models::fixtures;
+use linfusion_models::onnx::OnnxFile;
+use linfusion_models::onnx::write::{ExternalData, WriteOptions, stage};
 use linfusion_runtime::engine::{Engine, SessionOptions};
 use linfusion_runtime::image::{Metadata, read};
 use linfusion_runtime::pipeline::{
@@ -233,6 +235,56 @@ fn links_lead_to_the_pipelines_files() {
     if let Some(report) = check(&repository, None, &[]) {
         assert!(report.get("failed").is_none(), "{report}");
     }
+}
+
+#[rstest]
+fn weights_in_files_of_their_own_come_along(
+    #[values(Placing::Copy, Placing::Link)] placing: Placing,
+) {
+    let scratch = tempfile::tempdir().unwrap();
+    let pipeline = unpacked("sd15", scratch.path());
+    let model = pipeline.join("unet/model.onnx");
+    let packed = OnnxFile::open(&model).unwrap();
+    let large = WriteOptions {
+        external: ExternalData::Copy,
+        max_model_bytes: 3 << 19,
+        ..WriteOptions::default()
+    };
+    let apart = pipeline.join("unet/large.onnx");
+    stage(&packed.model, Some(&packed), &apart, &large)
+        .unwrap()
+        .publish()
+        .unwrap();
+    std::fs::remove_file(&model).unwrap();
+    let weights = pipeline.join("unet/large.onnx_data");
+    assert!(weights.is_file());
+    let repository = scratch.path().join("repository");
+    let wanted = Request {
+        placing,
+        ..request(&pipeline, &repository)
+    };
+    write(&wanted).unwrap();
+    let version = repository.join("unet/1");
+    let name = match placing {
+        Placing::Copy => "model.onnx_data",
+        Placing::Link => "large.onnx_data",
+    };
+    assert_eq!(
+        std::fs::metadata(version.join(name)).unwrap().len(),
+        std::fs::metadata(&weights).unwrap().len()
+    );
+    if let Some(report) = check(&repository, None, &[]) {
+        assert!(report.get("failed").is_none(), "{report}");
+    }
+
+    std::fs::remove_file(&weights).unwrap();
+    let other = Request {
+        repository: scratch.path().join("other"),
+        ..wanted
+    };
+    let error = write(&other).unwrap_err().to_string();
+    assert!(error.contains("large.onnx_data"), "{error}");
+    assert!(!other.repository.exists());
 }
 
 /// What `check_triton.py` found; `None` where Triton's client is not there.
