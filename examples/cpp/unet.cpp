@@ -1,4 +1,4 @@
-// Last run: 2026-11-29, g++ 12.2 with the headers of ONNX Runtime 1.21, on libonnxruntime 1.32 (Linux x86-64); not in CI.
+// Last run: 2026-11-29, g++ 12.2, headers of ONNX Runtime 1.21, libonnxruntime 1.32, Linux x86-64.
 //
 // One step of a converted UNet in ONNX Runtime, with and without LinFusion's operator library.
 //

@@ -194,6 +194,16 @@ fn export_triton_writes_a_repository_and_says_what_will_not_be_batched() {
     );
     assert!(repository.join("unet/1/model.onnx").is_file());
 
+    let library = std::env::current_exe().unwrap();
+    let unused = ["--force", "--op-library", library.to_str().unwrap()];
+    let unused = run(&[&export[..], &unused].concat());
+    assert_eq!(unused.status.code(), Some(0), "{}", stderr(&unused));
+    assert!(
+        stderr(&unused).contains("the library was not copied"),
+        "{}",
+        stderr(&unused)
+    );
+
     let again = run(&export);
     assert_eq!(again.status.code(), Some(1));
     assert!(stderr(&again).contains("--force"), "{}", stderr(&again));

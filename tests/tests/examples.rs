@@ -1,6 +1,7 @@
 //! The programs of `examples/` as their users run them: all print the same numbers, with and without the library.
 //!
-//! `make test` sets `LINFUSION_TEST_PYTHON_DIR`, `LINFUSION_OPS_LIBRARY` and `ORT_DYLIB_PATH`.
+//! `make test` sets `LINFUSION_TEST_PYTHON_DIR`, `LINFUSION_OPS_LIBRARY` and `ORT_DYLIB_PATH`. `LINFUSION_TEST_ORT_INCLUDE`, a folder
+//! with ONNX Runtime's C++ headers, has the C++ example compiled and run too.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -127,6 +128,43 @@ fn rust() {
         .arg("--manifest-path")
         .arg(examples().join("rust/Cargo.toml"))
         .arg("--")
+        .args([&model, &library]);
+    judge(&mut command, &expected(&model));
+}
+
+#[test]
+fn cpp() {
+    let Some(library) = library() else { return };
+    let include = std::env::var_os("LINFUSION_TEST_ORT_INCLUDE");
+    let (Some(include), Some(ort)) = (include, std::env::var_os("ORT_DYLIB_PATH")) else {
+        eprintln!(
+            "skipped: LINFUSION_TEST_ORT_INCLUDE (a folder with onnxruntime_cxx_api.h) and ORT_DYLIB_PATH are not set"
+        );
+        return;
+    };
+    let scratch = tempfile::tempdir().unwrap();
+    let model = model(scratch.path());
+    // The name that programs look for; the wheels' libraries have their full version in theirs.
+    let linked = scratch.path().join("libonnxruntime.so.1");
+    std::os::unix::fs::symlink(ort, &linked).unwrap();
+    let program = scratch.path().join("unet");
+    let built = Command::new("g++")
+        .args(["-std=c++17", "-Wall", "-Wextra", "-Werror", "-isystem"])
+        .arg(include)
+        .arg(examples().join("cpp/unet.cpp"))
+        .arg(&linked)
+        .arg("-o")
+        .arg(&program)
+        .output()
+        .unwrap();
+    assert!(
+        built.status.success(),
+        "{}",
+        String::from_utf8_lossy(&built.stderr)
+    );
+    let mut command = Command::new(program);
+    command
+        .env("LD_LIBRARY_PATH", scratch.path())
         .args([&model, &library]);
     judge(&mut command, &expected(&model));
 }

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::{Args, ValueEnum};
 use linfusion_runtime::triton::{
-    Existing, Exported, InstanceKind, Placing, Request, TritonError, export,
+    Existing, Exported, InstanceKind, Note, Placing, Request, TritonError, export,
 };
 use miette::IntoDiagnostic;
 
@@ -95,6 +95,13 @@ pub fn run(args: &ExportTritonArgs) -> miette::Result<ExitCode> {
     };
     match export(&request(args), &mut watch) {
         Ok(exported) => {
+            let mut notes = exported.models.iter().flat_map(|m| &m.notes);
+            let copied = notes.any(|n| matches!(n, Note::Library { .. }));
+            if args.op_library.is_some() && !copied {
+                eprintln!(
+                    "note: no model has LinFusion operators, and the library was not copied; was the pipeline converted?"
+                );
+            }
             crate::print(&match args.report {
                 Report::Json => crate::output::json(&exported)?,
                 Report::Table => table(&exported),
