@@ -15,3 +15,4 @@ pub mod table;
 pub mod tensor;
 pub mod torch_random;
 pub mod triton;
+pub mod whole;

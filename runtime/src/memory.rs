@@ -7,7 +7,11 @@ pub fn available() -> Option<u64> {
     let mut system = System::new();
     system.refresh_memory();
     let free = Some(system.available_memory()).filter(|bytes| *bytes > 0)?;
-    let limit = system.cgroup_limits().map(|limits| limits.free_memory);
+    // A group without a limit has the machine's memory as limit. Its own count of what is free takes cached files for used.
+    let limit = system
+        .cgroup_limits()
+        .filter(|group| group.total_memory < system.total_memory())
+        .map(|group| group.total_memory.saturating_sub(group.rss));
     Some(limit.map_or(free, |limit| free.min(limit)))
 }
 

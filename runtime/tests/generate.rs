@@ -156,10 +156,10 @@ fn bad_input_is_named_and_leaves_nothing() {
     std::fs::write(bench.path("bad.txt"), b"fine\n\xff\n").unwrap();
     std::fs::write(bench.path("no.png"), "no image").unwrap();
     let before = bench.files();
-    let cases: [(&[&str], &str); 11] = [
+    let cases: [(&[&str], &str); 14] = [
         (
             &["--prompt", "x", "--size", "100x128"],
-            "--size: 100x128, expected multiples of 64, such as 128x128",
+            "--size: 100x128, expected multiples of 64 up to 1048576, such as 128x128",
         ),
         (&["--prompt", "x", "--size", "0x64"], "--size: 0x64"),
         (
@@ -181,6 +181,12 @@ fn bad_input_is_named_and_leaves_nothing() {
             "no.png",
         ),
         (&["--prompts", "bad.txt"], "bad.txt is no UTF-8 (line 2)"),
+        (&["--prompt", "x", "--steps", "0"], "--steps: 0"),
+        (&["--prompt", "x", "--guidance", "nan"], "--guidance: NaN"),
+        (
+            &["--prompt", "x", "--size", "18446744073709551614x64"],
+            "up to 1048576, such as 1048576x64",
+        ),
         (&["--prompt", "x", "-o", "out.gif"], "gif"),
         (
             &["--prompt", "x", "--steps", "1", "-o", "none/out.png"],
@@ -356,4 +362,154 @@ fn a_pipeline_equals_itself() {
         "{}",
         said(&output)
     );
+}
+
+/// What was refused before any work: nothing is said of a stage, nothing is written.
+#[test]
+fn what_cannot_end_well_does_not_begin() {
+    let Some(bench) = Bench::new("sd15") else {
+        return;
+    };
+    std::fs::write(bench.path("taken"), "").unwrap();
+    let before = bench.files();
+    let cases: [(&[&str], &str); 10] = [
+        (&["-o", "out.gif"], "gif"),
+        (&["-o", "none/out.png"], "none"),
+        (&["--steps", "2000"], "2000 steps"),
+        (
+            &["--scheduler", "flow-euler", "--steps", "1001"],
+            "1001 steps",
+        ),
+        (
+            &["--vae-tile", "72"],
+            "--vae-tile: 72, expected a multiple of 32",
+        ),
+        (&["--eta=-1"], "--eta: -1"),
+        (
+            &["--eta", "0.5", "--scheduler", "euler"],
+            "EulerDiscreteScheduler doesn't take it",
+        ),
+        (&["--original-size", "64x64"], "no input `time_ids`"),
+        (
+            &[
+                "--size",
+                "512x256",
+                "--steps",
+                "4",
+                "--scheduler",
+                "ddim",
+                "--upscale",
+                "0.2",
+            ],
+            "--upscale: 0.2 of 4 steps is none",
+        ),
+        (&["--num-images", "9223372036854775808"], "--num-images"),
+    ];
+    for (arguments, expected) in cases {
+        let output = bench.run(&[&["--prompt", "x"][..], arguments].concat());
+        let said = said(&output);
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {said}");
+        assert!(said.contains(expected), "{arguments:?}: {said}");
+        assert!(!said.contains("text: "), "{arguments:?}: {said}");
+        assert_eq!(bench.files(), before, "{arguments:?}");
+    }
+    for (file, field, value, expected) in [
+        ("unet", "sample_size", "0", "`sample_size` is 0"),
+        (
+            "vae_decoder",
+            "latent_channels",
+            "18446744073709551615",
+            "`latent_channels`",
+        ),
+        (
+            "text_encoder",
+            "max_position_embeddings",
+            "4611686018427387904",
+            "`max_position_embeddings`",
+        ),
+        ("text_encoder", "", "", "text_encoder/config.json"),
+    ] {
+        let path = bench.pipeline.join(file).join("config.json");
+        let whole = std::fs::read_to_string(&path).unwrap();
+        let mut changed: serde_json::Value = serde_json::from_str(&whole).unwrap();
+        changed[field] = serde_json::from_str(value).unwrap_or_default();
+        let text = match field {
+            "" => "{broken".to_owned(),
+            _ => changed.to_string(),
+        };
+        std::fs::write(&path, text).unwrap();
+        let output = bench.run(&["--prompt", "x", "--size", "128x128"]);
+        let said = said(&output);
+        assert_eq!(output.status.code(), Some(1), "{field}: {said}");
+        assert!(said.contains(expected), "{field}: {said}");
+        std::fs::write(&path, whole).unwrap();
+    }
+}
+
+#[test]
+fn latents_of_either_order_are_the_same() {
+    let Some(bench) = Bench::new("sd15") else {
+        return;
+    };
+    let rows = ndarray::Array4::from_shape_fn((1, 4, 16, 16), |(_, c, y, x)| {
+        (c * 31 + y * 7 + x * 3) as f32 % 5.0 - 2.0
+    });
+    let mut columns = ndarray::Array4::zeros(ndarray::ShapeBuilder::f(rows.dim()));
+    columns.assign(&rows);
+    let images = [("rows", rows), ("columns", columns)].map(|(name, latents)| {
+        let file = std::fs::File::create(bench.path("latents.npy")).unwrap();
+        ndarray_npy::WriteNpyExt::write_npy(&latents, file).unwrap();
+        let arguments = ["--prompt", "x", "--steps", "2", "--scheduler", "ddim"];
+        let files = ["--latents", "latents.npy", "-o", "out.png"];
+        let output = bench.run(&[&arguments[..], &files].concat());
+        assert!(output.status.success(), "{name}: {}", said(&output));
+        read(&bench.path("out.png")).unwrap()
+    });
+    assert_eq!(images[0], images[1]);
+}
+
+/// SIGINT after the first stage leaves its image and says where, and never replaces one that was there.
+#[test]
+fn a_stopped_run_leaves_the_last_finished_stage() {
+    use std::io::BufRead;
+
+    let Some(bench) = Bench::new("sd15") else {
+        return;
+    };
+    let mine = bench.path("out-192x96.png");
+    std::fs::write(&mine, "mine").unwrap();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_linfusion-run"))
+        .arg("generate")
+        .arg(&bench.pipeline)
+        .args([
+            "--engine", "ort", "--prompt", "x", "--size", "384x192", "--steps", "900",
+        ])
+        .args(["--scheduler", "ddim", "--upscale", "0.9", "-o", "out.png"])
+        .current_dir(bench.scratch.path())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = std::io::BufReader::new(child.stderr.take().unwrap()).lines();
+    let first = lines.find(|line| line.as_ref().is_ok_and(|l| l.starts_with("encode")));
+    assert!(first.is_some());
+    let pid = child.id().to_string();
+    assert!(
+        Command::new("kill")
+            .args(["-INT", &pid])
+            .status()
+            .unwrap()
+            .success()
+    );
+    let rest: Vec<String> = lines.map_while(Result::ok).collect();
+    assert_eq!(child.wait().unwrap().code(), Some(130), "{rest:?}");
+    let last = rest.last().unwrap();
+    let kept = last.rsplit_once(" in ").unwrap().1.trim();
+    assert!(
+        kept.starts_with("out-") && kept.ends_with(".png"),
+        "{rest:?}"
+    );
+    let image = read(&bench.path(kept)).unwrap();
+    assert!(image.width() < 384, "{rest:?}");
+    assert_eq!(std::fs::read_to_string(&mine).unwrap(), "mine");
+    assert!(!bench.path("out.png").exists());
 }

@@ -17,9 +17,7 @@ use linfusion_models::onnx::OnnxFile;
 use linfusion_models::onnx::write::{ExternalData, WriteOptions, stage};
 use linfusion_runtime::engine::{Engine, SessionOptions};
 use linfusion_runtime::image::{Metadata, read};
-use linfusion_runtime::pipeline::{
-    self, Folder, Guidance, Init, Observer, Place, Progress, generate,
-};
+use linfusion_runtime::pipeline::{self, Folder, Init, Observer, Place, Progress, generate};
 use linfusion_runtime::torch_random;
 use linfusion_runtime::triton::{
     Existing, Exported, InstanceKind, Placing, Request, TritonError, export,
@@ -443,26 +441,13 @@ fn the_client_makes_the_same_image(#[values("sd15", "sd21", "sdxl")] name: &str)
         },
     };
     let made = pipeline::Request {
-        prompt: prompt.to_owned(),
         negative: Some("blurry, low quality".to_owned()),
-        images: 1,
-        seed: 0,
         steps: 4,
         guidance: 6.0,
-        size: None,
         init: Init::Latents(noise),
         scheduler: Some("ddim".to_owned()),
-        eta: 0.0,
-        upscale: vec![],
         direct: true,
-        vae_tile: 1024,
-        batching: Guidance::Together,
-        control: None,
-        control_scale: 1.0,
-        sizes: None,
-        output: scratch.path().join("made.png"),
-        force: false,
-        preview: None,
+        ..pipeline::Request::new(prompt.to_owned(), scratch.path().join("made.png"))
     };
     let opened = Folder::open(&pipeline).unwrap();
     let generated = generate(

@@ -96,7 +96,10 @@ fn measure(
             "{pixels} × {pixels}: run {repeat} of {}",
             plan.repeats
         ));
-        for turn in &mut turns {
+        // Each goes first in its turn.
+        let first = repeat % turns.len().max(1);
+        let (before, from) = turns.split_at_mut(first);
+        for turn in from.iter_mut().chain(before) {
             if let Ok(going) = turn
                 && let Err(failure) = going.take()
             {
@@ -156,6 +159,7 @@ fn measurement(runs: &[RunTime], finished: Finished) -> Measurement {
         peak_rss_bytes: finished.peak_rss_bytes,
         device_bytes: finished.device_bytes,
         profile: finished.profile,
+        unprofiled: finished.unprofiled,
         ..Measurement::default()
     }
 }

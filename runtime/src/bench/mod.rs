@@ -103,6 +103,8 @@ pub struct Measurement {
     pub stages: Vec<StageTime>,
     /// Where a model's time goes, where the engine tells (ONNX Runtime does).
     pub profile: Option<Profile>,
+    /// Why there is none where the engine tells.
+    pub unprofiled: Option<String>,
     /// Time of the first model ÷ time of this one; `None` if either did not get through.
     pub speedup: Option<f64>,
     /// Why it did not get through: usually memory.

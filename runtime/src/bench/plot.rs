@@ -6,6 +6,7 @@ use plotters::coord::Shift;
 use plotters::prelude::*;
 
 use super::{BenchReport, Measurement};
+use crate::whole::write_whole;
 
 /// Why there is no plot.
 #[derive(Debug, thiserror::Error)]
@@ -36,7 +37,7 @@ pub fn write(report: &BenchReport, path: &Path) -> Result<(), PlotError> {
     };
     let mut svg = String::new();
     draw(report, &mut svg).map_err(failed)?;
-    std::fs::write(path, svg).map_err(|e| failed(e.to_string()))
+    write_whole(path, svg.as_bytes()).map_err(|e| failed(e.to_string()))
 }
 
 fn draw(report: &BenchReport, svg: &mut String) -> Result<(), String> {

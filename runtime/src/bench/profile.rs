@@ -62,7 +62,7 @@ pub enum ProfileError {
     },
 }
 
-/// Reads a profile of one run. `attention` has the names of nodes that belong to attention, see [`attention_nodes`].
+/// Reads the last run of a profile: the first of a session takes its memory and packs weights. `attention` has the names of nodes that belong to attention, see [`attention_nodes`].
 ///
 /// # Errors
 /// The file isn't a profile, or tells of no node.
@@ -89,6 +89,8 @@ struct Event {
     #[serde(default)]
     name: String,
     #[serde(default)]
+    ts: f64,
+    #[serde(default)]
     dur: f64,
     #[serde(default)]
     args: Arguments,
@@ -104,7 +106,9 @@ struct Arguments {
 
 fn of(events: &[Event], attention: &HashSet<String>) -> Option<Profile> {
     let mut rows: BTreeMap<(&str, &str), OperatorTime> = BTreeMap::new();
-    for event in events.iter().filter(|e| e.cat == "Node") {
+    let runs = events.iter().filter(|e| e.name == "model_run");
+    let begin = runs.map(|e| e.ts).fold(0.0, f64::max);
+    for event in events.iter().filter(|e| e.cat == "Node" && e.ts >= begin) {
         let Some(node) = event.name.strip_suffix("_kernel_time") else {
             continue;
         };
@@ -252,6 +256,7 @@ mod tests {
         Event {
             cat: "Node".to_owned(),
             name: format!("{name}_kernel_time"),
+            ts: 20.0,
             dur,
             args: Arguments {
                 op_name: operator.to_owned(),
@@ -271,10 +276,19 @@ mod tests {
             event("/attn1/MatMul/MatMulScaleFusion/", "FusedMatMul", 125.0),
             event("_inlfunc_LinFusionAttention_Elu", "Elu", 125.0),
         ];
+        // The run before.
         events.push(Event {
-            cat: "Session".to_owned(),
-            ..event("model_run", "", 9e9)
+            ts: 5.0,
+            ..event("/conv", "Conv", 9e9)
         });
+        for ts in [4.0, 10.0] {
+            events.push(Event {
+                cat: "Session".to_owned(),
+                name: "model_run".to_owned(),
+                ts,
+                ..event("", "", 9e9)
+            });
+        }
         let profile = of(&events, &attention).unwrap();
         assert_eq!(profile.total_ms, 6.0);
         // Not MatMul_1 and not the projection.

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use ndarray::Array4;
 use serde::Serialize;
 
-use super::sites::{SiteDifference, SitesError, sites};
+use super::sites::{SiteDifference, SitesError, check, sites};
 use crate::image::{self, ImageError, Metadata};
 use crate::pipeline::{
     Evaluated, Folder, Generated, Observer, PipelineError, Place, Progress, Request, generate,
@@ -64,6 +64,14 @@ pub enum CompareError {
         /// Why.
         source: Box<PipelineError>,
     },
+    /// They don't take the same steps.
+    #[error("{} and {} differ; compare with one of them in both pipelines", reference.display(), other.display())]
+    Samplers {
+        /// The first one's configuration.
+        reference: PathBuf,
+        /// The second one's.
+        other: PathBuf,
+    },
     /// An image cannot be read or written.
     #[error(transparent)]
     Image(#[from] ImageError),
@@ -92,6 +100,14 @@ pub fn pipelines(
     with_sites: bool,
     observer: &mut dyn Observer,
 ) -> Result<PipelineComparison, CompareError> {
+    same_sampler(reference, other)?;
+    for request in requests {
+        image::check_output(&request.output)?;
+    }
+    let models = match with_sites {
+        true => Some(models(reference, other)?),
+        false => None,
+    };
     let scratch = tempfile::tempdir()?;
     let mut images = Vec::new();
     let mut samples = Vec::new();
@@ -106,10 +122,7 @@ pub fn pipelines(
                 samples: Vec::new(),
             };
             let made = generate(folder, place, &asked, &|_| Metadata::default(), &mut watch)
-                .map_err(|source| CompareError::Pipeline {
-                    pipeline: folder.root().to_owned(),
-                    source: Box::new(source),
-                })?;
+                .map_err(|source| failed(folder, source))?;
             Ok::<_, CompareError>((made, watch.latents, watch.samples))
         };
         let missing = match with_sites {
@@ -128,22 +141,52 @@ pub fn pipelines(
             &theirs,
         )?);
     }
-    let sites = match with_sites {
-        true => {
-            let model = |folder: &Folder| {
-                folder
-                    .model(folder.denoiser())
-                    .map_err(|source| CompareError::Pipeline {
-                        pipeline: folder.root().to_owned(),
-                        source: Box::new(source),
-                    })
-            };
-            let (a, b) = (model(reference)?, model(other)?);
-            sites(&a, &b, &samples, place.engine, &place.options)?
-        }
-        false => Vec::new(),
+    let sites = match models {
+        Some([a, b]) => sites(&a, &b, &samples, place.engine, &place.options)?,
+        None => Vec::new(),
     };
     Ok(PipelineComparison { images, sites })
+}
+
+/// The models of both pipelines, if the second was converted from the first.
+fn models(reference: &Folder, other: &Folder) -> Result<[PathBuf; 2], CompareError> {
+    let model = |folder: &Folder| {
+        folder
+            .model(folder.denoiser())
+            .map_err(|source| failed(folder, source))
+    };
+    let models = [model(reference)?, model(other)?];
+    check(&models[0], &models[1])?;
+    Ok(models)
+}
+
+/// Steps can only be compared where both samplers take the same.
+fn same_sampler(reference: &Folder, other: &Folder) -> Result<(), CompareError> {
+    const FILE: &str = "scheduler_config.json";
+    let read = |folder: &Folder| -> Result<serde_json::Value, CompareError> {
+        let mut fields: serde_json::Value = folder
+            .json("scheduler", FILE)
+            .map_err(|source| failed(folder, source))?;
+        if let Some(fields) = fields.as_object_mut() {
+            fields.remove("_diffusers_version");
+        }
+        Ok(fields)
+    };
+    if read(reference)? == read(other)? {
+        return Ok(());
+    }
+    let path = |folder: &Folder| folder.component("scheduler").join(FILE);
+    Err(CompareError::Samplers {
+        reference: path(reference),
+        other: path(other),
+    })
+}
+
+fn failed(folder: &Folder, source: PipelineError) -> CompareError {
+    CompareError::Pipeline {
+        pipeline: folder.root().to_owned(),
+        source: Box::new(source),
+    }
 }
 
 fn image_difference(

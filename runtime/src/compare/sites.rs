@@ -114,6 +114,14 @@ pub fn sites(
         .collect())
 }
 
+/// Whether `converted` has attentions to compare with `original`'s.
+///
+/// # Errors
+/// It has none, or was converted from another model.
+pub(super) fn check(original: &Path, converted: &Path) -> Result<(), SitesError> {
+    find(&OnnxFile::open(original)?, &OnnxFile::open(converted)?).map(drop)
+}
+
 #[derive(Debug, Clone)]
 struct Site {
     name: String,

@@ -329,7 +329,7 @@ impl Backend for OrtSession {
             message: e.to_string(),
         };
         // Arrays in another than row-major order are copied; they must outlive the run.
-        let rows: Vec<(&str, Tensor)> = inputs
+        let rows: Vec<(&str, Cow<'_, Tensor>)> = inputs
             .iter()
             .map(|(name, tensor)| (*name, row_major(tensor)))
             .collect();
@@ -350,8 +350,11 @@ fn owned_value(tensor: Tensor) -> Result<DynValue, ort::Error> {
     each!(tensor, a => Ok(ort::value::Tensor::from_array(a)?.into_dyn()))
 }
 
-fn row_major(tensor: &Tensor) -> Tensor {
-    each!(tensor, a => Tensor::from(a.as_standard_layout().into_owned()))
+fn row_major(tensor: &Tensor) -> Cow<'_, Tensor> {
+    each!(tensor, a => match a.is_standard_layout() {
+        true => Cow::Borrowed(tensor),
+        false => Cow::Owned(Tensor::from(a.as_standard_layout().into_owned())),
+    })
 }
 
 fn input_value(tensor: &Tensor) -> Result<SessionInputValue<'_>, ort::Error> {

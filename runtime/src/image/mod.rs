@@ -15,10 +15,10 @@ mod rows;
 pub use error::ImageError;
 pub use metadata::{Metadata, Parameters};
 pub use metrics::{difference, psnr, side_by_side, ssim};
-pub use read::read;
+pub use read::{MAX_PIXELS, read};
 pub use resize::resize;
 pub use rgb::{Rgb, from_byte, to_byte};
-pub use rows::RowWriter;
+pub use rows::{RowWriter, check_output};
 
 /// The arrays of `models/fixtures/images/cases.npz`.
 #[cfg(test)]

@@ -9,10 +9,10 @@ use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits};
 use super::{ImageError, Rgb};
 
 /// The most pixels an image to read may have: 16384 x 16384.
-const PIXELS: u64 = 1 << 28;
+pub const MAX_PIXELS: u64 = 1 << 28;
 
 /// The most memory a decoder may ask for: the pixels as four 16-bit values, and as much again for its own needs.
-const MEMORY: u64 = PIXELS * 16;
+const MEMORY: u64 = MAX_PIXELS * 16;
 
 /// Reads a PNG, JPEG, WebP, TIFF or BMP file, whatever its name, as 8-bit RGB.
 ///
@@ -50,12 +50,12 @@ pub fn read(path: &Path) -> Result<Rgb, ImageError> {
     };
     let decoder = reader.into_decoder().map_err(broken)?;
     let (width, height) = decoder.dimensions();
-    if u64::from(width) * u64::from(height) > PIXELS {
+    if u64::from(width) * u64::from(height) > MAX_PIXELS {
         return Err(ImageError::TooLarge {
             path: path.to_owned(),
             width,
             height,
-            limit: PIXELS,
+            limit: MAX_PIXELS,
         });
     }
     let pixels = DynamicImage::from_decoder(decoder).map_err(broken)?;

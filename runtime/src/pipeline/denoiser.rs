@@ -69,7 +69,11 @@ impl SizeHints {
             crop: self.crop.unwrap_or([0, 0]),
             target: self.target.unwrap_or([height, width]),
             negative_original: self.negative_original,
-            negative_crop: self.negative_crop,
+            // As diffusers has it: a negative side of its own is not cropped unless it is said to be.
+            negative_crop: self.negative_crop.or_else(|| {
+                self.negative_original.and(self.negative_target)?;
+                Some([0, 0])
+            }),
             negative_target: self.negative_target,
         }
     }
@@ -453,7 +457,7 @@ mod tests {
         let sizes = hints.at(768, 1024);
         let positive = [2000.0, 3000.0, 5.0, 6.0, 768.0, 1024.0];
         assert_eq!(sizes.time_ids(Side::Positive), positive);
-        let negative = [512.0, 513.0, 5.0, 6.0, 32.0, 33.0];
+        let negative = [512.0, 513.0, 0.0, 0.0, 32.0, 33.0];
         assert_eq!(sizes.time_ids(Side::Negative), negative);
     }
 }

@@ -121,6 +121,11 @@ pub enum PipelineError {
 }
 
 impl PipelineError {
+    /// Whether the user wanted it.
+    pub fn is_stop(&self) -> bool {
+        matches!(self, Self::Stopped { .. })
+    }
+
     /// The same, with the stage that it happened in before the model's name.
     pub(super) fn within(mut self, place: &str) -> Self {
         if let Self::NotFinite { stage, .. } | Self::Engine { stage, .. } = &mut self {

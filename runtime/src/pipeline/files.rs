@@ -25,6 +25,16 @@ pub(super) fn beside(path: &Path, word: &str) -> PathBuf {
     path.with_file_name(format!("{stem}-{word}{extension}"))
 }
 
+/// `name-word.png`, or `name-word-2.png` and so on where there is one already.
+pub(super) fn unused(path: &Path, word: &str) -> PathBuf {
+    let first = beside(path, word);
+    let others = (2..).map(|n: u32| beside(path, &format!("{word}-{n}")));
+    std::iter::once(first.clone())
+        .chain(others)
+        .find(|p| !p.exists())
+        .unwrap_or(first)
+}
+
 pub(super) fn planes(image: &Rgb) -> Result<Array3<f32>, PipelineError> {
     let shape = (3, image.height() as usize, image.width() as usize);
     Array3::from_shape_vec(shape, image.to_planes()).map_err(|e| PipelineError::Request {

@@ -29,6 +29,8 @@ pub struct Folder {
     pub family: Family,
     /// Zeros instead of the encoded empty prompt where no negative prompt is given (SD-XL).
     pub force_zeros_for_empty_prompt: bool,
+    /// Tokens of T5's context: 120 of PixArt-α, 300 of PixArt-Σ, whose pipelines ask for as many.
+    pub t5_tokens: usize,
 }
 
 #[derive(Deserialize)]
@@ -54,6 +56,11 @@ impl Folder {
         let class = index.class.unwrap_or_default();
         Ok(Self {
             root: root.to_owned(),
+            t5_tokens: if class.contains("PixArtAlpha") {
+                120
+            } else {
+                300
+            },
             family: family(&class).ok_or_else(|| PipelineError::Field {
                 path,
                 field: "_class_name",

@@ -8,14 +8,14 @@ use serde::Serialize;
 
 use super::denoiser::{Conditions, Control, Denoiser};
 use super::error::PipelineError;
-use super::files::{beside, bytes, finite, numbered, planes};
+use super::files::{beside, bytes, finite, numbered, planes, unused};
 use super::folder::{DenoiserConfig, Folder, VaeConfig};
 use super::ladder::Size;
 use super::memory::{Counting, StageMemory};
 use super::model::Place;
 use super::plan::Plan;
 use super::prompt::{Encoded, Texts, encode};
-use super::request::{Evaluated, Observer, Progress, Request};
+use super::request::{Evaluated, Init, Observer, Progress, Request};
 use super::start::Start;
 use super::vae::Decoder;
 use crate::image::{Metadata, Rgb, RowWriter, resize};
@@ -97,6 +97,15 @@ pub fn generate(
         vae: &vae,
     };
     let memory = counting.stages()?;
+    if let (Init::Image { image, .. } | Init::Inpaint { image, .. }, None) =
+        (&request.init, request.size)
+        && (image.width() as usize, image.height() as usize) != (wanted.width, wanted.height)
+    {
+        let (width, height) = (image.width(), image.height());
+        observer.progress(Progress::Note(format!(
+            "the image of {width}x{height} is resized to {wanted}, which the model can take"
+        )));
+    }
     observer.progress(Progress::Memory(memory.clone()));
     counting.check(&memory)?;
     let mut work = Work {
@@ -113,21 +122,21 @@ pub fn generate(
         step_seconds: Vec::new(),
         kept: None,
     };
-    let encoded = work.encode_prompt()?;
-    let mut latents = Array4::zeros((0, 0, 0, 0));
-    let mut last = None;
-    for (rung, size) in sizes.iter().enumerate() {
-        let init = match &last {
-            None => work.first_latents(*size)?,
-            Some(image) => work.noised_image(image, *size, work.plan.upscale_strength(rung))?,
-        };
-        let conditions = work.conditions(&encoded, *size)?;
-        latents = work.denoise(init, &conditions, *size)?;
-        if rung + 1 < sizes.len() {
-            last = Some(work.intermediate(&latents, *size)?);
+    work.rehearse(&sizes)?;
+    let made = work.stages(&sizes).and_then(|latents| {
+        let images = work.write(&latents, wanted, &metadata(wanted))?;
+        Ok((latents, images))
+    });
+    let (latents, images) = match made {
+        Ok(made) => made,
+        Err(error) => {
+            if let (Some(kept), false) = (&work.kept, error.is_stop()) {
+                let note = format!("the last finished stage is in {}", kept.display());
+                work.observer.progress(Progress::Note(note));
+            }
+            return Err(error);
         }
-    }
-    let images = work.write(&latents, wanted, &metadata(wanted))?;
+    };
     if let Some(kept) = work.kept.take() {
         // It was for the case that this is not reached.
         let _ = std::fs::remove_file(kept);
@@ -169,6 +178,7 @@ impl Work<'_> {
         steps: usize,
         work: impl FnOnce(&mut Self) -> Result<T, PipelineError>,
     ) -> Result<T, PipelineError> {
+        self.stopped()?;
         let started = Instant::now();
         memory::reset_peak();
         self.observer.progress(Progress::Begin {
@@ -190,8 +200,44 @@ impl Work<'_> {
             seconds,
             steps,
         });
-        self.stopped()?;
         Ok(result)
+    }
+
+    /// What would fail in a later stage for want of steps, or for a field of the sampler, fails before the first.
+    fn rehearse(&self, sizes: &[Size]) -> Result<(), PipelineError> {
+        let strength = match self.request.init {
+            Init::Image { strength, .. } | Init::Inpaint { strength, .. } => Some(strength),
+            _ => None,
+        };
+        for (rung, size) in sizes.iter().enumerate() {
+            let scheduler = self.scheduler(*size)?;
+            let (option, strength) = match (rung, strength) {
+                (0, None) => continue,
+                (0, Some(strength)) => ("--strength", strength),
+                _ => ("--upscale", self.plan.upscale_strength(rung)),
+            };
+            self.first_evaluation(scheduler.as_ref(), strength, option)?;
+        }
+        Ok(())
+    }
+
+    /// All stages; gives the last latents.
+    fn stages(&mut self, sizes: &[Size]) -> Result<Array4<f32>, PipelineError> {
+        let encoded = self.encode_prompt()?;
+        let mut latents = Array4::zeros((0, 0, 0, 0));
+        let mut last = None;
+        for (rung, size) in sizes.iter().enumerate() {
+            let init = match &last {
+                None => self.first_latents(*size)?,
+                Some(image) => self.noised_image(image, *size, self.plan.upscale_strength(rung))?,
+            };
+            let conditions = self.conditions(&encoded, *size)?;
+            latents = self.denoise(init, &conditions, *size)?;
+            if rung + 1 < sizes.len() {
+                last = Some(self.intermediate(&latents, *size)?);
+            }
+        }
+        Ok(latents)
     }
 
     fn stopped(&mut self) -> Result<(), PipelineError> {
@@ -205,14 +251,13 @@ impl Work<'_> {
 
     fn encode_prompt(&mut self) -> Result<Encoded, PipelineError> {
         let prompts = [self.request.prompt.clone()];
-        let alpha = self.config.use_additional_conditions.unwrap_or(false);
         self.timed("text".to_owned(), 0, |work| {
             let texts = Texts {
                 prompts: &prompts,
                 negative: work.request.negative.as_deref(),
                 guided: work.plan.guided,
             };
-            let encoded = encode(work.folder, work.place, &texts, alpha)?;
+            let encoded = encode(work.folder, work.place, &texts)?;
             for cut in &encoded.cuts {
                 work.observer.progress(Progress::Note(format!(
                     "the prompt is longer than {} tokens; this was cut off: {}",
@@ -237,7 +282,14 @@ impl Work<'_> {
                 .as_ref()
                 .map(|text| text.repeated(self.request.images)),
             scale: self.request.guidance as f32,
-            sizes: self.request.sizes.at(size.height, size.width),
+            sizes: {
+                let mut hints = self.request.sizes;
+                if !matches!(self.request.init, Init::Noise | Init::Latents(_)) {
+                    // The default of diffusers' image-to-image pipeline, whatever the positive side's.
+                    hints.negative_crop = hints.negative_crop.or(Some([0, 0]));
+                }
+                hints.at(size.height, size.width)
+            },
             control: match &self.request.control {
                 Some(image) => Some(Control {
                     hint: hint(image)?,
@@ -383,7 +435,11 @@ impl Work<'_> {
             self.request.vae_tile,
         )?;
         let mut writer = RowWriter::create(path, size.width as u32, size.height as u32, metadata)?;
+        let (observer, kept) = (&*self.observer, &self.kept);
         decoder.decode(latents, &mut |band| {
+            if observer.stopped() {
+                return Err(PipelineError::Stopped { kept: kept.clone() });
+            }
             finite(band.iter(), || "vae_decoder".to_owned())?;
             Ok(writer.write_rows(&bytes(band))?)
         })?;
@@ -392,18 +448,15 @@ impl Work<'_> {
 
     /// The image between two stages: whole, and in a file in case that the next is not finished.
     fn intermediate(&mut self, latents: &Array4<f32>, size: Size) -> Result<Rgb, PipelineError> {
-        let path = beside(&self.request.output, &size.to_string());
+        let path = unused(&self.request.output, &size.to_string());
         self.timed(format!("decode {size}"), 0, |work| {
-            work.decode(
-                latents.index_axis(Axis(0), 0),
-                size,
-                &path,
-                &Metadata::default(),
-            )
+            let first = latents.index_axis(Axis(0), 0);
+            work.decode(first, size, &path, &Metadata::default())?;
+            if let Some(before) = work.kept.replace(path.clone()) {
+                let _ = std::fs::remove_file(before);
+            }
+            Ok(())
         })?;
-        if let Some(before) = self.kept.replace(path.clone()) {
-            let _ = std::fs::remove_file(before);
-        }
         Ok(crate::image::read(&path)?)
     }
 

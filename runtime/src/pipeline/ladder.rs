@@ -21,7 +21,7 @@ impl std::fmt::Display for Size {
 }
 
 impl Size {
-    fn area(self) -> f64 {
+    pub(super) fn area(self) -> f64 {
         self.width as f64 * self.height as f64
     }
 
@@ -41,7 +41,7 @@ impl Size {
 /// The sizes of all stages, the last the wanted one. `native` is the side of the square that the model was trained on,
 /// `multiple` what the sides of the first ones are to be divisible by.
 pub fn stages(wanted: Size, native: usize, multiple: usize) -> Vec<Size> {
-    let native_area = (native * native) as f64;
+    let native_area = native as f64 * native as f64;
     if wanted.area() <= DIRECT_AREA * native_area {
         return vec![wanted];
     }

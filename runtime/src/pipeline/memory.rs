@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use linfusion_models::onnx::proto::ModelProto;
 use linfusion_models::onnx::{OnnxFile, make};
 use linfusion_models::shapes::{Footprint, Probe, Shapes, operations};
 use serde::Serialize;
@@ -42,9 +43,9 @@ impl StageMemory {
 }
 
 /// Text tokens that are counted with, where the graph leaves them open: T5's of PixArt, CLIP's otherwise.
-fn text_tokens(family: Family) -> i64 {
-    match family {
-        Family::PixArt => 300,
+fn text_tokens(folder: &Folder) -> i64 {
+    match folder.family {
+        Family::PixArt => signed(folder.t5_tokens),
         _ => 77,
     }
 }
@@ -93,7 +94,12 @@ impl Counting<'_> {
         let (Some(free), Some(largest)) = (free, largest) else {
             return Ok(());
         };
-        if self.request.force || largest.total() <= free {
+        // What this program has already isn't free, and isn't needed again.
+        let there = match options.device {
+            Device::Cpu => resident().unwrap_or(0),
+            Device::Cuda(_) => 0,
+        };
+        if self.request.force || largest.total().saturating_sub(there) <= free {
             return Ok(());
         }
         Err(PipelineError::Memory {
@@ -133,8 +139,11 @@ impl Counting<'_> {
         }
         let shapes = Shapes::propagate(model, &read, probe);
         let kernels = self.place.options.operators != Operators::None;
+        let mut footprint = Footprint::of(model, &shapes, kernels);
+        // While ONNX Runtime makes its tensors of those in the model's file, it holds the file's as well.
+        footprint.weights = footprint.weights.saturating_add(inline(model));
         Ok(Counted {
-            footprint: Footprint::of(model, &shapes, kernels),
+            footprint,
             operations: operations(model, &shapes),
         })
     }
@@ -149,7 +158,7 @@ impl Counting<'_> {
             let probe = Probe {
                 batch: 2,
                 latent: (1, 1),
-                text: text_tokens(self.folder.family),
+                text: text_tokens(self.folder),
             };
             let found = self.count(component, &probe)?;
             operations += found.operations;
@@ -173,7 +182,7 @@ impl Counting<'_> {
         let probe = Probe {
             batch: signed(images * sides),
             latent: (signed(height), signed(width)),
-            text: text_tokens(self.folder.family),
+            text: text_tokens(self.folder),
         };
         let mut models = vec![self.count(self.folder.denoiser(), &probe)?];
         if self.request.control.is_some() && self.folder.has("controlnet") {
@@ -181,6 +190,10 @@ impl Counting<'_> {
         }
         // Latents, both predictions, and what a sampler keeps of earlier steps.
         let latents = 8 * 4 * images * channels * height * width;
+        if self.request.preview.is_some() {
+            // Previews are decoded while the model stays loaded.
+            models.push(self.count("vae_decoder", &self.tile_of_latents(size))?);
+        }
         let evaluations = self.request.steps * if self.plan.guided { 2 / sides } else { 1 };
         Ok(stage(
             format!("denoise {size}"),
@@ -191,19 +204,22 @@ impl Counting<'_> {
     }
 
     fn decode(&self, size: Size) -> Result<StageMemory, PipelineError> {
+        let model = self.count("vae_decoder", &self.tile_of_latents(size))?;
+        let whole = format!("decode {size}");
+        Ok(stage(whole, &[model], self.bands(size), self.tiles(size)))
+    }
+
+    fn tile_of_latents(&self, size: Size) -> Probe {
         let side = self.request.vae_tile;
         let factor = self.vae.factor();
-        let probe = Probe {
+        Probe {
             batch: 1,
             latent: (
                 signed(size.height.min(side) / factor),
                 signed(size.width.min(side) / factor),
             ),
             text: 1,
-        };
-        let model = self.count("vae_decoder", &probe)?;
-        let whole = format!("decode {size}");
-        Ok(stage(whole, &[model], self.bands(size), self.tiles(size)))
+        }
     }
 
     fn encode(&self, size: Size) -> Result<StageMemory, PipelineError> {
@@ -233,6 +249,13 @@ impl Counting<'_> {
         let rows = size.height.min(self.request.vae_tile);
         (3 * 3 * 4 * rows * size.width) as u64
     }
+}
+
+/// Bytes of tensors in the model's file itself.
+fn inline(model: &ModelProto) -> u64 {
+    let stored = model.graph.initializer.iter();
+    let bytes = stored.filter_map(|t| t.raw_data.as_ref().map(|raw| raw.len() as u64));
+    bytes.sum()
 }
 
 fn signed(size: usize) -> i64 {

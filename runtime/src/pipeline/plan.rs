@@ -1,9 +1,13 @@
 //! What a request comes to with a pipeline: the sizes of all stages, whether it is guided; or why it is impossible.
 
+use linfusion_models::onnx::OnnxFile;
+
+use super::denoiser::{SizeHints, is_residual};
 use super::error::PipelineError;
 use super::folder::{DenoiserConfig, Folder, VaeConfig};
 use super::ladder::{Size, stages};
 use super::request::{Init, Request};
+use crate::image::{MAX_PIXELS, check_output};
 
 /// A request that was found possible.
 #[derive(Debug, Clone)]
@@ -37,8 +41,11 @@ impl Plan {
             vae,
             config,
         };
-        asked.images_and_tiles()?;
+        asked.numbers()?;
         asked.strengths()?;
+        asked.fields()?;
+        asked.told()?;
+        check_output(&request.output)?;
         asked.channels()?;
         let wanted = asked.size()?;
         // Only noise starts small: latents and images are taken at their size.
@@ -46,6 +53,15 @@ impl Plan {
             true => vec![wanted],
             false => stages(wanted, asked.native(), asked.multiple()),
         };
+        let between = sizes.iter().rev().skip(1);
+        if let Some(large) = between.filter(|s| s.area() > MAX_PIXELS as f64).next_back() {
+            refuse(
+                "--size",
+                format!(
+                    "{wanted} goes through {large}, and images of more than {MAX_PIXELS} pixels are not read back"
+                ),
+            )?;
+        }
         if request.images > 1 && sizes.len() > 1 {
             return Err(PipelineError::Request {
                 option: "--num-images",
@@ -89,6 +105,15 @@ impl Plan {
     }
 }
 
+/// Pixels along an edge that no image has, so that sizes can be multiplied.
+const MAX_SIDE: usize = 1 << 20;
+/// More than any training schedule has.
+const MAX_STEPS: usize = 10_000;
+/// Images in one batch.
+const MAX_IMAGES: usize = 1 << 12;
+/// Channels of a latent image, and pixels along an edge of a patch.
+const MAX_CHANNELS: usize = 1 << 12;
+
 struct Asked<'a> {
     folder: &'a Folder,
     request: &'a Request,
@@ -101,17 +126,37 @@ fn refuse(option: &'static str, problem: String) -> Result<(), PipelineError> {
 }
 
 impl Asked<'_> {
-    fn images_and_tiles(&self) -> Result<(), PipelineError> {
-        if self.request.images == 0 {
-            return refuse("--num-images", "0, expected at least 1".to_owned());
+    fn numbers(&self) -> Result<(), PipelineError> {
+        for (option, value, most) in [
+            ("--steps", self.request.steps, MAX_STEPS),
+            ("--num-images", self.request.images, MAX_IMAGES),
+        ] {
+            if value == 0 || value > most {
+                return refuse(option, format!("{value}, expected 1 to {most}"));
+            }
+        }
+        for (option, value) in [
+            ("--guidance", self.request.guidance),
+            ("--control-scale", self.request.control_scale),
+        ] {
+            if !value.is_finite() {
+                return refuse(option, format!("{value}, expected a number"));
+            }
+        }
+        if !(0.0..=1.0).contains(&self.request.eta) {
+            return refuse("--eta", format!("{}, expected 0 to 1", self.request.eta));
         }
         let factor = self.vae.factor();
         let tile = self.request.vae_tile;
-        let least = 8 * factor;
-        if tile < least || !tile.is_multiple_of(factor) {
+        // A quarter of a tile, by which they overlap, is of whole latent pixels.
+        let unit = 4 * factor;
+        if tile < 2 * unit || !tile.is_multiple_of(unit) {
             return refuse(
                 "--vae-tile",
-                format!("{tile}, expected a multiple of {factor} and at least {least}"),
+                format!(
+                    "{tile}, expected a multiple of {unit} and at least {}",
+                    2 * unit
+                ),
             );
         }
         Ok(())
@@ -131,6 +176,82 @@ impl Asked<'_> {
                     format!("{strength}, expected above 0 and at most 1"),
                 );
             }
+        }
+        Ok(())
+    }
+
+    /// Numbers of the configurations that sizes are computed from.
+    fn fields(&self) -> Result<(), PipelineError> {
+        let (vae, denoiser) = ("vae_decoder", self.folder.denoiser());
+        let means = |list: &Option<Vec<f32>>| list.as_ref().map(Vec::len);
+        let channels = self.vae.latent_channels;
+        let sample = self.config.sample_size.map(|side| side.longest());
+        for (component, field, found, least, most) in [
+            (vae, "latent_channels", Some(channels), 1, MAX_CHANNELS),
+            (
+                vae,
+                "latents_mean",
+                means(&self.vae.latents_mean),
+                channels,
+                channels,
+            ),
+            (
+                vae,
+                "latents_std",
+                means(&self.vae.latents_std),
+                channels,
+                channels,
+            ),
+            (
+                denoiser,
+                "patch_size",
+                self.config.patch_size,
+                1,
+                MAX_CHANNELS,
+            ),
+            (denoiser, "sample_size", sample, 1, MAX_SIDE),
+        ] {
+            if let Some(found) = found.filter(|n| *n < least || *n > most) {
+                return Err(PipelineError::Field {
+                    path: self.folder.component(component).join("config.json"),
+                    field,
+                    found: found.to_string(),
+                    expected: match field {
+                        "latents_mean" | "latents_std" => format!("{least} numbers"),
+                        _ => format!("{least} to {most}"),
+                    },
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// What the model has no input for cannot be told it.
+    fn told(&self) -> Result<(), PipelineError> {
+        let hints = self.request.sizes != SizeHints::default();
+        if self.request.control.is_none() && !hints {
+            return Ok(());
+        }
+        let path = self.folder.model(self.folder.denoiser())?;
+        let file = OnnxFile::open(&path).map_err(|e| PipelineError::Ports {
+            path: path.clone(),
+            problem: e.to_string(),
+        })?;
+        let inputs = &file.model.graph.input;
+        let takes = |wanted: &dyn Fn(&str) -> bool| {
+            inputs.iter().any(|v| v.name.as_deref().is_some_and(wanted))
+        };
+        if self.request.control.is_some() && !takes(&is_residual) {
+            refuse(
+                "--control-image",
+                format!("{} takes no residuals of a ControlNet", path.display()),
+            )?;
+        }
+        if hints && !takes(&|name| name == "time_ids") {
+            refuse(
+                "--original-size, --crop and --target-size",
+                format!("{} has no input `time_ids`; SD-XL's has", path.display()),
+            )?;
         }
         Ok(())
     }
@@ -177,13 +298,16 @@ impl Asked<'_> {
 
     /// The side of the square image that the model was trained on.
     fn native(&self) -> usize {
-        self.config.sample_size.map_or(64, |side| side.longest()) * self.vae.factor()
+        let latent = self.config.sample_size.map_or(64, |side| side.longest());
+        latent.saturating_mul(self.vae.factor())
     }
 
     fn size(&self) -> Result<Size, PipelineError> {
         let multiple = self.multiple();
         let size = match (&self.request.init, self.request.size) {
-            (Init::Latents(latents), asked) => return self.size_of(latents, asked),
+            (Init::Latents(latents), asked) => {
+                return self.fitting("--latents", self.size_of(latents, asked)?);
+            }
             (_, Some(size)) => size,
             (Init::Image { image, .. } | Init::Inpaint { image, .. }, None) => {
                 let whole = |side: u32| side as usize / multiple * multiple;
@@ -197,17 +321,24 @@ impl Asked<'_> {
                 height: self.native(),
             },
         };
-        let fits =
-            |side: usize| side > 0 && side.is_multiple_of(multiple) && u32::try_from(side).is_ok();
+        self.fitting("--size", size)
+    }
+
+    /// The size if the model can be run at it.
+    fn fitting(&self, option: &'static str, size: Size) -> Result<Size, PipelineError> {
+        let multiple = self.multiple();
+        let fits = |side: usize| side > 0 && side.is_multiple_of(multiple) && side <= MAX_SIDE;
         if fits(size.width) && fits(size.height) {
             return Ok(size);
         }
-        let near =
-            |side: usize| (side as f64 / multiple as f64).round().max(1.0) as usize * multiple;
+        let near = |side: usize| {
+            let steps = side.min(MAX_SIDE) as f64 / multiple as f64;
+            steps.round().max(1.0) as usize * multiple
+        };
         Err(PipelineError::Request {
-            option: "--size",
+            option,
             problem: format!(
-                "{size}, expected multiples of {multiple}, such as {}",
+                "{size}, expected multiples of {multiple} up to {MAX_SIDE}, such as {}",
                 Size {
                     width: near(size.width),
                     height: near(size.height)

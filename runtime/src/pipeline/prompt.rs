@@ -11,10 +11,8 @@ use crate::tensor::Tensor;
 
 /// The context of CLIP's text encoder where no file says it.
 const CLIP_LENGTH: usize = 77;
-/// T5's tokens in PixArt-Σ and, in α, …
-const SIGMA_LENGTH: usize = 300;
-/// … which takes sizes as well.
-const ALPHA_LENGTH: usize = 120;
+/// More tokens than any text encoder takes.
+const MAX_LENGTH: usize = 1 << 16;
 
 /// Encoded texts, one row each.
 #[derive(Debug, Clone, PartialEq)]
@@ -65,12 +63,7 @@ pub struct Encoded {
 ///
 /// # Errors
 /// A tokenizer or encoder is missing, damaged or fails.
-pub fn encode(
-    folder: &Folder,
-    place: &Place,
-    texts: &Texts<'_>,
-    alpha: bool,
-) -> Result<Encoded, PipelineError> {
+pub fn encode(folder: &Folder, place: &Place, texts: &Texts<'_>) -> Result<Encoded, PipelineError> {
     let mut all: Vec<String> = texts
         .prompts
         .iter()
@@ -87,7 +80,7 @@ pub fn encode(
     let whole = match folder.family {
         Family::StableDiffusion => clip(folder, place, &all, &mut cuts)?,
         Family::StableDiffusionXl => clip_pair(folder, place, &all, &mut cuts)?,
-        Family::PixArt => t5(folder, place, &all, alpha, &mut cuts)?,
+        Family::PixArt => t5(folder, place, &all, &mut cuts)?,
     };
     cuts.dedup();
     let count = texts.prompts.len();
@@ -197,9 +190,21 @@ fn tables(
 }
 
 /// The context of a CLIP encoder: its own word before the tokenizer's.
-fn context(folder: &Folder, encoder: &str) -> Option<usize> {
-    let config: EncoderConfig = folder.json(encoder, "config.json").ok()?;
-    config.max_position_embeddings
+fn context(folder: &Folder, encoder: &str) -> Result<Option<usize>, PipelineError> {
+    let path = folder.component(encoder).join("config.json");
+    if !path.exists() {
+        return Ok(None);
+    }
+    let config: EncoderConfig = folder.json(encoder, "config.json")?;
+    match config.max_position_embeddings {
+        Some(found) if found == 0 || found > MAX_LENGTH => Err(PipelineError::Field {
+            path,
+            field: "max_position_embeddings",
+            found: found.to_string(),
+            expected: format!("1 to {MAX_LENGTH}"),
+        }),
+        length => Ok(length),
+    }
 }
 
 fn run(
@@ -232,7 +237,7 @@ fn clip(
     texts: &[String],
     cuts: &mut Vec<Cut>,
 ) -> Result<Text, PipelineError> {
-    let length = context(folder, "text_encoder");
+    let length = context(folder, "text_encoder")?;
     let tables = tables(folder, "tokenizer", texts, length, cuts)?;
     Ok(Text {
         hidden: run(folder, place, "text_encoder", &tables)?.sequence()?,
@@ -253,7 +258,7 @@ fn clip_pair(
         ("text_encoder", "tokenizer"),
         ("text_encoder_2", "tokenizer_2"),
     ] {
-        let length = context(folder, encoder);
+        let length = context(folder, encoder)?;
         let tables = tables(folder, tokenizer, texts, length, cuts)?;
         let mut outputs = run(folder, place, encoder, &tables)?;
         parts.push(outputs.penultimate_hidden_state()?);
@@ -284,10 +289,9 @@ fn t5(
     folder: &Folder,
     place: &Place,
     texts: &[String],
-    alpha: bool,
     cuts: &mut Vec<Cut>,
 ) -> Result<Text, PipelineError> {
-    let length = if alpha { ALPHA_LENGTH } else { SIGMA_LENGTH };
+    let length = folder.t5_tokens;
     let tables = tables(folder, "tokenizer", texts, Some(length), cuts)?;
     Ok(Text {
         hidden: run(folder, place, "text_encoder", &tables)?.sequence()?,

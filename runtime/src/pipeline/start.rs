@@ -31,19 +31,20 @@ impl Work<'_> {
     }
 
     /// The first evaluation of a run that changes an image by so much.
-    fn first_evaluation(
+    pub(super) fn first_evaluation(
         &self,
         scheduler: &dyn Scheduler,
         strength: f64,
+        option: &'static str,
     ) -> Result<usize, PipelineError> {
         let steps = self.request.steps;
         let taken = ((steps as f64 * strength) as usize).min(steps);
         let first = (steps - taken) * scheduler.order();
         if first >= scheduler.timesteps().len() {
             return Err(PipelineError::Request {
-                option: "--strength",
+                option,
                 problem: format!(
-                    "{strength} of {steps} steps is none; expected at least {:.3}",
+                    "{strength} of {steps} steps is none; expected at least {:.3}, or more steps",
                     1.0 / steps as f64
                 ),
             });
@@ -68,7 +69,8 @@ impl Work<'_> {
                                 ),
                             });
                         }
-                        latents.clone()
+                        // Samplers take them as one slice, in this order.
+                        latents.as_standard_layout().into_owned()
                     }
                     _ => self.noise(size),
                 };
@@ -88,7 +90,7 @@ impl Work<'_> {
                 mask,
                 strength,
             } => {
-                let first = self.first_evaluation(scheduler.as_ref(), *strength)?;
+                let first = self.first_evaluation(scheduler.as_ref(), *strength, "--strength")?;
                 let mut start = match first {
                     0 => {
                         let mut latents = self.noise(size);
@@ -158,7 +160,7 @@ impl Work<'_> {
         strength: f64,
     ) -> Result<Start, PipelineError> {
         let mut scheduler = self.scheduler(size)?;
-        let first = self.first_evaluation(scheduler.as_ref(), strength)?;
+        let first = self.first_evaluation(scheduler.as_ref(), strength, "--strength")?;
         let image = planes(&resize(image, size.width as u32, size.height as u32)?)?;
         let encoded = self.encode_image(image.view(), &size.to_string())?;
         let mut latents = repeat(&encoded, self.request.images);

@@ -208,7 +208,17 @@ impl Encoder {
         let (_, height, width) = image.dim();
         let factor = self.config.factor();
         let model = &mut self.model;
-        let mut run = |tile: Array3<f32>| only(model, "sample", tile);
+        let mut run = |tile: Array3<f32>| {
+            let (rows, columns) = (tile.dim().1, tile.dim().2);
+            let latents = only(model, "sample", tile)?;
+            match latents.dim() {
+                (_, h, w) if (h, w) == (rows / factor, columns / factor) => Ok(latents),
+                found => Err(model.ports(format!(
+                    "its output is {found:?} for an image of {rows} × {columns}, expected a row of latents for {factor} of \
+                     its rows"
+                ))),
+            }
+        };
         let parameters = if height <= self.tile && width <= self.tile {
             run(image.to_owned())?
         } else {

@@ -1,7 +1,7 @@
 //! Euler steps along a straight flow from noise to image (Esser et al. 2024).
 
 use super::fields::{Fields, SchedulerError};
-use super::schedule::{Levels, linspace, mix};
+use super::schedule::{Levels, check_steps, linspace, mix};
 use super::{Run, Scheduler};
 
 #[derive(Clone, Copy, PartialEq)]
@@ -19,6 +19,7 @@ pub(super) struct FlowEuler {
 impl FlowEuler {
     pub(super) fn new(fields: &mut Fields, run: &Run) -> Result<Self, SchedulerError> {
         let total = fields.count("num_train_timesteps", 1000)?.max(1) as f64;
+        check_steps(total as usize, run.steps)?;
         let shift = fields.number("shift", 1.0)?;
         let dynamic = fields.flag("use_dynamic_shifting", false)?;
         let base = [

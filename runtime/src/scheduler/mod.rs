@@ -106,6 +106,13 @@ pub fn from_config(
             expected: "at least 1".to_owned(),
         });
     }
+    if run.eta != 0.0 && class != "DDIMScheduler" {
+        return Err(SchedulerError::Field {
+            field: "eta".to_owned(),
+            found: run.eta.to_string(),
+            expected: format!("0: {class} doesn't take it, DDIM does"),
+        });
+    }
     let scheduler: Box<dyn Scheduler> = match class.as_str() {
         "DDIMScheduler" => Box::new(ddim::Ddim::new(&mut fields, run)?),
         "PNDMScheduler" => Box::new(pndm::Pndm::new(&mut fields, run)?),

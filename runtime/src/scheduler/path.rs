@@ -56,9 +56,10 @@ impl Path {
             *last = (1.0 / 2.0_f64.powi(-24) - 1.0).sqrt();
         }
         let levels = Levels::read(fields)?;
+        let [lowest, highest] = [fields.optional("sigma_min")?, fields.optional("sigma_max")?];
         let mut sigmas: Vec<f64> = match (levels, table.last(), table.first()) {
             (Levels::Karras | Levels::Exponential, Some(high), Some(low)) => {
-                let spread = levels.spread(*high, *low, steps);
+                let spread = levels.spread(highest.unwrap_or(*high), lowest.unwrap_or(*low), steps);
                 let near = |s: &f64| timestep_of(*s, &table);
                 let rounded = !training.cosine || levels == Levels::Exponential;
                 timesteps = spread

@@ -47,8 +47,6 @@ impl UniPc {
             });
         }
         fields.refuse("solver_p")?;
-        fields.ignore("sigma_min");
-        fields.ignore("sigma_max");
         let uncorrected = fields.numbers("disable_corrector")?.unwrap_or_default();
         Ok(Self {
             path: Path::read(fields, run.steps)?,

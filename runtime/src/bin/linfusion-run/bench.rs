@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use clap::Args;
 use linfusion_runtime::bench::{self, Images, Job, Plan, WorkerCommand};
+use linfusion_runtime::whole::write_whole;
 use miette::{IntoDiagnostic, WrapErr, miette};
 
 use crate::args::{Report, Shape, Where};
@@ -75,6 +76,12 @@ pub fn run(args: &BenchArgs) -> miette::Result<ExitCode> {
             "models and pipelines' folders are measured apart: a step of the former, a whole image of the latter"
         ));
     }
+    for path in args.plot.iter().chain(&args.json) {
+        let folder = path.parent().filter(|f| !f.as_os_str().is_empty());
+        if let Some(folder) = folder.filter(|f| !f.is_dir()) {
+            return Err(miette!("{} is no folder to write to", folder.display()));
+        }
+    }
     let options = session_options(&args.place)?;
     let plan = Plan {
         worker: WorkerCommand {
@@ -110,19 +117,19 @@ pub fn run(args: &BenchArgs) -> miette::Result<ExitCode> {
     let report = bench::run(&plan, |what| progress.set_message(what.to_owned())).into_diagnostic();
     progress.finish_and_clear();
     let report = report?;
-    if let Some(path) = &args.plot {
-        bench::plot::write(&report, path).into_diagnostic()?;
-    }
-    if let Some(path) = &args.json {
-        std::fs::write(path, output::json(&report)?)
-            .into_diagnostic()
-            .wrap_err_with(|| format!("writing {}", path.display()))?;
-    }
     print(&match args.place.report {
         Report::Json => output::json(&report)?,
         Report::Table if args.profile => output::bench(&report) + &output::profiles(&report),
         Report::Table => output::bench(&report),
     })?;
+    if let Some(path) = &args.json {
+        write_whole(path, output::json(&report)?.as_bytes())
+            .into_diagnostic()
+            .wrap_err_with(|| format!("writing {}", path.display()))?;
+    }
+    if let Some(path) = &args.plot {
+        bench::plot::write(&report, path).into_diagnostic()?;
+    }
     Ok(ExitCode::SUCCESS)
 }
 

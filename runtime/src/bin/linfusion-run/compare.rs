@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Args;
-use linfusion_runtime::compare::{difference, pipelines, sites};
+use linfusion_runtime::compare::{CompareError, difference, pipelines, sites};
 use linfusion_runtime::engine::Session;
 use linfusion_runtime::inputs::{self, Request};
 use linfusion_runtime::pipeline::{self, Folder, Size};
@@ -12,7 +12,7 @@ use linfusion_runtime::{npz, provenance, tensor::Tensor};
 use miette::{IntoDiagnostic, WrapErr, miette};
 
 use crate::args::{Report, Shape, Where};
-use crate::generate::{Terminal, place, prompt_output, prompts, size};
+use crate::generate::{STOPPED, Terminal, place, prompt_output, prompts, size};
 use crate::output::{self, Comparison};
 use crate::{print, session_options};
 
@@ -31,7 +31,7 @@ pub struct CompareArgs {
     /// Models: height and width of the latent image, where they leave it open [default: 64]
     #[arg(long)]
     pub latent: Option<usize>,
-    /// Models: fail (exit code 3) if a value is further off than this
+    /// Fail (exit code 3) if a value, of a pipeline's latents after any step, is further off than this
     #[arg(long, value_name = "MAX_ABS")]
     pub tolerance: Option<f64>,
     /// Also each replaced attention, alone, on the first one's own activations
@@ -84,6 +84,17 @@ pub fn run(args: &CompareArgs) -> miette::Result<ExitCode> {
 }
 
 fn run_pipelines(args: &CompareArgs) -> miette::Result<ExitCode> {
+    for (option, given) in [
+        ("--inputs", args.inputs.is_some()),
+        ("--latent", args.latent.is_some()),
+        ("--set", !args.shape.set.is_empty()),
+    ] {
+        if given {
+            return Err(miette!(
+                "{option} is for models; pipelines make their inputs"
+            ));
+        }
+    }
     let open = |path: &Path| Folder::open(path).into_diagnostic();
     let (reference, other) = (open(&args.reference)?, open(&args.other)?);
     for folder in [&reference, &other] {
@@ -117,20 +128,32 @@ fn run_pipelines(args: &CompareArgs) -> miette::Result<ExitCode> {
         .collect();
     let place = place(&args.place)?;
     let mut terminal = Terminal::new(place.options.device)?;
-    let comparison = pipelines(
+    let compared = pipelines(
         &reference,
         &other,
         &place,
         &requests,
         args.sites,
         &mut terminal,
-    )
-    .into_diagnostic()?;
+    );
+    let comparison = match compared {
+        Err(CompareError::Pipeline { source, .. }) if source.is_stop() => {
+            // What was kept lay in a folder for the time being.
+            eprintln!("stopped");
+            return Ok(ExitCode::from(STOPPED));
+        }
+        compared => compared.into_diagnostic()?,
+    };
     print(&match args.place.report {
         Report::Json => output::json(&comparison)?,
         Report::Table => output::pipelines(&comparison),
     })?;
-    Ok(ExitCode::SUCCESS)
+    let steps = comparison.images.iter().flat_map(|image| &image.steps);
+    let furthest = steps.map(|s| s.max_abs).fold(0.0, f64::max);
+    Ok(match args.tolerance {
+        Some(limit) if furthest > limit => ExitCode::from(TOO_FAR_APART),
+        _ => ExitCode::SUCCESS,
+    })
 }
 
 fn note_untrained(model: &Path) {

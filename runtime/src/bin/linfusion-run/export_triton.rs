@@ -30,10 +30,10 @@ pub struct ExportTritonArgs {
     #[arg(long, value_name = "PATH", default_value = "/models", value_parser = absolute)]
     pub served_at: String,
     /// Largest batch of models whose batch is open
-    #[arg(long, value_name = "N", default_value = "4")]
+    #[arg(long, value_name = "N", default_value = "4", value_parser = count)]
     pub max_batch: NonZeroU32,
     /// Copies of each model that run at once
-    #[arg(long, value_name = "N", default_value = "1")]
+    #[arg(long, value_name = "N", default_value = "1", value_parser = count)]
     pub instances: NonZeroU32,
     /// What the server runs models on
     #[arg(long, value_enum, default_value_t = On::Auto)]
@@ -114,6 +114,14 @@ pub fn run(args: &ExportTritonArgs) -> miette::Result<ExitCode> {
         }
         Err(error) => Err(error).into_diagnostic(),
     }
+}
+
+/// Triton's fields are int32.
+fn count(text: &str) -> Result<NonZeroU32, String> {
+    let number = text.parse::<NonZeroU32>().ok();
+    number
+        .filter(|n| i32::try_from(n.get()).is_ok())
+        .ok_or_else(|| format!("`{text}` is not 1 to {}", i32::MAX))
 }
 
 fn request(args: &ExportTritonArgs) -> Request {

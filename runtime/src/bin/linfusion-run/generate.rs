@@ -1,6 +1,7 @@
 //! `linfusion-run generate`.
 
 use std::io::{self, IsTerminal, Read};
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -101,7 +102,7 @@ pub struct GenerateArgs {
     pub force: bool,
     /// Write the current estimate every so many steps
     #[arg(long, value_name = "STEPS")]
-    pub preview: Option<usize>,
+    pub preview: Option<NonZeroUsize>,
     /// Where the image goes: .png or .tiff
     #[arg(short, long, value_name = "OUT.png", default_value = "out.png")]
     pub output: PathBuf,
@@ -255,6 +256,7 @@ pub fn run(args: &GenerateArgs) -> miette::Result<ExitCode> {
     let place = place(&args.place)?;
     let prompts = prompts(args.prompt.as_deref(), args.prompts.as_deref())?;
     let hash = model_hash(&folder)?;
+    let sampler = sampler(&folder, args.scheduler.as_deref())?;
     let mut terminal = Terminal::new(place.options.device)?;
     let mut summaries = Vec::new();
     for (number, prompt) in prompts.iter().enumerate() {
@@ -264,7 +266,7 @@ pub fn run(args: &GenerateArgs) -> miette::Result<ExitCode> {
             _ => prompt_output(&args.output, number),
         };
         let request = request(args, prompt, seed, output)?;
-        let metadata = |size| metadata(args, &request, &hash, size);
+        let metadata = |size| metadata(args, &request, (&hash, &sampler), size);
         match generate(&folder, &place, &request, &metadata, &mut terminal) {
             Ok(generated) => summaries.push(Summary {
                 prompt: prompt.clone(),
@@ -298,7 +300,8 @@ pub fn place(place: &Where) -> miette::Result<Place> {
 /// The prompt, or those of a file, one a line.
 pub fn prompts(prompt: Option<&str>, file: Option<&Path>) -> miette::Result<Vec<String>> {
     let Some(path) = file else {
-        return Ok(prompt.map(str::to_owned).into_iter().collect());
+        let prompt = prompt.map(|text| without_nul("--prompt", text));
+        return prompt.into_iter().collect();
     };
     let mut bytes = Vec::new();
     std::fs::File::open(path)
@@ -319,11 +322,13 @@ pub fn prompts(prompt: Option<&str>, file: Option<&Path>) -> miette::Result<Vec<
             path.display()
         )
     })?;
-    let prompts: Vec<String> = text
-        .lines()
+    let name = path.display().to_string();
+    // Editors of some systems begin UTF-8 with a byte order mark.
+    let lines = text.trim_start_matches('\u{feff}').lines();
+    let prompts = lines
         .filter(|l| !l.trim().is_empty())
-        .map(str::to_owned)
-        .collect();
+        .map(|line| without_nul(&name, line))
+        .collect::<miette::Result<Vec<String>>>()?;
     if prompts.is_empty() {
         return Err(miette!(
             "{} has no prompt: expected one a line",
@@ -331,6 +336,14 @@ pub fn prompts(prompt: Option<&str>, file: Option<&Path>) -> miette::Result<Vec<
         ));
     }
     Ok(prompts)
+}
+
+/// An image's texts end at a NUL.
+fn without_nul(place: &str, text: &str) -> miette::Result<String> {
+    match text.find('\0') {
+        Some(at) => Err(miette!("{place}: a NUL character after {at} bytes")),
+        None => Ok(text.to_owned()),
+    }
 }
 
 /// `name-001.png` for the first of several prompts.
@@ -396,7 +409,7 @@ fn request(
         sizes: args.sizes.hints(),
         output,
         force: args.force,
-        preview: args.preview,
+        preview: args.preview.map(NonZeroUsize::get),
     })
 }
 
@@ -433,26 +446,55 @@ impl io::Write for Hashing<'_> {
     }
 }
 
-fn metadata(args: &GenerateArgs, request: &Request, hash: &str, size: Size) -> Metadata {
-    let name = args
-        .pipeline
-        .file_name()
-        .map(|n| n.to_string_lossy().into_owned());
+/// How much an image to begin with, and enlarged ones, were changed.
+fn stages(request: &Request) -> Vec<(String, String)> {
+    let mut fields = Vec::new();
+    if let Init::Image { strength, .. } | Init::Inpaint { strength, .. } = request.init {
+        fields.push(("Denoising strength".to_owned(), strength.to_string()));
+    } else if !request.direct {
+        let list: Vec<String> = request.upscale.iter().map(f64::to_string).collect();
+        fields.push(("Upscale strengths".to_owned(), list.join(" ")));
+    }
+    fields
+}
+
+/// The class of the sampler, or the name that was asked for.
+fn sampler(folder: &Folder, asked: Option<&str>) -> miette::Result<String> {
+    #[derive(serde::Deserialize)]
+    struct Class {
+        #[serde(rename = "_class_name")]
+        name: Option<String>,
+    }
+    if let Some(asked) = asked {
+        return Ok(asked.to_owned());
+    }
+    let class: Class = folder
+        .json("scheduler", "scheduler_config.json")
+        .into_diagnostic()?;
+    Ok(class.name.unwrap_or_default())
+}
+
+fn metadata(
+    args: &GenerateArgs,
+    request: &Request,
+    (hash, sampler): (&str, &str),
+    size: Size,
+) -> Metadata {
+    let root = args.pipeline.canonicalize();
+    let root = root.as_deref().unwrap_or(&args.pipeline);
+    let name = root.file_name().map(|n| n.to_string_lossy().into_owned());
     let parameters = Parameters {
         prompt: request.prompt.clone(),
         negative_prompt: request.negative.clone().unwrap_or_default(),
         steps: request.steps,
-        sampler: request
-            .scheduler
-            .clone()
-            .unwrap_or_else(|| "pipeline's".to_owned()),
+        sampler: sampler.to_owned(),
         cfg_scale: request.guidance,
         seed: request.seed,
         width: size.width as u32,
         height: size.height as u32,
         model_hash: Some(hash.to_owned()),
         model: name,
-        others: Vec::new(),
+        others: stages(request),
         version: format!("linfusion-run {}", env!("CARGO_PKG_VERSION")),
     };
     let mut metadata = Metadata::default();

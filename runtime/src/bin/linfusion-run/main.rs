@@ -90,6 +90,11 @@ fn session_options(place: &Where) -> miette::Result<SessionOptions> {
         .device
         .choose(place.engine(), place.ort_library.as_deref())
         .into_diagnostic()?;
+    if place.gpu_memory.is_some() && chosen.device == Device::Cpu {
+        return Err(miette::miette!(
+            "--gpu-memory: the models run on the processor; --device cuda insists on a GPU"
+        ));
+    }
     if let Some(note) = chosen.note {
         eprintln!("note: running on the processor: {note}");
     }

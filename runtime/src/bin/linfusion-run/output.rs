@@ -201,6 +201,9 @@ pub fn bench(report: &BenchReport) -> String {
     {
         let _ = writeln!(text, "failed: {failure}");
     }
+    for note in results().filter_map(|r| r.unprofiled.as_ref()) {
+        let _ = writeln!(text, "no profile: {note}");
+    }
     for crossover in &report.crossovers {
         let Some(model) = report.models.get(crossover.model) else {
             continue;

@@ -38,6 +38,21 @@ impl std::fmt::Debug for RowWriter {
     }
 }
 
+/// Whether an image can be begun under that name, before it is made: its extension is known and its folder can be written to.
+///
+/// # Errors
+/// As [`RowWriter::create`].
+pub fn check_output(path: &Path) -> Result<(), ImageError> {
+    Format::of(path)?;
+    if path.is_dir() {
+        return Err(ImageError::write(
+            path,
+            std::io::ErrorKind::IsADirectory.into(),
+        ));
+    }
+    temporary_file(path).map(drop)
+}
+
 impl RowWriter {
     /// Begins an image of 8-bit RGB: a PNG or, as the extension says (`.png`, `.tif`, `.tiff`), an uncompressed
     /// TIFF, which is a BigTIFF if it would pass 4 GiB.
@@ -51,14 +66,9 @@ impl RowWriter {
         height: u32,
         metadata: &Metadata,
     ) -> Result<Self, ImageError> {
+        check_output(path)?;
         let format = Format::of(path)?;
         let row_bytes = check_size(width, height)?;
-        if path.is_dir() {
-            return Err(ImageError::write(
-                path,
-                std::io::ErrorKind::IsADirectory.into(),
-            ));
-        }
         let (file, temporary) = temporary_file(path)?.into_parts();
         let sink = Sink::new(file);
         let body = Body::begin(format, &sink, width, height, metadata);
