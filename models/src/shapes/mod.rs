@@ -10,6 +10,7 @@ mod probe;
 mod rules;
 pub use rules::einsum_terms;
 pub mod value;
+mod walk;
 mod work;
 
 use std::collections::{HashMap, HashSet};
@@ -22,6 +23,7 @@ use bytes::Bytes;
 pub use footprint::Footprint;
 pub use probe::{Probe, looks_like_text};
 pub use value::{Elements, Fact};
+pub use walk::Walk;
 pub use work::operations;
 
 use crate::graph::{Graph, default_opset, domain, op, subgraphs, tensor_name};
@@ -95,19 +97,7 @@ impl Shapes {
         let mut env = Env {
             facts: HashMap::with_capacity(graph.node.len() * 2),
             symbols: HashMap::new(),
-            functions: model
-                .functions
-                .iter()
-                .map(|f| {
-                    (
-                        (
-                            f.domain.as_deref().unwrap_or(""),
-                            f.name.as_deref().unwrap_or(""),
-                        ),
-                        f,
-                    )
-                })
-                .collect(),
+            functions: functions(model),
             read,
             depth: 0,
             inside: HashMap::new(),
@@ -222,12 +212,23 @@ impl Shapes {
     }
 }
 
+/// The model-local functions, by domain and name.
+fn functions(model: &ModelProto) -> HashMap<(&str, &str), &FunctionProto> {
+    (model.functions.iter())
+        .map(|f| {
+            let domain = f.domain.as_deref().unwrap_or("");
+            ((domain, f.name.as_deref().unwrap_or("")), f)
+        })
+        .collect()
+}
+
 /// Nesting limit for subgraphs and functions: deeper models are malformed.
 const MAX_DEPTH: usize = 16;
 
 /// The nodes so that each comes after those that make its inputs, and otherwise in file
 /// order: some tools append what belongs to the front, and ONNX Runtime sorts as well.
-fn execution_order(graph: &GraphProto) -> Vec<usize> {
+#[must_use]
+pub fn execution_order(graph: &GraphProto) -> Vec<usize> {
     let mut makers: HashMap<&str, usize> = HashMap::new();
     for (index, node) in graph.node.iter().enumerate() {
         let named = node.output.iter().filter(|o| !o.is_empty());
