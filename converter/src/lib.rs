@@ -15,6 +15,7 @@ pub mod mapping;
 pub mod plan;
 pub mod reference;
 pub mod report;
+pub mod resize;
 pub mod rewrite;
 pub mod verify;
 

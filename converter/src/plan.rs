@@ -107,6 +107,15 @@ pub struct Selection {
     pub min_tokens: i64,
 }
 
+impl Selection {
+    /// Whether the user keeps every attention: `--attention keep` and no other method.
+    #[must_use]
+    pub fn keeps_all(&self) -> bool {
+        let keeps = self.attention.iter().all(|rule| rule.method.is_none());
+        keeps && self.attention.iter().any(|rule| rule.sites.is_none())
+    }
+}
+
 /// A pattern that is no glob.
 #[derive(Debug, thiserror::Error)]
 #[error("'{pattern}' is not a pattern: {source}; use * and ?, e.g. 'down_blocks.0.*'")]

@@ -10,6 +10,7 @@ use crate::attention::kind::Kind;
 use crate::attention::stream::TextSide;
 use crate::cost::{self, Cost};
 use crate::plan::{Action, Method};
+use crate::resize::ResizeReport;
 use crate::shapes::Probe;
 use crate::verify::Verified;
 
@@ -105,6 +106,9 @@ pub struct ConvertReport {
     /// The model and its sites.
     #[serde(flatten)]
     pub model: ModelReport,
+    /// What was resized; left out where nothing was to be.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub resized: Option<ResizeReport>,
     /// The written file; null for a dry run.
     pub output: Option<String>,
     /// Other files that must be kept with it.

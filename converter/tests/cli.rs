@@ -290,3 +290,29 @@ fn a_folder_that_is_no_pipeline_is_refused_and_nothing_left() {
     std::fs::remove_file(root.join("sd15/model_index.json")).unwrap();
     failure("without model_index.json", 1);
 }
+
+#[test]
+fn a_resize_is_reported_and_a_dry_one_writes_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = fixtures::bytes("terrain/terrain-fixed.onnx.gz").unwrap();
+    std::fs::write(folder.path().join("terrain.onnx"), model).unwrap();
+    let resize = |size: &str, more: &[&str]| {
+        let args = ["terrain.onnx", "--attention", "keep", "--resize", size];
+        linfusion(&[&args, more].concat(), folder.path())
+    };
+    let out = resize("dynamic", &["--dry-run", "--report", "json"]);
+    let report: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+    assert_eq!(report["resized"]["from"], serde_json::json!([32, 32]));
+    assert_eq!(report["resized"]["to"], "dynamic");
+    assert_eq!(report["output"], serde_json::Value::Null);
+
+    let out = resize("30x32", &[]);
+    let message = text(&out.stderr);
+    assert_eq!(out.status.code(), Some(1), "{message}");
+    assert!(
+        message.contains("30x32") && message.contains("multiples of 4"),
+        "{message}"
+    );
+    assert_eq!(resize("48", &[]).status.code(), Some(2));
+    assert_eq!(files(folder.path()), ["terrain.onnx"]);
+}

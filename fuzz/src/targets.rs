@@ -8,6 +8,7 @@ use linfusion_convert::convert::{
     Partial, Request, WeightsFrom, convert as convert_model, inspect,
 };
 use linfusion_convert::plan::Selection;
+use linfusion_convert::resize::{ImageSize, resize};
 use linfusion_convert::rewrite::Emit;
 use linfusion_convert::verify::Verify;
 use linfusion_models::onnx::check::check_model;
@@ -52,7 +53,7 @@ pub fn read(data: &[u8]) -> Reached {
     Reached::Model
 }
 
-/// Inspects `data` as a model and converts it without weights, in `folder`, which is
+/// Inspects `data` as a model, resizes it, and converts it without weights, in `folder`, which is
 /// left empty: what is written must read back, and be in order if the model was.
 pub fn convert(data: &[u8], folder: &Path) -> Reached {
     let (model, out) = (folder.join("model.onnx"), folder.join("out.onnx"));
@@ -62,6 +63,9 @@ pub fn convert(data: &[u8], folder: &Path) -> Reached {
     let reached = match inspect(&model, &Selection::default()) {
         Ok(report) => {
             assert!(!report.table().is_empty());
+            if let Ok(file) = OnnxFile::open(&model) {
+                let _ = resize(&file, ImageSize::Dynamic);
+            }
             let emit = [Emit::Function, Emit::Op, Emit::Standard][data.len() % 3];
             convert_file(&model, &out, emit)
         }

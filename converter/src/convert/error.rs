@@ -8,6 +8,7 @@ use linfusion_ops::body::BodyError;
 use crate::mapping::Ambiguous;
 use crate::plan::{Method, UnmatchedPattern};
 use crate::report::ModelReport;
+use crate::resize::{self, ResizeError};
 use crate::rewrite::SiteError;
 use crate::verify::VerifyError;
 
@@ -156,6 +157,22 @@ pub enum ConvertError {
         path: String,
         /// What is wrong with it.
         fault: PipelineFault,
+    },
+    /// The model cannot be resized.
+    #[error("'{model}' cannot be resized: {source}")]
+    Resize {
+        /// The model.
+        model: String,
+        /// Why.
+        source: Box<ResizeError>,
+    },
+    /// The resized model does something else.
+    #[error("'{model}' was resized wrongly (a bug, please report it): {source}")]
+    ResizedWrong {
+        /// The model.
+        model: String,
+        /// What was found.
+        source: Box<resize::verify::VerifyError>,
     },
     /// The output cannot be written.
     #[error(transparent)]

@@ -3,6 +3,7 @@
 mod error;
 mod patches;
 mod pipeline;
+mod resized;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -12,7 +13,9 @@ use linfusion_models::checkpoint::{
     Checkpoint, CheckpointModule, MlpWidth, SearchPlaces, discover, download_command,
 };
 use linfusion_models::onnx::proto::ModelProto;
-use linfusion_models::onnx::write::{ExternalData, Overwrite, WriteOptions, check_output, stage};
+use linfusion_models::onnx::write::{
+    ExternalData, Overwrite, Staged, WriteOptions, check_output, stage,
+};
 use linfusion_models::onnx::{ElementType, OnnxFile, make};
 use linfusion_ops::schema::WindowSpec;
 
@@ -23,12 +26,14 @@ use crate::grid::GridSource;
 use crate::mapping::assign;
 use crate::plan::{Action, Method, Selection, plan};
 use crate::report::{ConvertReport, ModelReport};
+use crate::resize::ImageSize;
 use crate::rewrite::{Emit, apply, declare_operators};
 use crate::verify::{Converted, Verified, Verify, known_problems, verify};
 
 pub use self::error::{ConvertError, PipelineFault};
 use self::patches::{of_module, patches};
 pub use self::pipeline::convert_pipeline;
+use self::resized::{resize_first, write_resized};
 
 /// Where the LinFusion weights come from.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -85,6 +90,9 @@ pub struct Request {
     pub verify: Verify,
     /// Whether anything is written.
     pub run: Run,
+    /// The image size that the model is rewritten for first; where the selection keeps all attention,
+    /// only that is done.
+    pub resize: Option<ImageSize>,
 }
 
 /// Converts a model.
@@ -98,9 +106,20 @@ pub fn convert(
     progress: &mut dyn FnMut(&str),
 ) -> Result<ConvertReport, ConvertError> {
     progress("reading the model");
-    let file = OnnxFile::open(&request.model)?;
+    let mut file = OnnxFile::open(&request.model)?;
     let name = request.model.display().to_string();
     refuse_converted(&file.model, &name)?;
+    let mut warnings = Vec::new();
+    let resized = match request.resize {
+        None => None,
+        Some(size) => {
+            let resized = resize_first(request, &mut file, size, &mut warnings, progress)?;
+            if request.selection.keeps_all() {
+                return write_resized(request, &file, resized, warnings, progress);
+            }
+            Some(resized)
+        }
+    };
     progress("looking for attention");
     let analysis = Analysis::with_grid(&file, request.selection.grid);
     request.selection.check(&analysis.sites)?;
@@ -134,9 +153,9 @@ pub fn convert(
     } else {
         enough?;
     }
-    let mut warnings = checkpoint.as_ref().map_or_else(Vec::new, |c| {
-        doubts(&analysis, c, &modules, &request.selection)
-    });
+    if let Some(checkpoint) = &checkpoint {
+        warnings.extend(doubts(&analysis, checkpoint, &modules, &request.selection));
+    }
     let stated = |s: &Site<'_>| {
         let image = s.image.as_ref();
         image.is_ok_and(|i| matches!(i.grid.source, GridSource::Fixed(_)))
@@ -160,6 +179,7 @@ pub fn convert(
     let asked = request.selection.window.unwrap_or_default();
     let mut report = ConvertReport {
         model: ModelReport::new(&name, &analysis, &actions, asked, mid),
+        resized,
         output: None,
         companions: Vec::new(),
         weights: match (&checkpoint, converted.iter().any(|c| c.linear.is_some())) {
@@ -182,11 +202,7 @@ pub fn convert(
         );
     }
     let out = output(request);
-    let options = WriteOptions {
-        external: request.external,
-        overwrite: request.overwrite,
-        ..WriteOptions::default()
-    };
+    let options = write_options(request);
     if request.run == Run::Dry {
         check_output(Some(&file), &out, &options)?;
         return Ok(report);
@@ -232,6 +248,20 @@ pub fn convert(
         )?;
         report.verified = Some(verified);
     }
+    publish(staged, &out, &mut report)?;
+    Ok(report)
+}
+
+fn write_options(request: &Request) -> WriteOptions {
+    WriteOptions {
+        external: request.external,
+        overwrite: request.overwrite,
+        ..WriteOptions::default()
+    }
+}
+
+/// Gives the files their names.
+fn publish(staged: Staged, out: &Path, report: &mut ConvertReport) -> Result<(), ConvertError> {
     let published = staged.publish()?;
     report.output = Some(out.display().to_string());
     report.companions = published
@@ -248,7 +278,7 @@ pub fn convert(
     report
         .warnings
         .extend(published.notes.iter().map(ToString::to_string));
-    Ok(report)
+    Ok(())
 }
 
 /// The metadata that lists the converted modules, separated by spaces.
@@ -452,7 +482,10 @@ fn modules<'c>(
 
 fn output(request: &Request) -> PathBuf {
     let named = request.out.clone();
-    named.unwrap_or_else(|| default_output(&request.model))
+    named.unwrap_or_else(|| match request.resize {
+        Some(_) if request.selection.keeps_all() => request.model.with_extension("resized.onnx"),
+        _ => default_output(&request.model),
+    })
 }
 
 fn mlp_width(checkpoint: &Checkpoint) -> u64 {

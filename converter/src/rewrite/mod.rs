@@ -18,6 +18,7 @@ use linfusion_ops::body::WindowVariant;
 
 pub use emit::Emit;
 pub use prune::Pruned;
+pub(crate) use prune::prune;
 pub use site::{Patch, SiteError};
 
 use crate::graph::{Graph, domain, op};

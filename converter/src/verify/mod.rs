@@ -195,7 +195,7 @@ fn structure(file: &OnnxFile, before: &HashSet<String>) -> Result<(), VerifyErro
 }
 
 /// ONNX Runtime if it is there, else tract.
-fn engine() -> Engine {
+pub(crate) fn engine() -> Engine {
     // A library that was named and does not load is to be heard of.
     let loads = || linfusion_runtime::engine::load_library(None).is_ok();
     if library::is_named() || (!library::find(None).is_empty() && loads()) {

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use linfusion_convert::convert::WeightsFrom;
 use linfusion_convert::plan::Method;
+use linfusion_convert::resize::ImageSize;
 use linfusion_convert::rewrite::Emit;
 use linfusion_convert::verify::Verify;
 use linfusion_models::onnx::write::ExternalData;
@@ -206,6 +207,11 @@ pub struct ConvertArgs {
     /// How the operator is written.
     #[arg(long, value_enum, default_value_t)]
     pub emit: Emit,
+    /// Rewrite the constants of an export that hold its image size, so that it runs at another
+    /// (HEIGHTxWIDTH) or at any (dynamic). Sizes are those of the graph's image input: latent pixels,
+    /// an eighth of the image's, for latent diffusion. With --attention keep nothing else is done.
+    #[arg(long, value_name = "HxW|dynamic")]
+    pub resize: Option<ImageSize>,
     /// Sites.
     #[command(flatten)]
     pub selection: SelectionArgs,

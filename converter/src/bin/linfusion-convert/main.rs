@@ -98,7 +98,7 @@ impl From<ConvertError> for Failure {
             ConvertError::NoWeights { .. } | ConvertError::ManyWeights { .. } => 3,
             ConvertError::Fewer { .. } => 4,
             ConvertError::AlreadyConverted { .. } => 5,
-            ConvertError::Verify(_) => 6,
+            ConvertError::Verify(_) | ConvertError::ResizedWrong { .. } => 6,
             ConvertError::Pattern(_) | ConvertError::OtherAttention { .. } => 2,
             _ => 1,
         };
@@ -202,6 +202,7 @@ fn run_convert(args: &ConvertArgs) -> Result<(), Failure> {
         },
         verify: args.verify,
         run: if args.dry_run { Run::Dry } else { Run::Write },
+        resize: args.resize,
     };
     let bar = spinner();
     let convert = if request.model.is_dir() {
@@ -235,6 +236,9 @@ fn summary(report: &ConvertReport, explain: bool) -> String {
     } else {
         String::new()
     };
+    if let Some(resized) = &report.resized {
+        text += &resized.text();
+    }
     let kept = report.model.sites.len() - report.converted;
     text += &format!(
         "{}: {} of {} attention sites converted, {kept} kept ({} cross)\n",
