@@ -9,6 +9,7 @@
 #            benchmark into benches/results; needs no network once `cuda lib` were run
 # ort    four releases of libonnxruntime into .cache/ort, hash-checked
 # triton-client  Triton's Python client into .cache/triton, hash-checked; what can't be fetched is skipped
+# terrain  a trained one-step diffusion UNet (MIT, 45 MB) into .cache/terrain, hash-checked
 # clean  what cargo and the targets above made; `distclean` also the fetched libraries
 #
 # LINFUSION_ORT_DIR  a folder of VERSION/libonnxruntime.so.VERSION to use instead of fetching
@@ -21,7 +22,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
 .DELETE_ON_ERROR:
-.PHONY: demo test lint bench fuzz lib cuda gpu-check ort triton-client clean distclean help
+.PHONY: demo test lint bench fuzz lib cuda gpu-check ort terrain triton-client clean distclean help
 
 CARGO ?= cargo
 CACHE := $(CURDIR)/.cache
@@ -110,6 +111,9 @@ ort:
 # The schema that model repositories are checked with.
 triton-client:
 	@PYTHON='$(or $(PYTHON),python3)' tests/scripts/fetch_triton_client.sh '$(CACHE)'
+
+terrain:
+	@PYTHON='$(or $(PYTHON),python3)' models/scripts/fetch_terrain.sh '$(CACHE)'
 
 clean:
 	@$(CARGO) clean
