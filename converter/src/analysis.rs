@@ -184,8 +184,9 @@ fn baked_positions(graph: &Graph<'_>, shapes: &Shapes, again: &Shapes) -> Vec<St
     notes
 }
 
-/// Whether text and image tokens attend together, or the image is cut into patches and no
-/// spatial convolution follows the first attention.
+/// Whether text and image tokens attend together, or the image is cut into patches (by a
+/// convolution; where patches are pixels, names tell) and no spatial convolution follows the
+/// first attention.
 fn is_transformer(graph: &Graph<'_>, shapes: &Shapes, sites: &[Site<'_>]) -> bool {
     if sites.iter().any(|s| s.kind == Kind::Joint) {
         return true;
@@ -197,13 +198,18 @@ fn is_transformer(graph: &Graph<'_>, shapes: &Shapes, sites: &[Site<'_>]) -> boo
         };
         op(node).contains("Conv") && kernel().unwrap_or(true)
     };
-    let own = sites.iter().filter(|s| s.kind == Kind::SelfAttention);
-    own.filter_map(|s| s.node).min().is_some_and(|first| {
+    let own = || sites.iter().filter(|s| s.kind == Kind::SelfAttention);
+    let in_a_block = |s: &Site<'_>| {
+        let module = s.module.as_deref();
+        module.is_some_and(|m| m.starts_with("transformer_blocks."))
+    };
+    let named = own().all(in_a_block);
+    own().filter_map(|s| s.node).min().is_some_and(|first| {
         let (mut before, mut after) = (false, false);
         for (id, _) in graph.nodes().filter(|(_, node)| spatial(node)) {
             *(if id < first { &mut before } else { &mut after }) = true;
         }
-        before && !after
+        (before || named) && !after
     })
 }
 

@@ -1,5 +1,7 @@
 //! Fixtures and helpers of the end-to-end tests and the demo.
 
+pub mod digits;
+
 use std::path::{Path, PathBuf};
 
 use linfusion_convert::convert::{Request, WeightsFrom};
