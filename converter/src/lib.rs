@@ -10,6 +10,8 @@ pub mod attention;
 pub mod convert;
 pub mod cost;
 pub mod diff;
+#[cfg(feature = "distill")]
+pub mod distill;
 pub mod grid;
 pub mod mapping;
 pub mod plan;

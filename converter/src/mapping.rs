@@ -37,10 +37,8 @@ pub fn assign<'c>(
         .map(|m| (canonical_module(&m.module_name).into_owned(), m))
         .collect();
     let find = |module: &str| by_name.get(canonical_module(module).as_ref()).copied();
-    let mut assigned: Vec<Option<&CheckpointModule>> = sites
-        .iter()
-        .map(|s| s.module.as_deref().and_then(find))
-        .collect();
+    let mut assigned: Vec<Option<&CheckpointModule>> =
+        sites.iter().map(|s| find(&s.checkpoint_name())).collect();
     let open: Vec<usize> = (0..sites.len())
         .filter(|&i| assigned[i].is_none() && !named_elsewhere(sites[i]))
         .collect();
@@ -66,6 +64,10 @@ pub fn assign<'c>(
         .into_iter()
         .filter(|m| !assigned.iter().flatten().any(|a| a.index == m.index))
         .collect();
+    // Every module has its site: the other sites have none.
+    if rest.is_empty() {
+        return Ok(assigned);
+    }
     if rest.len() == open.len() && open.iter().zip(&rest).all(|(&i, m)| fits(sites[i], m)) {
         for (i, m) in open.into_iter().zip(rest) {
             assigned[i] = Some(m);

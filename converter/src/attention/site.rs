@@ -1,6 +1,7 @@
 //! Attention sites: every anchor of a model, with its kind, its module path and
 //! whether it can be rewritten.
 
+use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 
 use linfusion_models::onnx::proto::{FunctionProto, GraphProto, ModelProto};
@@ -73,6 +74,15 @@ pub struct Image<'m> {
 }
 
 impl Site<'_> {
+    /// What the site is called in a checkpoint: its module's path, else its place.
+    #[must_use]
+    pub fn checkpoint_name(&self) -> Cow<'_, str> {
+        match &self.module {
+            Some(module) => Cow::Borrowed(module),
+            None => Cow::Owned(format!("attention_{}", self.index)),
+        }
+    }
+
     /// Queries under another probe of the same graph.
     #[must_use]
     pub fn tokens_at(&self, shapes: &Shapes) -> Option<i64> {

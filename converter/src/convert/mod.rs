@@ -336,7 +336,7 @@ fn doubts(
     doubts
 }
 
-fn refuse_converted(model: &ModelProto, name: &str) -> Result<(), ConvertError> {
+pub(crate) fn refuse_converted(model: &ModelProto, name: &str) -> Result<(), ConvertError> {
     let recorded = model
         .metadata_props
         .iter()

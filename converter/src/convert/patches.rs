@@ -81,10 +81,7 @@ pub(super) fn patches(
         };
         let module = match &weights {
             Weights::Module { module, .. } => module.module_name.clone(),
-            Weights::Graph => site
-                .module
-                .clone()
-                .unwrap_or_else(|| format!("attention_{}", site.index)),
+            Weights::Graph => site.checkpoint_name().into_owned(),
         };
         let module = if modules_taken.insert(module.clone()) {
             module

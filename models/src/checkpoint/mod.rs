@@ -16,6 +16,7 @@ mod discover;
 mod error;
 pub mod synth;
 mod tensors;
+pub mod write;
 
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -29,6 +30,7 @@ pub use self::tensors::{CheckpointTensor, FloatType, MlpPart, Part};
 
 use self::config::{Config, MidDim};
 use self::tensors::TensorFile;
+use self::write::{CONFIG, TENSORS};
 use crate::catalogue::execution_order;
 
 /// A checkpoint whose config and tensors have been checked against each other.
@@ -199,13 +201,12 @@ impl Checkpoint {
 
 /// The tensors file, and the config file beside it if there is one.
 fn locate(path: &Path) -> Result<(PathBuf, Option<PathBuf>), CheckpointError> {
-    const TENSORS: &str = "diffusion_pytorch_model.safetensors";
     let kind = std::fs::metadata(path).map_err(|source| CheckpointError::Io {
         path: path.to_owned(),
         source,
     })?;
     if kind.is_dir() {
-        let config = path.join("config.json");
+        let config = path.join(CONFIG);
         let named = path.join(TENSORS);
         let tensors = if named.is_file() {
             named
@@ -221,7 +222,7 @@ fn locate(path: &Path) -> Result<(PathBuf, Option<PathBuf>), CheckpointError> {
     }
     let folder = path.parent().unwrap_or(Path::new(""));
     let own = path.with_extension("json");
-    let shared = folder.join("config.json");
+    let shared = folder.join(CONFIG);
     let config = [own, shared].into_iter().find(|c| c.is_file());
     Ok((path.to_owned(), config))
 }

@@ -8,10 +8,10 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use half::{bf16, f16};
-use linfusion_ops::schema::Window;
 use safetensors::Dtype;
 use safetensors::tensor::{TensorView, serialize_to_file};
 
+use super::write::{CONFIG, TENSORS, config_json};
 use super::{CheckpointError, CheckpointModule, FloatType, MlpPart, MlpWidth, Part, SiteAttention};
 
 /// A module to invent weights for.
@@ -67,24 +67,16 @@ pub fn write_checkpoint(
     };
     std::fs::create_dir_all(folder).map_err(|e| io(folder, e))?;
 
-    let config_path = folder.join("config.json");
-    let config = config_json(modules);
-    std::fs::write(&config_path, config).map_err(|e| io(&config_path, e))?;
+    let forms: Vec<CheckpointModule> = modules.iter().enumerate().map(form).collect();
+    let config_path = folder.join(CONFIG);
+    std::fs::write(&config_path, config_json(&forms)).map_err(|e| io(&config_path, e))?;
 
-    let tensors_path = folder.join("diffusion_pytorch_model.safetensors");
+    let tensors_path = folder.join(TENSORS);
     let mut random = SplitMix64::new(options.seed);
     let mut tensors = Vec::new();
-    for (index, module) in modules.iter().enumerate() {
-        let form = CheckpointModule {
-            index,
-            module_name: module.module_name.clone(),
-            dim: module.dim,
-            heads: module.heads,
-            mid: module.mid,
-            attention: module.attention,
-        };
-        for part in Part::ALL.iter().filter(|p| p.is_required(&form)) {
-            let Some(shape) = part.shape(&form) else {
+    for (index, (module, form)) in modules.iter().zip(&forms).enumerate() {
+        for part in Part::ALL.iter().filter(|p| p.is_required(form)) {
+            let Some(shape) = part.shape(form) else {
                 continue;
             };
             let mut values = draw(*part, module, shape.iter().product(), &mut random);
@@ -112,39 +104,15 @@ pub fn write_checkpoint(
         .map_err(|e| io(&tensors_path, std::io::Error::other(e)))
 }
 
-fn config_json(modules: &[SynthModule]) -> String {
-    let list: Vec<_> = modules
-        .iter()
-        .map(|module| {
-            let mid = match module.mid {
-                MlpWidth::Identity => serde_json::json!(-1),
-                MlpWidth::Width(width) if width == module.dim => serde_json::Value::Null,
-                MlpWidth::Width(width) => serde_json::json!(width),
-            };
-            let mut entry = serde_json::json!({
-                "module_name": module.module_name,
-                "dim_n": module.dim,
-                "heads": module.heads,
-                "projection_mid_dim": mid,
-            });
-            if let SiteAttention::Hybrid(spec) | SiteAttention::Window(spec) = module.attention {
-                entry["attention"] = serde_json::json!(module.attention.to_string());
-                match spec.map(|s| (s.window, s.border.name())) {
-                    None => {}
-                    Some((Window::Rect { rows, cols }, border)) => {
-                        entry["window"] = serde_json::json!([rows, cols]);
-                        entry["border"] = serde_json::json!(border);
-                    }
-                    Some((Window::Circle { radius }, _)) => {
-                        entry["radius"] = serde_json::json!(radius);
-                    }
-                }
-            }
-            entry
-        })
-        .collect();
-    let config = serde_json::json!({ "_class_name": "LinFusion", "modules_list": list });
-    format!("{config:#}\n")
+fn form((index, module): (usize, &SynthModule)) -> CheckpointModule {
+    CheckpointModule {
+        index,
+        module_name: module.module_name.clone(),
+        dim: module.dim,
+        heads: module.heads,
+        mid: module.mid,
+        attention: module.attention,
+    }
 }
 
 fn draw(part: Part, module: &SynthModule, count: usize, random: &mut SplitMix64) -> Vec<f64> {

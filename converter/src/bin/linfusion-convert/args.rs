@@ -39,6 +39,9 @@ const EXIT_CODES: &str = "Exit codes:\n  \
 pub enum Command {
     /// Show every attention site and what would be done with it.
     Inspect(InspectArgs),
+    /// Learn the weights of linear attention from the model itself.
+    #[cfg(feature = "distill")]
+    Distill(crate::distill::DistillArgs),
     /// Check a converted file: structure, and every converted site against the reference.
     Verify(VerifyArgs),
     /// Print a model in the ONNX textual form.

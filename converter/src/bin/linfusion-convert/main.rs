@@ -1,6 +1,8 @@
 //! `linfusion-convert`: reports go to stdout, progress and diagnostics to stderr.
 
 mod args;
+#[cfg(feature = "distill")]
+mod distill;
 
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
@@ -44,6 +46,8 @@ fn main() -> ExitCode {
     }
     let outcome = match cli.command {
         Some(Command::Inspect(a)) => run_inspect(&a),
+        #[cfg(feature = "distill")]
+        Some(Command::Distill(a)) => distill::run_distill(&a),
         Some(Command::Verify(a)) => run_verify(&a),
         Some(Command::Print(a)) => run_print(&a),
         Some(Command::Diff(a)) => run_diff(&a),

@@ -1,0 +1,238 @@
+//! `linfusion-convert distill`.
+
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+use std::sync::Mutex;
+
+use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
+use linfusion_convert::distill::{
+    Attention, Budget, DistillError, Mid, Progress, Refinement, Report, Request, Schedule, Source,
+    run,
+};
+use linfusion_models::onnx::write::Overwrite;
+
+use crate::args::{ReportAs, SelectionArgs};
+use crate::{Failure, print_bytes, print_json, selection, spinner};
+
+/// Learning weights.
+#[derive(Args, Debug)]
+pub struct DistillArgs {
+    /// The model, or the folder of a pipeline with one.
+    pub model: PathBuf,
+    /// The checkpoint's folder.
+    #[arg(short, long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// How.
+    #[command(flatten)]
+    pub how: HowArgs,
+    /// Sites.
+    #[command(flatten)]
+    pub selection: SelectionArgs,
+    /// Replace an existing output.
+    #[arg(long)]
+    pub force: bool,
+    /// How to report on stdout.
+    #[arg(long, value_enum, default_value_t)]
+    pub report: ReportAs,
+}
+
+/// How weights are learned.
+#[derive(Args, Debug)]
+pub struct HowArgs {
+    /// Teacher inputs: a folder of .npz files, a sample each, with an array for each input of the graph.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["random", "pipeline"])]
+    pub inputs: Option<PathBuf>,
+    /// Teacher inputs at random: a JSON object with a distribution for each input of the graph, e.g.
+    /// {"sample": {"normal": {}}, "timestep": {"integers": {"min": 0, "max": 999}}}.
+    #[arg(long, value_name = "SPEC.json", conflicts_with = "pipeline")]
+    pub random: Option<PathBuf>,
+    /// Teacher inputs from a pipeline that makes images: what its denoiser is given on the way.
+    #[arg(long, value_name = "FOLDER")]
+    pub pipeline: Option<PathBuf>,
+    /// Prompts for the pipeline, one a line [default: a list that is built in].
+    #[arg(long, value_name = "FILE")]
+    pub prompts: Option<PathBuf>,
+    /// Steps of the pipeline's sampler.
+    #[arg(long, value_name = "N", default_value_t = 20)]
+    pub sampler_steps: usize,
+    /// Samples to learn from.
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    pub samples: usize,
+    /// Samples held out, to judge by.
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    pub holdout: usize,
+    /// Steps of AdamW for each site.
+    #[arg(long, value_name = "N", default_value_t = Schedule::default().steps)]
+    pub steps: usize,
+    /// Learning rate at the first step; it falls to zero as a cosine.
+    #[arg(long, value_name = "RATE", default_value_t = Schedule::default().learning_rate)]
+    pub lr: f64,
+    /// Images of a batch.
+    #[arg(long, value_name = "N", default_value_t = Schedule::default().batch)]
+    pub batch: usize,
+    /// Width of the MLPs: auto (as wide as the site, at most 256), a number, or -1 for none.
+    #[arg(long, value_name = "auto|N|-1", default_value = "auto", value_parser = mid, allow_hyphen_values = true)]
+    pub mid_dim: Mid,
+    /// Take at each site the cheapest of linear, window and hybrid attention that leaves no more than this share of the
+    /// variance unexplained.
+    #[arg(long, value_name = "SHARE", value_parser = share, num_args = 0..=1, default_missing_value = "0.15", require_equals = true)]
+    pub auto: Option<f64>,
+    /// Do not learn again on the converted model's own activations.
+    #[arg(long)]
+    pub no_refine: bool,
+    /// Leave softmax at the sites that serve the output worst until its PSNR is so high.
+    #[arg(long, value_name = "DB")]
+    pub budget_db: Option<f64>,
+    /// The same as a mean squared error, relative to the square of the output's range.
+    #[arg(long, value_name = "LOSS", conflicts_with = "budget_db")]
+    pub max_loss: Option<f64>,
+    /// Draw the losses as an SVG.
+    #[arg(long, value_name = "FILE.svg")]
+    pub plot: Option<PathBuf>,
+    /// Seed of everything random: the same seed makes the same weights.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+    /// Activations that may lie on the disk at once, in GiB; sites are learned in groups that fit.
+    #[arg(long, value_name = "GIB", default_value_t = 16.0)]
+    pub disk_budget: f64,
+    /// Folder for activations [default: the system's for temporary files].
+    #[arg(long, value_name = "DIR")]
+    pub scratch: Option<PathBuf>,
+    /// Threads [default: as many as there are processors].
+    #[arg(long, value_name = "N")]
+    pub threads: Option<NonZeroUsize>,
+}
+
+fn mid(text: &str) -> Result<Mid, String> {
+    match (text, text.parse::<usize>()) {
+        ("auto", _) => Ok(Mid::Auto),
+        ("-1", _) => Ok(Mid::Identity),
+        (_, Ok(width)) if (1..=1 << 20).contains(&width) => Ok(Mid::Width(width)),
+        _ => Err(format!(
+            "'{text}' is none of auto, -1 and a width of 1 or more"
+        )),
+    }
+}
+
+fn share(text: &str) -> Result<f64, String> {
+    let share = text.parse::<f64>().ok().filter(|s| (0.0..=1.0).contains(s));
+    share.ok_or_else(|| format!("'{text}' is no share of 0 to 1"))
+}
+
+pub fn run_distill(args: &DistillArgs) -> Result<(), Failure> {
+    let source = source(args)?;
+    let how = &args.how;
+    let request = Request {
+        model: args.model.clone(),
+        out: args.out.clone(),
+        source,
+        samples: how.samples,
+        holdout: how.holdout,
+        schedule: Schedule {
+            steps: how.steps,
+            learning_rate: how.lr,
+            batch: how.batch,
+        },
+        mid: how.mid_dim,
+        selection: selection(&args.selection)?,
+        attention: match how.auto {
+            Some(unexplained) => Attention::Auto { unexplained },
+            None => Attention::Planned,
+        },
+        refinement: match how.no_refine {
+            true => Refinement::Never,
+            false => Refinement::IfBetter,
+        },
+        budget: how
+            .budget_db
+            .map(Budget::Psnr)
+            .or(how.max_loss.map(Budget::Loss)),
+        plot: how.plot.clone(),
+        seed: how.seed,
+        disk_budget: bytes(how.disk_budget)?,
+        scratch: how.scratch.clone(),
+        threads: how.threads,
+        overwrite: if args.force {
+            Overwrite::Force
+        } else {
+            Overwrite::Refuse
+        },
+    };
+    let report = watched(&request)?;
+    match args.report {
+        ReportAs::Json => print_json(&report),
+        ReportAs::Table => print_bytes(report.table().as_bytes()),
+    }
+}
+
+fn source(args: &DistillArgs) -> Result<Source, Failure> {
+    let how = &args.how;
+    let pipeline = |folder: &PathBuf| Source::Pipeline {
+        folder: folder.clone(),
+        prompts: how.prompts.clone(),
+        steps: how.sampler_steps,
+    };
+    match (&how.inputs, &how.random, &how.pipeline) {
+        (Some(folder), ..) => Ok(Source::Folder(folder.clone())),
+        (_, Some(spec), _) => Ok(Source::Random(spec.clone())),
+        (.., Some(folder)) => Ok(pipeline(folder)),
+        _ if args.model.is_dir() => Ok(pipeline(&args.model)),
+        _ => Err(Failure::new(
+            2,
+            format!(
+                "'{}' is a model alone: say what it is to be run on, with --pipeline FOLDER, --inputs DIR or --random SPEC.json",
+                args.model.display()
+            ),
+        )),
+    }
+}
+
+fn bytes(gib: f64) -> Result<u64, Failure> {
+    match gib.is_finite() && gib > 0.0 {
+        true => Ok((gib * f64::from(1 << 30)) as u64),
+        false => Err(Failure::new(2, format!("--disk-budget {gib}: not a size"))),
+    }
+}
+
+/// Runs with a progress bar.
+fn watched(request: &Request) -> Result<Report, Failure> {
+    let bar: Mutex<ProgressBar> = Mutex::new(spinner());
+    let show = |progress: Progress| {
+        let Ok(mut bar) = bar.lock() else { return };
+        match progress {
+            Progress::Advance(steps) => bar.inc(steps),
+            Progress::Note(note) => bar.println(note),
+            Progress::Begin { stage, steps } => {
+                bar.finish_and_clear();
+                let next = match bar.is_hidden() {
+                    true => ProgressBar::hidden(),
+                    false => ProgressBar::new(steps),
+                };
+                let look = "{elapsed} {msg} {wide_bar} {pos}/{len}, {eta} left";
+                if let Ok(style) = ProgressStyle::with_template(look) {
+                    next.set_style(style);
+                }
+                next.set_message(stage);
+                *bar = next;
+            }
+        }
+    };
+    let result = run(request, &show);
+    if let Ok(bar) = bar.lock() {
+        bar.finish_and_clear();
+    }
+    Ok(result?)
+}
+
+impl From<DistillError> for Failure {
+    fn from(error: DistillError) -> Self {
+        let code = match &error {
+            DistillError::Setting { .. } | DistillError::Pattern(_) => 2,
+            DistillError::NoSites { .. } => 4,
+            DistillError::AlreadyConverted { .. } => 5,
+            _ => 1,
+        };
+        Failure::new(code, error)
+    }
+}

@@ -1,0 +1,382 @@
+//! Learning the sites, each from the original's own activations.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use candle_core::Device;
+use linfusion_models::checkpoint::write::NewModule;
+use linfusion_models::checkpoint::{CheckpointModule, MlpWidth, Part, SiteAttention};
+use linfusion_models::random::SplitMix64;
+use linfusion_ops::schema::WindowSpec;
+use rayon::prelude::*;
+
+use super::capture::{Teacher, capture, groups};
+use super::choose::cheapest;
+use super::error::{DistillError, learning};
+use super::inputs::Sample;
+use super::measure::{self, Judged, Outputs};
+use super::near;
+use super::output;
+use super::probe::{Layers, layers};
+use super::report::SiteReport;
+use super::state::{Done, State};
+use super::store::Store;
+use super::student::{Beginning, Student, Weights};
+use super::target::Target;
+use super::train::{Activations, Schedule, error_of, fit};
+use super::{Progress, Request};
+use crate::convert::WeightsFrom;
+use crate::plan::{Method, Selection};
+
+/// What every step of a distillation needs.
+pub(super) struct Work<'a> {
+    pub request: &'a Request,
+    pub teacher: Teacher<'a>,
+    pub samples: &'a [Sample],
+    pub scratch: PathBuf,
+    pub state: State,
+    pub progress: &'a (dyn Fn(Progress) + Sync),
+}
+
+/// A site and what was learned for it.
+#[derive(Clone, Debug)]
+pub(super) struct Learned {
+    pub target: Target,
+    pub layers: Layers,
+    pub done: Done,
+    pub window: WindowSpec,
+}
+
+/// The modules of a checkpoint.
+pub(super) fn modules(sites: &[Learned]) -> Vec<NewModule> {
+    sites.iter().enumerate().map(module).collect()
+}
+
+fn module((index, site): (usize, &Learned)) -> NewModule {
+    let Learned {
+        target,
+        layers,
+        done,
+        window,
+    } = site;
+    let attention = match done.report.attention {
+        Method::Linear => SiteAttention::Linear,
+        Method::Hybrid => SiteAttention::Hybrid(Some(*window)),
+        Method::Window => SiteAttention::Window(Some(*window)),
+    };
+    let mut parts = done.weights.0.clone();
+    // A hybrid's out projection stays the graph's without being told.
+    if let (SiteAttention::Linear, Some(out)) = (attention, &layers.out) {
+        parts.push((Part::OutWeight, out.weight.clone()));
+        let zeros = || vec![0.0; target.shape.dim];
+        parts.push((Part::OutBias, out.bias.clone().unwrap_or_else(zeros)));
+    }
+    NewModule {
+        form: CheckpointModule {
+            index,
+            module_name: target.module.clone(),
+            dim: target.shape.dim,
+            heads: target.shape.heads,
+            mid: done.report.mid.map_or(MlpWidth::Identity, MlpWidth::Width),
+            attention,
+        },
+        parts,
+    }
+}
+
+/// A site with its activations.
+pub(super) struct Ready<'t> {
+    pub target: &'t Target,
+    pub layers: Layers,
+    pub x: Store,
+    pub output: Store,
+    pub near: Option<Store>,
+}
+
+impl Work<'_> {
+    pub fn begin(&self, stage: &str, steps: usize) {
+        (self.progress)(Progress::Begin {
+            stage: stage.to_owned(),
+            steps: steps as u64,
+        });
+    }
+
+    pub fn advance(&self, steps: usize) {
+        (self.progress)(Progress::Advance(steps as u64));
+    }
+
+    /// Samples to judge by.
+    pub fn held_out(&self) -> &[Sample] {
+        self.samples.get(self.request.samples..).unwrap_or_default()
+    }
+
+    fn window(&self) -> WindowSpec {
+        self.request.selection.window.unwrap_or_default()
+    }
+
+    /// Learns all sites, as many at once as the disk holds the activations of; says how many an earlier run had done.
+    pub fn learn(&self, targets: &[Target]) -> Result<(Vec<Learned>, usize), DistillError> {
+        let mut done: HashMap<usize, Done> = targets
+            .iter()
+            .filter_map(|t| Some((t.site, self.state.load(CHOSEN, t.site)?)))
+            .collect();
+        let resumed = done.len();
+        let open: Vec<Target> = targets
+            .iter()
+            .filter(|t| !done.contains_key(&t.site))
+            .cloned()
+            .collect();
+        for group in groups(&open, self.images(), self.request.disk_budget)? {
+            done.extend(self.learn_group(group)?);
+        }
+        let mut learned = Vec::with_capacity(targets.len());
+        for target in targets {
+            if let Some(done) = done.remove(&target.site) {
+                learned.push(Learned {
+                    layers: self.layers(target)?,
+                    target: target.clone(),
+                    done,
+                    window: self.window(),
+                });
+            }
+        }
+        Ok((learned, resumed))
+    }
+
+    fn images(&self) -> usize {
+        self.samples.len() * self.batch()
+    }
+
+    /// Images that a sample has.
+    fn batch(&self) -> usize {
+        let sizes = self.samples.first().into_iter().flatten();
+        let mut images = sizes.filter(|(_, t)| t.shape().len() >= 3);
+        images
+            .next()
+            .and_then(|(_, t)| t.shape().first().copied())
+            .unwrap_or(1)
+    }
+
+    fn layers(&self, target: &Target) -> Result<Layers, DistillError> {
+        let empty = Sample::new();
+        layers(
+            &self.teacher,
+            target,
+            self.samples.first().unwrap_or(&empty),
+        )
+    }
+
+    pub fn pool(&self) -> Result<rayon::ThreadPool, DistillError> {
+        let mut pool = rayon::ThreadPoolBuilder::new();
+        if let Some(threads) = self.request.threads {
+            pool = pool.num_threads(threads.get());
+        }
+        pool.build()
+            .map_err(|e| DistillError::Threads(e.to_string()))
+    }
+
+    /// The original's activations at some sites.
+    fn ready<'t>(&self, targets: &'t [Target]) -> Result<Vec<Ready<'t>>, DistillError> {
+        self.begin("running the original", self.samples.len());
+        let values: Vec<_> = targets
+            .iter()
+            .flat_map(|t| [(t, &t.x), (t, &t.merged)])
+            .collect();
+        let tick = || self.advance(1);
+        let stores = capture(&self.teacher, &values, self.samples, &self.scratch, &tick)?;
+        let mut near = self.near(targets)?.into_iter();
+        let mut stores = stores.into_iter();
+        let mut ready = Vec::with_capacity(targets.len());
+        for target in targets {
+            let (Some(x), Some(output)) = (stores.next(), stores.next()) else {
+                break;
+            };
+            ready.push(Ready {
+                target,
+                layers: self.layers(target)?,
+                x,
+                output,
+                near: near.next().flatten(),
+            });
+        }
+        Ok(ready)
+    }
+
+    /// What windows make of the same tokens, at the sites that may get one.
+    fn near(&self, targets: &[Target]) -> Result<Vec<Option<Store>>, DistillError> {
+        let wants = |t: &Target| t.methods.iter().any(|m| *m != Method::Linear);
+        if !targets.iter().any(wants) {
+            return Ok(Vec::new());
+        }
+        self.begin("running windows", self.samples.len());
+        near::capture(self, targets)
+    }
+
+    fn learn_group(&self, targets: &[Target]) -> Result<Vec<(usize, Done)>, DistillError> {
+        let ready = self.ready(targets)?;
+        let jobs: Vec<(&Ready<'_>, Method)> = ready
+            .iter()
+            .flat_map(|r| r.target.methods.iter().map(move |m| (r, *m)))
+            .filter(|(r, m)| *m == Method::Linear || r.near.is_some())
+            .collect();
+        let learns = |m: &Method| *m != Method::Window;
+        let count = jobs.iter().filter(|(_, m)| learns(m)).count();
+        self.begin("learning", count * self.request.schedule.steps);
+        let done = self.beside(&jobs, |(ready, method)| {
+            let phase = method.to_string();
+            if let Some(done) = self.state.load(&phase, ready.target.site) {
+                self.advance(self.request.schedule.steps);
+                return Ok(done);
+            }
+            let done = self.learn_site(ready, *method, None, &self.request.schedule)?;
+            self.state.save(&phase, ready.target.site, &done)?;
+            Ok(done)
+        })?;
+        let mut by_site: HashMap<usize, Vec<Done>> = HashMap::new();
+        for ((ready, _), done) in jobs.iter().zip(done) {
+            by_site.entry(ready.target.site).or_default().push(done);
+        }
+        let mut chosen = Vec::with_capacity(targets.len());
+        for target in targets {
+            let tried = by_site.remove(&target.site).unwrap_or_default();
+            let done = cheapest(target, tried, self.request.attention, self.window())
+                .ok_or_else(|| target.fault(&target.merged.name, "has no window: the rows and columns of its tokens cannot be told (hint: --grid)"))?;
+            self.state.save(CHOSEN, target.site, &done)?;
+            chosen.push((target.site, done));
+        }
+        Ok(chosen)
+    }
+
+    /// Does `work` for all `jobs`, the largest first, each on one core: a core that is done takes the next.
+    pub fn beside<'j, 'r, 't: 'r, R: Send>(
+        &self,
+        jobs: &'j [(&'r Ready<'t>, Method)],
+        work: impl Fn(&'j (&'r Ready<'t>, Method)) -> Result<R, DistillError> + Sync,
+    ) -> Result<Vec<R>, DistillError> {
+        let mut order: Vec<(usize, &(&Ready<'_>, Method))> = jobs.iter().enumerate().collect();
+        let size = |t: &Target| t.tokens * t.shape.dim * t.shape.dim;
+        order.sort_by_key(|(_, (ready, _))| std::cmp::Reverse(size(ready.target)));
+        let mut done: Vec<(usize, R)> = self.pool()?.install(|| {
+            order
+                .into_par_iter()
+                .with_max_len(1)
+                .map(|(i, job)| Ok((i, work(job)?)))
+                .collect::<Result<_, DistillError>>()
+        })?;
+        done.sort_by_key(|(i, _)| *i);
+        Ok(done.into_iter().map(|(_, result)| result).collect())
+    }
+
+    /// Learns one site, from `weights` on where some are given.
+    pub fn learn_site(
+        &self,
+        ready: &Ready<'_>,
+        method: Method,
+        weights: Option<&Weights>,
+        schedule: &Schedule,
+    ) -> Result<Done, DistillError> {
+        let started = Instant::now();
+        let target = ready.target;
+        let device = Device::Cpu;
+        let activations = Activations {
+            module: &target.module,
+            shape: target.shape,
+            tokens: target.tokens,
+            x: &ready.x,
+            target: &ready.output,
+            near: ready.near.as_ref().filter(|_| method == Method::Hybrid),
+            learned: self.request.samples * self.batch(),
+            folder: &self.scratch,
+        };
+        let seed = SplitMix64::new(self.request.seed.wrapping_add(target.site as u64)).bits();
+        let mid = match method {
+            Method::Window => None,
+            _ => self.request.mid.of(target.shape.dim),
+        };
+        let mut report = SiteReport {
+            module: target.module.clone(),
+            tokens: target.tokens,
+            heads: target.shape.heads,
+            dim: target.shape.dim,
+            attention: method,
+            mid,
+            before: Default::default(),
+            after: Default::default(),
+            curve: Vec::new(),
+            seconds: 0.0,
+            tried: Vec::new(),
+        };
+        if let (Method::Window, Some(near)) = (method, &ready.near) {
+            let error = error_of(near, &activations)?;
+            (report.before, report.after) = (error, error);
+            return Ok(Done {
+                weights: Weights(Vec::new()),
+                report,
+            });
+        }
+        let failed = learning(&target.module);
+        let beginning = Beginning {
+            projections: &ready.layers.projections,
+            mid,
+            mixed: method == Method::Hybrid,
+            seed,
+        };
+        let student = Student::new(target.shape, &beginning, &device).map_err(&failed)?;
+        if let Some(weights) = weights {
+            student.set(weights).map_err(&failed)?;
+        }
+        let tick = |steps| self.advance(steps);
+        let fitted = fit(&student, &activations, schedule, seed, &device, &tick)?;
+        report.before = fitted.before;
+        report.after = fitted.after;
+        report.curve = fitted.curve;
+        report.seconds = started.elapsed().as_secs_f64();
+        Ok(Done {
+            weights: fitted.weights,
+            report,
+        })
+    }
+
+    /// The original's outputs for the samples held out.
+    pub fn expected(&self) -> Result<Outputs, DistillError> {
+        self.begin("running the original", self.held_out().len());
+        let tick = || self.advance(1);
+        measure::outputs(
+            self.teacher.file.path(),
+            self.held_out(),
+            self.teacher.engine,
+            &tick,
+        )
+    }
+
+    /// The model converted with these weights, on the samples held out.
+    pub fn judged(&self, sites: Vec<Learned>, expected: &Outputs) -> Result<Judged, DistillError> {
+        self.begin("running the converted model", self.held_out().len());
+        let tick = || self.advance(1);
+        let student = self.student(&sites)?;
+        let found = measure::outputs(&student.path(), self.held_out(), self.teacher.engine, &tick)?;
+        Ok(Judged {
+            sites,
+            kept: Vec::new(),
+            end_to_end: measure::distance(expected, &found),
+        })
+    }
+
+    /// Converts the model with these weights to a scratch file.
+    pub fn student(&self, sites: &[Learned]) -> Result<measure::Scratch, DistillError> {
+        let staged = output::stage(&self.scratch.join("checkpoint"), &modules(sites))?;
+        measure::converted(
+            self.teacher.file.path(),
+            WeightsFrom::Path(staged.path().to_owned()),
+            &Selection {
+                // The checkpoint says what each site becomes.
+                attention: Vec::new(),
+                ..self.request.selection.clone()
+            },
+            &self.scratch,
+        )
+    }
+}
+
+const CHOSEN: &str = "chosen";

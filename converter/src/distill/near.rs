@@ -1,0 +1,144 @@
+//! What window attention makes of the original's tokens: it has no weights to learn, so its output is computed once.
+
+use std::collections::HashMap;
+
+use linfusion_models::onnx::OnnxFile;
+use linfusion_runtime::engine::{Operators, Session, SessionOptions};
+use linfusion_runtime::subgraph::Cut;
+use linfusion_runtime::tensor::Tensor;
+
+use super::capture::{Teacher, Whether, given};
+use super::error::DistillError;
+use super::learn::Work;
+use super::measure;
+use super::store::Store;
+use super::target::Target;
+use crate::convert::WeightsFrom;
+use crate::plan::{Method, MethodRule, Selection};
+
+/// The windows' outputs at the targets, as the converter writes windows with the graph's own weights; `None` at those
+/// that get no window.
+///
+/// # Errors
+/// A part does not run, or the disk is full.
+pub(super) fn capture(
+    work: &Work<'_>,
+    targets: &[Target],
+) -> Result<Vec<Option<Store>>, DistillError> {
+    let selection = Selection {
+        attention: vec![MethodRule {
+            sites: None,
+            method: Some(Method::Window),
+        }],
+        ..work.request.selection.clone()
+    };
+    let scratch = measure::converted(
+        work.teacher.file.path(),
+        WeightsFrom::Untrained,
+        &selection,
+        &work.scratch,
+    )?;
+    let windows = OnnxFile::open(scratch.path())?;
+    let options = SessionOptions {
+        operators: Operators::InProcess,
+        ..SessionOptions::default()
+    };
+    let converted = Teacher {
+        file: &windows,
+        options: &options,
+        ..work.teacher.clone()
+    };
+    let mut sites = Vec::with_capacity(targets.len());
+    for target in targets {
+        let wants = target.methods.iter().any(|m| *m != Method::Linear);
+        sites.push(match wants {
+            true => Some(Window::new(work, &converted, target)?),
+            false => None,
+        });
+    }
+    let mut wanted: Vec<Cut> = Vec::new();
+    for site in sites.iter().flatten() {
+        for cut in &site.reads {
+            if !wanted.iter().any(|w| w.name == cut.name) {
+                let open = Cut {
+                    shape: None,
+                    ..cut.clone()
+                };
+                wanted.push(open);
+            }
+        }
+    }
+    let mut original = work.teacher.part(&[], &wanted)?;
+    for sample in work.samples {
+        let values: HashMap<String, Tensor> = original
+            .run(&given(&original, sample))?
+            .into_iter()
+            .collect();
+        for site in sites.iter_mut().flatten() {
+            let mut inputs = given(&site.session, sample);
+            for cut in &site.reads {
+                let value = values
+                    .get(&cut.name)
+                    .ok_or_else(|| site.target.fault(&cut.name, "is not computed"))?;
+                inputs.retain(|(name, _)| *name != cut.name);
+                inputs.push((cut.name.clone(), value.clone()));
+            }
+            site.run(work, &inputs)?;
+        }
+        work.advance(1);
+    }
+    Ok(sites.into_iter().map(|s| s.map(|s| s.store)).collect())
+}
+
+/// The nodes of one window.
+struct Window<'t> {
+    target: &'t Target,
+    reads: Vec<Cut>,
+    session: Session,
+    store: Store,
+}
+
+impl<'t> Window<'t> {
+    fn new(
+        work: &Work<'_>,
+        converted: &Teacher<'_>,
+        target: &'t Target,
+    ) -> Result<Self, DistillError> {
+        let reads = target
+            .reads
+            .iter()
+            .map(|name| converted.cut(target, name, Whether::Known))
+            .collect::<Result<Vec<_>, _>>()?;
+        let wanted = converted.cut(target, &target.merged.name, Whether::Open)?;
+        let store = Store::new(&work.scratch, target.tokens * target.shape.dim);
+        Ok(Self {
+            session: converted.part(&reads, &[wanted])?,
+            target,
+            reads,
+            store: store.map_err(|source| DistillError::Scratch {
+                folder: work.scratch.clone(),
+                source,
+            })?,
+        })
+    }
+
+    fn run(&mut self, work: &Work<'_>, inputs: &[(String, Tensor)]) -> Result<(), DistillError> {
+        let merged = &self.target.merged;
+        let fault = |problem: String| self.target.fault(&merged.name, problem);
+        let outputs = self.session.run(inputs)?;
+        let made = outputs
+            .first()
+            .ok_or_else(|| fault("is not computed".to_owned()))?;
+        let matrix = merged.matrix(&made.1, self.target.tokens).map_err(fault)?;
+        for image in matrix.outer_iter() {
+            let rows = image.as_standard_layout();
+            self.store
+                .push(rows.as_slice().unwrap_or_default())
+                .map_err(|source| DistillError::Scratch {
+                    folder: work.scratch.clone(),
+                    source,
+                })?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,304 @@
+//! The whole way of a distillation.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use linfusion_models::onnx::OnnxFile;
+use linfusion_models::shapes::Shapes;
+use linfusion_runtime::engine::{Engine, Session, SessionOptions};
+use linfusion_runtime::memory;
+use linfusion_runtime::pipeline::{Folder, Place};
+
+use super::capture::Teacher;
+use super::choose;
+use super::error::DistillError;
+use super::inputs::{self, Sample, Source};
+use super::learn::{Work, modules};
+use super::output;
+use super::pipeline;
+use super::report::{Report, SiteReport, mean};
+use super::state::State;
+use super::target::Target;
+use super::{Attention, Progress, Refinement, Request};
+use crate::analysis::Analysis;
+use crate::convert::refuse_converted;
+use crate::plan::{Action, Method, plan};
+use crate::verify::engine;
+
+/// Learns the weights of every attention of a model that linear attention can replace, and writes them as a checkpoint.
+///
+/// # Errors
+/// [`DistillError`]; no output is written then, an older one is as it was, and sites that are done are kept for the next
+/// run of the same request.
+pub fn run(
+    request: &Request,
+    progress: &(dyn Fn(Progress) + Sync),
+) -> Result<Report, DistillError> {
+    let started = Instant::now();
+    memory::reset_peak();
+    check(request)?;
+    output::check(&request.out, request.overwrite)?;
+    let path = model_path(&request.model)?;
+    let file = OnnxFile::open(&path)?;
+    let model = path.display().to_string();
+    refuse_converted(&file.model, &model).map_err(|_| DistillError::AlreadyConverted {
+        model: model.clone(),
+    })?;
+    let analysis = Analysis::with_grid(&file, request.selection.grid);
+    request.selection.check(&analysis.sites)?;
+
+    let engine = engine();
+    let options = SessionOptions::default();
+    progress(Progress::Note(format!("the original runs on {engine}")));
+    let samples = samples(request, &path, engine, &options, progress)?;
+    let shapes = shapes(&file, &samples)?;
+    let teacher = Teacher {
+        file: &file,
+        shapes: &shapes,
+        engine,
+        options: &options,
+    };
+    let (targets, skipped) = targets(request, &analysis, &shapes)?;
+    let work = Work {
+        request,
+        teacher,
+        samples: &samples,
+        scratch: scratch_folder(request),
+        state: State::of(&request.out, &fingerprint(request, &file)),
+        progress,
+    };
+    let (learned, resumed) = work.learn(&targets)?;
+    let mut notes = Vec::new();
+    let expected = work.expected()?;
+    let mut best = work.judged(learned, &expected)?;
+    if request.refinement == Refinement::IfBetter {
+        let refined = work.refine(&best.sites)?;
+        let refined = work.judged(refined, &expected)?;
+        let (before, after) = (best.end_to_end.psnr(), refined.end_to_end.psnr());
+        let better = after > before;
+        notes.push(format!(
+            "refinement on the converted model's own activations: {before:.2} dB before, {after:.2} dB after; {}",
+            if better { "kept" } else { "not kept" }
+        ));
+        if better {
+            best = refined;
+        }
+    }
+    let unlimited = best.end_to_end.clone();
+    if let Some(budget) = request.budget {
+        best = choose::within(&work, best, budget, &expected, &mut notes)?;
+    }
+    let staged = output::stage(&request.out, &modules(&best.sites))?;
+    let costs = choose::costs(&analysis, &targets, &best.sites);
+    staged.publish(request.overwrite)?;
+    work.state.clear();
+    let sites: Vec<SiteReport> = best
+        .sites
+        .into_iter()
+        .map(|site| site.done.report)
+        .collect();
+    let report = Report {
+        model,
+        output: request.out.display().to_string(),
+        engine: engine.to_string(),
+        samples: request.samples,
+        holdout: request.holdout,
+        mean: mean(sites.iter().map(|s| s.after)),
+        sites,
+        skipped,
+        end_to_end: best.end_to_end,
+        all_sites: unlimited,
+        kept: best.kept,
+        costs,
+        seconds: started.elapsed().as_secs_f64(),
+        peak_bytes: memory::peak(),
+        resumed,
+        notes,
+    };
+    if let Some(path) = &request.plot {
+        super::plot::write(&report, path)?;
+    }
+    Ok(report)
+}
+
+/// The model's file: of a pipeline's folder, that of its denoiser.
+fn model_path(model: &Path) -> Result<PathBuf, DistillError> {
+    if !model.is_dir() {
+        return Ok(model.to_owned());
+    }
+    let folder = Folder::open(model)?;
+    Ok(folder.model(folder.denoiser())?)
+}
+
+fn check(request: &Request) -> Result<(), DistillError> {
+    let fault = |option: &'static str, problem: &str| {
+        Err(DistillError::Setting {
+            option,
+            problem: problem.to_owned(),
+        })
+    };
+    let schedule = &request.schedule;
+    if request.samples == 0 {
+        return fault("--samples", "is 0: nothing to learn from");
+    }
+    if request.holdout == 0 {
+        return fault(
+            "--holdout",
+            "is 0: nothing would tell how good the weights are",
+        );
+    }
+    if schedule.batch == 0 {
+        return fault("--batch", "is 0");
+    }
+    if !(schedule.learning_rate.is_finite() && schedule.learning_rate > 0.0) {
+        return fault("--lr", "is no positive number");
+    }
+    Ok(())
+}
+
+/// What the teacher is run on: those to learn from, then those held out.
+fn samples(
+    request: &Request,
+    model: &Path,
+    engine: Engine,
+    options: &SessionOptions,
+    progress: &(dyn Fn(Progress) + Sync),
+) -> Result<Vec<Sample>, DistillError> {
+    let count = request.samples + request.holdout;
+    let ports = || -> Result<_, DistillError> {
+        let session = Session::from_file(engine, model, options)?;
+        Ok(session.inputs().to_vec())
+    };
+    let samples = match &request.source {
+        Source::Folder(folder) => inputs::from_folder(folder, &ports()?, count)?,
+        Source::Random(spec) => inputs::random(spec, &ports()?, count, request.seed)?,
+        Source::Pipeline {
+            folder,
+            prompts,
+            steps,
+        } => {
+            progress(Progress::Begin {
+                stage: "making images".to_owned(),
+                steps: count as u64,
+            });
+            let asked = pipeline::Asked {
+                folder,
+                prompts: prompts.as_deref(),
+                steps: *steps,
+                count,
+                seed: request.seed,
+            };
+            let place = Place {
+                engine,
+                options: options.clone(),
+            };
+            pipeline::samples(&asked, &place, &|| progress(Progress::Advance(1)))?
+        }
+    };
+    let sizes = |sample: &Sample| -> Vec<Vec<usize>> {
+        sample.iter().map(|(_, t)| t.shape().to_vec()).collect()
+    };
+    let first = samples.first().map(&sizes);
+    if let Some(odd) = samples.iter().position(|s| Some(sizes(s)) != first) {
+        return Err(DistillError::Inputs {
+            place: super::capture::sample_name(odd),
+            problem: format!(
+                "its inputs have sizes {:?}, those of the first sample {:?}; all must be equal",
+                samples.get(odd).map(&sizes).unwrap_or_default(),
+                first.unwrap_or_default()
+            ),
+        });
+    }
+    Ok(samples)
+}
+
+fn shapes(file: &OnnxFile, samples: &[Sample]) -> Result<Shapes, DistillError> {
+    let sizes: Vec<(&str, Vec<i64>)> = samples
+        .first()
+        .into_iter()
+        .flatten()
+        .map(|(name, t)| {
+            let shape = t.shape().iter().map(|d| *d as i64).collect();
+            (name.as_str(), shape)
+        })
+        .collect();
+    let given: Vec<(&str, &[i64])> = sizes.iter().map(|(n, s)| (*n, s.as_slice())).collect();
+    Ok(Shapes::at(
+        &file.model,
+        &|t| file.tensor_bytes(t).ok(),
+        &given,
+    ))
+}
+
+/// The sites to learn, and why the other attentions are not.
+fn targets(
+    request: &Request,
+    analysis: &Analysis<'_>,
+    shapes: &Shapes,
+) -> Result<(Vec<Target>, Vec<String>), DistillError> {
+    let (mut targets, mut skipped) = (Vec::new(), Vec::new());
+    for (site, action) in analysis
+        .sites
+        .iter()
+        .zip(plan(analysis, &request.selection, &[]))
+    {
+        let methods = match (action.method(), request.attention) {
+            (Some(_), Attention::Auto { .. }) => ALL.to_vec(),
+            (Some(method), Attention::Planned) => vec![method],
+            // What cannot become the planned method can perhaps become another.
+            (None, Attention::Auto { .. }) if matches!(action, Action::Cannot(_)) => ALL.to_vec(),
+            (None, _) => Vec::new(),
+        };
+        let target = match methods.is_empty() {
+            true => Err(action.reason().unwrap_or_default().to_owned()),
+            false => Target::new(analysis, site, shapes, &methods),
+        };
+        match target {
+            Ok(target) => targets.push(target),
+            Err(reason) => skipped.push(format!(
+                "{} [{}]: {reason}",
+                site.module.as_deref().unwrap_or(&site.anchor),
+                site.kind
+            )),
+        }
+    }
+    if targets.is_empty() {
+        return Err(DistillError::NoSites {
+            model: request.model.display().to_string(),
+            reasons: skipped
+                .iter()
+                .take(12)
+                .map(|s| format!("  {s}"))
+                .collect::<Vec<_>>()
+                .join("\n"),
+        });
+    }
+    Ok((targets, skipped))
+}
+
+/// Cheapest to write down first.
+const ALL: [Method; 3] = [Method::Linear, Method::Window, Method::Hybrid];
+
+fn scratch_folder(request: &Request) -> PathBuf {
+    request.scratch.clone().unwrap_or_else(std::env::temp_dir)
+}
+
+/// Everything that a site's weights depend on.
+fn fingerprint(request: &Request, file: &OnnxFile) -> String {
+    let stamp = std::fs::metadata(file.path())
+        .and_then(|m| Ok((m.len(), m.modified()?)))
+        .ok();
+    format!(
+        "{:?} {stamp:?} {:?} {:?} {:?} {:?} {} {} {:?} {:?} {}",
+        std::fs::canonicalize(file.path()).ok(),
+        request.attention,
+        request.selection.window,
+        request.selection.grid,
+        request.source,
+        request.samples,
+        request.holdout,
+        request.schedule,
+        request.mid,
+        request.seed
+    )
+}

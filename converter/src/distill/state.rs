@@ -1,0 +1,123 @@
+//! Sites that are done, kept until the whole is: an interrupted distillation goes on where it was.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use linfusion_models::checkpoint::Part;
+use safetensors::tensor::{Dtype, SafeTensors, TensorView, serialize};
+use sha2::{Digest, Sha256};
+
+use super::error::DistillError;
+use super::report::SiteReport;
+use super::student::Weights;
+
+/// The folder `<output>.unfinished`.
+pub(super) struct State {
+    folder: PathBuf,
+    key: String,
+}
+
+/// A site that is done.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Done {
+    pub weights: Weights,
+    pub report: SiteReport,
+}
+
+const KEY: &str = "request";
+const REPORT: &str = "report";
+
+impl State {
+    /// The state of a distillation into `output`, which is the same only for the same `request`: everything that the
+    /// weights depend on, as text.
+    pub fn of(output: &Path, request: &str) -> Self {
+        let mut name = output.file_name().unwrap_or_default().to_owned();
+        name.push(".unfinished");
+        let digest = Sha256::digest(request.as_bytes());
+        Self {
+            folder: output.with_file_name(name),
+            key: digest.iter().map(|b| format!("{b:02x}")).collect(),
+        }
+    }
+
+    fn path(&self, phase: &str, site: usize) -> PathBuf {
+        self.folder.join(format!("{phase}-{site:04}.safetensors"))
+    }
+
+    /// A site that an earlier run with the same request finished; anything else is none.
+    pub fn load(&self, phase: &str, site: usize) -> Option<Done> {
+        let bytes = std::fs::read(self.path(phase, site)).ok()?;
+        let (_, header) = SafeTensors::read_metadata(&bytes).ok()?;
+        let told = header.metadata().as_ref()?;
+        if told.get(KEY) != Some(&self.key) {
+            return None;
+        }
+        let report: SiteReport = serde_json::from_str(told.get(REPORT)?).ok()?;
+        let tensors = SafeTensors::deserialize(&bytes).ok()?;
+        let mut parts = Vec::new();
+        for part in Part::ALL {
+            let Ok(view) = tensors.tensor(&part.suffix()) else {
+                continue;
+            };
+            let (words, rest) = view.data().as_chunks();
+            if !rest.is_empty() {
+                return None;
+            }
+            parts.push((
+                *part,
+                words.iter().map(|w| f32::from_le_bytes(*w)).collect(),
+            ));
+        }
+        Some(Done {
+            weights: Weights(parts),
+            report,
+        })
+    }
+
+    /// Keeps a site that is done.
+    ///
+    /// # Errors
+    /// The disk is full, or the output's folder cannot be written to.
+    pub fn save(&self, phase: &str, site: usize, done: &Done) -> Result<(), DistillError> {
+        let path = self.path(phase, site);
+        let failed = |source: std::io::Error| DistillError::Write {
+            path: path.clone(),
+            source,
+        };
+        std::fs::create_dir_all(&self.folder).map_err(failed)?;
+        let report =
+            serde_json::to_string(&done.report).map_err(|e| failed(std::io::Error::other(e)))?;
+        let bytes: Vec<(String, Vec<u8>)> = done
+            .weights
+            .0
+            .iter()
+            .map(|(part, values)| {
+                let bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+                (part.suffix(), bytes)
+            })
+            .collect();
+        let views = bytes
+            .iter()
+            .map(|(name, bytes)| {
+                TensorView::new(Dtype::F32, vec![bytes.len() / 4], bytes).map(|view| (name, view))
+            })
+            .collect::<Result<Vec<_>, _>>();
+        let told = HashMap::from([
+            (KEY.to_owned(), self.key.clone()),
+            (REPORT.to_owned(), report),
+        ]);
+        let written = views
+            .and_then(|views| serialize(views, Some(told)))
+            .map_err(|e| failed(std::io::Error::other(e)))?;
+        let mut file = tempfile::NamedTempFile::new_in(&self.folder).map_err(failed)?;
+        std::io::Write::write_all(&mut file, &written).map_err(failed)?;
+        file.persist(&path).map_err(|e| failed(e.error))?;
+        Ok(())
+    }
+
+    /// Removes it: the output is there.
+    pub fn clear(self) {
+        // What is left of it is replaced or ignored by a later run.
+        let _ = std::fs::remove_dir_all(&self.folder);
+    }
+}

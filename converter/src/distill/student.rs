@@ -1,0 +1,605 @@
+//! What is learned at a site: LinFusion attention as a function that can be differentiated.
+//!
+//! ```text
+//! q = Wq(x + Fq(x)) + bq,   k = Wk(x + Fk(x)) + bk,   v = Wv x + bv
+//! F(x) = W3·LeakyReLU₀.₀₁(LayerNorm₁ₑ₋₅(W0·x + b0; g, b1)) + b3
+//! out[n] = φ(q[n])·(Σₘ φ(k[m])ᵀ v[m] / N) / (φ(q[n])·Σₘ φ(k[m]) / N + 1e-4),   φ(u) = elu(u) + 1
+//! ```
+//!
+//! for each head; a hybrid site gives `a ⊙ near + b ⊙ out`, a and b one number a head, near what window
+//! attention made of the same tokens. The formula is `GeneralizedLinearAttention` of the official code, as in
+//! [`crate::reference`]. Weights are `[out, in]`, as PyTorch and the checkpoint have them.
+
+use candle_core::{D, DType, Device, Result, Tensor, Var};
+use linfusion_models::checkpoint::{MlpPart, Part};
+use linfusion_models::random::SplitMix64;
+use linfusion_ops::schema::DEFAULT_EPS;
+
+/// The sizes of a site's attention.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shape {
+    /// Channels in and out.
+    pub dim: usize,
+    /// Heads; they divide `dim`.
+    pub heads: usize,
+}
+
+/// A linear layer as the graph has it: `y = x·Wᵀ + b`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Layer {
+    /// `[out, in]`, row-major.
+    pub weight: Vec<f32>,
+    /// `[out]`, where the layer has one.
+    pub bias: Option<Vec<f32>>,
+}
+
+/// Where the weights of a student begin.
+#[derive(Clone, Copy, Debug)]
+pub struct Beginning<'a> {
+    /// The graph's q, k and v.
+    pub projections: &'a [Layer; 3],
+    /// Width of the two MLPs; `None` for the identity, which makes q = Wq(2x).
+    pub mid: Option<usize>,
+    /// Whether the output is mixed with a window's.
+    pub mixed: bool,
+    /// For the MLPs' first layers.
+    pub seed: u64,
+}
+
+/// The weights of one site, being learned.
+#[derive(Debug)]
+pub struct Student {
+    shape: Shape,
+    projections: [Projection; 3],
+    mlps: Option<[Mlp; 2]>,
+    scales: Option<[Var; 2]>,
+    device: Device,
+}
+
+#[derive(Debug)]
+struct Projection {
+    weight: Var,
+    bias: Option<Var>,
+}
+
+#[derive(Debug)]
+struct Mlp {
+    first: Projection,
+    norm: [Var; 2],
+    last: Projection,
+}
+
+/// The two halves of a mixture begin equal.
+const HALF: f32 = 0.5;
+const NORM_EPS: f64 = 1e-5;
+const SLOPE: f64 = 0.01;
+
+impl Student {
+    /// A student whose q, k and v are the graph's and whose MLPs give zero, as the official training begins.
+    ///
+    /// # Errors
+    /// A layer has not `dim` × `dim` weights, or the device fails.
+    pub fn new(shape: Shape, beginning: &Beginning<'_>, device: &Device) -> Result<Self> {
+        let Shape { dim, heads } = shape;
+        let var = |values: Vec<f32>, dims: &[usize]| {
+            Var::from_tensor(&Tensor::from_vec(values, dims, device)?)
+        };
+        let [q, k, v] = beginning.projections.each_ref().map(|layer| {
+            Ok::<_, candle_core::Error>(Projection {
+                weight: var(layer.weight.clone(), &[dim, dim])?,
+                bias: layer
+                    .bias
+                    .as_ref()
+                    .map(|b| var(b.clone(), &[dim]))
+                    .transpose()?,
+            })
+        });
+        let mut random = SplitMix64::new(beginning.seed);
+        let mut mlp = |mid: usize| {
+            // As PyTorch begins a Linear: uniform within 1/√in.
+            let bound = 1.0 / (dim as f64).sqrt();
+            let mut draw = |n: usize| -> Vec<f32> {
+                (0..n)
+                    .map(|_| (bound * random.symmetric()) as f32)
+                    .collect()
+            };
+            Ok::<_, candle_core::Error>(Mlp {
+                first: Projection {
+                    weight: var(draw(mid * dim), &[mid, dim])?,
+                    bias: Some(var(draw(mid), &[mid])?),
+                },
+                norm: [var(vec![1.0; mid], &[mid])?, var(vec![0.0; mid], &[mid])?],
+                last: Projection {
+                    weight: var(vec![0.0; dim * mid], &[dim, mid])?,
+                    bias: Some(var(vec![0.0; dim], &[dim])?),
+                },
+            })
+        };
+        Ok(Self {
+            shape,
+            projections: [q?, k?, v?],
+            mlps: match beginning.mid {
+                Some(mid) => Some([mlp(mid)?, mlp(mid)?]),
+                None => None,
+            },
+            scales: match beginning.mixed {
+                true => Some([
+                    var(vec![HALF; heads], &[heads])?,
+                    var(vec![HALF; heads], &[heads])?,
+                ]),
+                false => None,
+            },
+            device: device.clone(),
+        })
+    }
+
+    /// Everything that is learned, in an order that never changes.
+    #[must_use]
+    pub fn vars(&self) -> Vec<Var> {
+        self.parts()
+            .into_iter()
+            .map(|(_, var)| var.clone())
+            .collect()
+    }
+
+    fn parts(&self) -> Vec<(Part, &Var)> {
+        let mut parts = Vec::new();
+        let kinds = [
+            (Part::QWeight, Part::QBias),
+            (Part::KWeight, Part::KBias),
+            (Part::VWeight, Part::VBias),
+        ];
+        for (projection, (weight, bias)) in self.projections.iter().zip(kinds) {
+            parts.push((weight, &projection.weight));
+            parts.extend(projection.bias.as_ref().map(|b| (bias, b)));
+        }
+        let kinds: [fn(MlpPart) -> Part; 2] = [Part::QMlp, Part::KMlp];
+        for (mlp, part) in self.mlps.iter().flatten().zip(kinds) {
+            parts.push((part(MlpPart::InWeight), &mlp.first.weight));
+            parts.extend(mlp.first.bias.as_ref().map(|b| (part(MlpPart::InBias), b)));
+            let [weight, bias] = &mlp.norm;
+            parts.push((part(MlpPart::NormWeight), weight));
+            parts.push((part(MlpPart::NormBias), bias));
+            parts.push((part(MlpPart::OutWeight), &mlp.last.weight));
+            parts.extend(mlp.last.bias.as_ref().map(|b| (part(MlpPart::OutBias), b)));
+        }
+        if let Some([local, global]) = &self.scales {
+            parts.push((Part::LocalScale, local));
+            parts.push((Part::GlobalScale, global));
+        }
+        parts
+    }
+
+    /// The weights as the checkpoint names them.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub fn weights(&self) -> Result<Weights> {
+        let values = |(part, var): (Part, &Var)| Ok((part, var.flatten_all()?.to_vec1::<f32>()?));
+        Ok(Weights(
+            self.parts()
+                .into_iter()
+                .map(values)
+                .collect::<Result<_>>()?,
+        ))
+    }
+
+    /// Takes weights that [`Self::weights`] of an equal student gave.
+    ///
+    /// # Errors
+    /// They are of another student.
+    pub fn set(&self, weights: &Weights) -> Result<()> {
+        for (part, var) in self.parts() {
+            let values = weights.get(part).ok_or_else(|| {
+                candle_core::Error::Msg(format!("no weights for {}", part.suffix()))
+            })?;
+            var.set(&Tensor::from_slice(values, var.shape(), &self.device)?)?;
+        }
+        Ok(())
+    }
+
+    /// The attention's output `[B, N, dim]` for tokens `x` of that shape and, at a hybrid site, what the window
+    /// made of them.
+    ///
+    /// # Errors
+    /// Shapes don't fit, or the device fails.
+    pub fn forward(&self, x: &Tensor, near: Option<&Tensor>) -> Result<Tensor> {
+        let (batch, tokens, dim) = x.dims3()?;
+        let mut samples: Vec<Tensor> = Vec::new();
+        let mut rows: Vec<Tensor> = Vec::new();
+        self.each_block(x, near, &mut |block, out| {
+            rows.push(out.reshape((block.samples, block.tokens, dim))?);
+            if block.first_token + block.tokens == tokens {
+                samples.push(Tensor::cat(&rows, 1)?);
+                rows.clear();
+            }
+            Ok(())
+        })?;
+        Tensor::cat(&samples, 0)?.reshape((batch, tokens, dim))
+    }
+
+    /// Σ (out − target)², to be differentiated; shapes as [`Self::forward`] has them.
+    ///
+    /// # Errors
+    /// Shapes don't fit, or the device fails.
+    pub fn squared_error(
+        &self,
+        x: &Tensor,
+        near: Option<&Tensor>,
+        target: &Tensor,
+    ) -> Result<Tensor> {
+        let mut sum = Tensor::zeros((), DType::F32, &self.device)?;
+        self.each_block(x, near, &mut |block, out| {
+            let target = block.rows_of(target)?;
+            sum = (&sum + (out - target)?.sqr()?.sum_all()?)?;
+            Ok(())
+        })?;
+        Ok(sum)
+    }
+
+    /// Computes the output block by block, as `[rows, dim]`.
+    fn each_block(
+        &self,
+        x: &Tensor,
+        near: Option<&Tensor>,
+        take: &mut dyn FnMut(Block, Tensor) -> Result<()>,
+    ) -> Result<()> {
+        let (batch, tokens, dim) = x.dims3()?;
+        let wide = self.mlps.as_ref().map_or(dim, |[q, _]| q.width().max(dim));
+        for group in Block::groups(batch, tokens, wide) {
+            // Σ φ(k)ᵀ [v, 1] / N: a column of ones beside v makes the normaliser with the sum.
+            let mut state: Option<Tensor> = None;
+            for block in &group {
+                let part = self.state(&block.rows_of(x)?, *block)?;
+                state = Some(match state {
+                    None => part,
+                    Some(sum) => (sum + part)?,
+                });
+            }
+            let Some(state) = state else { continue };
+            let state = (state * (1.0 / tokens as f64))?;
+            for block in group {
+                let near = near.map(|near| block.rows_of(near)).transpose()?;
+                let out = self.attend(&block.rows_of(x)?, block, &state, near.as_ref())?;
+                take(block, out)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn state(&self, rows: &Tensor, block: Block) -> Result<Tensor> {
+        let [_, wk, wv] = &self.projections;
+        let k = features(&self.heads(&wk.forward(&self.shifted(1, rows)?)?, block)?)?;
+        let v = self.heads(&wv.forward(rows)?, block)?;
+        let ones = (block.samples, self.shape.heads, block.tokens, 1);
+        let ones = Tensor::ones(ones, DType::F32, &self.device)?;
+        k.transpose(2, 3)?
+            .matmul(&Tensor::cat(&[&v, &ones], D::Minus1)?)
+    }
+
+    fn attend(
+        &self,
+        rows: &Tensor,
+        block: Block,
+        state: &Tensor,
+        near: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        let Shape { dim, heads } = self.shape;
+        let width = dim / heads;
+        let q = self.projections[0].forward(&self.shifted(0, rows)?)?;
+        let both = features(&self.heads(&q, block)?)?.matmul(state)?;
+        let norm = (both.narrow(D::Minus1, width, 1)? + f64::from(DEFAULT_EPS))?;
+        let mut out = both.narrow(D::Minus1, 0, width)?.broadcast_div(&norm)?;
+        if let (Some([local, global]), Some(near)) = (&self.scales, near) {
+            let per_head = |s: &Var| s.reshape((1, heads, 1, 1));
+            let near = self.heads(near, block)?;
+            out = (out.broadcast_mul(&per_head(global)?)?
+                + near.broadcast_mul(&per_head(local)?)?)?;
+        }
+        out.transpose(1, 2)?
+            .reshape((block.samples * block.tokens, dim))
+    }
+
+    /// x + F(x).
+    fn shifted(&self, which: usize, rows: &Tensor) -> Result<Tensor> {
+        match &self.mlps {
+            Some(mlps) => rows + mlps[which].forward(rows)?,
+            None => rows * 2.0,
+        }
+    }
+
+    /// `[B, H, N, D]` of `[B·N, H·D]`.
+    fn heads(&self, rows: &Tensor, block: Block) -> Result<Tensor> {
+        let Shape { dim, heads } = self.shape;
+        rows.reshape((block.samples, block.tokens, heads, dim / heads))?
+            .transpose(1, 2)?
+            .contiguous()
+    }
+}
+
+/// Tokens that are computed together: some samples whole, or a part of one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Block {
+    first_sample: usize,
+    samples: usize,
+    first_token: usize,
+    tokens: usize,
+}
+
+impl Block {
+    /// Elements of a tensor. From 65,536 on candle shares elementwise work among threads that spin, which costs
+    /// more than it saves where sites are learned beside each other; and so much fits into a core's cache.
+    const ELEMENTS: usize = 60_000;
+
+    /// The blocks of each run of samples: those of one run share their state.
+    fn groups(batch: usize, tokens: usize, width: usize) -> Vec<Vec<Self>> {
+        let rows = (Self::ELEMENTS / width.max(1)).max(32);
+        let (samples, step) = match rows / tokens.max(1) {
+            0 => (1, rows),
+            samples => (samples, tokens.max(1)),
+        };
+        let group = |first_sample: usize| {
+            let block = |first_token: usize| Self {
+                first_sample,
+                samples: samples.min(batch - first_sample),
+                first_token,
+                tokens: step.min(tokens - first_token),
+            };
+            (0..tokens).step_by(step).map(block).collect()
+        };
+        (0..batch).step_by(samples).map(group).collect()
+    }
+
+    /// Its part of `[B, N, C]`, as `[rows, C]`.
+    fn rows_of(&self, x: &Tensor) -> Result<Tensor> {
+        let (_, _, dim) = x.dims3()?;
+        x.narrow(0, self.first_sample, self.samples)?
+            .narrow(1, self.first_token, self.tokens)?
+            .reshape((self.samples * self.tokens, dim))
+    }
+}
+
+impl Projection {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let y = x.matmul(&self.weight.t()?)?;
+        match &self.bias {
+            Some(bias) => y.broadcast_add(bias),
+            None => Ok(y),
+        }
+    }
+}
+
+impl Mlp {
+    fn width(&self) -> usize {
+        self.norm[0].elem_count()
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let hidden = self.first.forward(x)?;
+        let centred = hidden.broadcast_sub(&hidden.mean_keepdim(D::Minus1)?)?;
+        let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
+        let normal = centred.broadcast_div(&(variance + NORM_EPS)?.sqrt()?)?;
+        let [weight, bias] = &self.norm;
+        let hidden = normal.broadcast_mul(weight)?.broadcast_add(bias)?;
+        let hidden = hidden.maximum(&(&hidden * SLOPE)?)?;
+        self.last.forward(&hidden)
+    }
+}
+
+/// φ(u) = elu(u) + 1.
+fn features(u: &Tensor) -> Result<Tensor> {
+    u.elu(1.0)? + 1.0
+}
+
+/// A student's weights, by the part of the checkpoint that they are.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Weights(pub Vec<(Part, Vec<f32>)>);
+
+impl Weights {
+    /// The values of one part.
+    #[must_use]
+    pub fn get(&self, part: Part) -> Option<&[f32]> {
+        let found = self.0.iter().find(|(p, _)| *p == part);
+        found.map(|(_, values)| values.as_slice())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use linfusion_ops::LinFusionAttentionAttrs;
+    use linfusion_ops::reference::linfusion_attention;
+    use ndarray::{Array2, Array3};
+
+    use super::*;
+
+    const SHAPE: Shape = Shape { dim: 6, heads: 2 };
+
+    fn noise(random: &mut SplitMix64, n: usize) -> Vec<f32> {
+        (0..n).map(|_| random.symmetric() as f32).collect()
+    }
+
+    /// A student whose MLPs do something.
+    fn student(mid: Option<usize>, mixed: bool, seed: u64) -> Student {
+        let mut random = SplitMix64::new(seed);
+        let projections = [0, 1, 2].map(|_| Layer {
+            weight: noise(&mut random, 36),
+            bias: Some(noise(&mut random, 6)),
+        });
+        let beginning = Beginning {
+            projections: &projections,
+            mid,
+            mixed,
+            seed,
+        };
+        let student = Student::new(SHAPE, &beginning, &Device::Cpu).unwrap();
+        let mut weights = student.weights().unwrap();
+        for (_, values) in &mut weights.0 {
+            for value in values {
+                *value += 0.3 * random.symmetric() as f32;
+            }
+        }
+        student.set(&weights).unwrap();
+        student
+    }
+
+    fn tokens(seed: u64, batch: usize, count: usize) -> Tensor {
+        let values = noise(&mut SplitMix64::new(seed), batch * count * 6);
+        Tensor::from_vec(values, (batch, count, 6), &Device::Cpu).unwrap()
+    }
+
+    #[test]
+    fn the_output_is_that_of_the_reference() {
+        for (mid, mixed) in [(Some(4), false), (None, false), (Some(4), true)] {
+            let student = student(mid, mixed, 3);
+            let weights = student.weights().unwrap();
+            let matrix = |part: Part, columns: usize| {
+                let values: Vec<f64> = weights
+                    .get(part)
+                    .unwrap()
+                    .iter()
+                    .map(|v| f64::from(*v))
+                    .collect();
+                Array2::from_shape_vec((values.len() / columns, columns), values).unwrap()
+            };
+            let (x, near) = (tokens(5, 2, 5), tokens(6, 2, 5));
+            let found: Vec<f32> = student
+                .forward(&x, mixed.then_some(&near))
+                .and_then(|t| t.flatten_all()?.to_vec1())
+                .unwrap();
+            let values: Vec<f64> = x
+                .flatten_all()
+                .unwrap()
+                .to_vec1::<f32>()
+                .unwrap()
+                .iter()
+                .map(|v| f64::from(*v))
+                .collect();
+            let x = Array2::from_shape_vec((10, 6), values).unwrap();
+            let shifted = |part: fn(MlpPart) -> Part| {
+                let Some(mid) = mid else { return &x * 2.0 };
+                let mut h = x.dot(&matrix(part(MlpPart::InWeight), 6).t())
+                    + matrix(part(MlpPart::InBias), mid).row(0);
+                for mut row in h.rows_mut() {
+                    let mean = row.mean().unwrap();
+                    let variance = row.mapv(|v| (v - mean).powi(2)).mean().unwrap();
+                    row.mapv_inplace(|v| (v - mean) / (variance + 1e-5).sqrt());
+                }
+                let h = h * matrix(part(MlpPart::NormWeight), mid).row(0)
+                    + matrix(part(MlpPart::NormBias), mid).row(0);
+                let h = h.mapv(|v| v.max(0.01 * v));
+                &x + &(h.dot(&matrix(part(MlpPart::OutWeight), mid).t())
+                    + matrix(part(MlpPart::OutBias), 6).row(0))
+            };
+            let project = |x: Array2<f64>, weight: Part, bias: Part| -> Array3<f64> {
+                let y = x.dot(&matrix(weight, 6).t()) + matrix(bias, 6).row(0);
+                Array3::from_shape_vec((2, 5, 6), y.iter().copied().collect()).unwrap()
+            };
+            let q = project(shifted(Part::QMlp), Part::QWeight, Part::QBias);
+            let k = project(shifted(Part::KMlp), Part::KWeight, Part::KBias);
+            let v = project(x.clone(), Part::VWeight, Part::VBias);
+            let attrs = LinFusionAttentionAttrs::new(2, Some(DEFAULT_EPS)).unwrap();
+            let (q, k, v) = (q.into_dyn(), k.into_dyn(), v.into_dyn());
+            let expected = linfusion_attention(q.view(), k.view(), v.view(), &attrs).unwrap();
+            let near: Vec<f32> = near.flatten_all().unwrap().to_vec1().unwrap();
+            let scale = |part: Part, i: usize| f64::from(weights.get(part).unwrap()[i % 6 / 3]);
+            for (i, (found, expected)) in found.iter().zip(&expected).enumerate() {
+                let expected = match mixed {
+                    true => {
+                        scale(Part::LocalScale, i) * f64::from(near[i])
+                            + scale(Part::GlobalScale, i) * expected
+                    }
+                    false => *expected,
+                };
+                // A dozen sums of at most 6 terms of size about 1, in float32.
+                let bound = 100.0 * f64::from(f32::EPSILON);
+                assert!(
+                    (f64::from(*found) - expected).abs() < bound,
+                    "{mid:?} {mixed}: {found} {expected}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn blocks_do_not_change_the_output() {
+        // 60,000 elements a block: 7 samples of 5,000 tokens are cut within samples, 3,000 samples of 5 between them.
+        for (batch, count) in [(2, 12_000), (3_000, 5)] {
+            let student = student(Some(4), false, 9);
+            let x = tokens(1, batch, count);
+            let groups = Block::groups(batch, count, 6);
+            assert!(groups.iter().flatten().count() > 1);
+            let whole: Vec<f32> = student
+                .forward(&x, None)
+                .unwrap()
+                .flatten_all()
+                .unwrap()
+                .to_vec1()
+                .unwrap();
+            let last = x.narrow(0, batch - 1, 1).unwrap();
+            let alone: Vec<f32> = student
+                .forward(&last, None)
+                .unwrap()
+                .flatten_all()
+                .unwrap()
+                .to_vec1()
+                .unwrap();
+            let tail = &whole[whole.len() - alone.len()..];
+            for (a, b) in tail.iter().zip(&alone) {
+                assert!((a - b).abs() < 1e-5, "{a} {b}");
+            }
+        }
+    }
+
+    #[test]
+    fn gradients_are_those_of_finite_differences() {
+        for (mid, mixed) in [(Some(4), false), (None, false), (Some(5), true)] {
+            let student = student(mid, mixed, 11);
+            let (x, target, near) = (tokens(1, 2, 7), tokens(2, 2, 7), tokens(3, 2, 7));
+            let near = mixed.then_some(&near);
+            let loss = || student.squared_error(&x, near, &target).unwrap();
+            let gradients = loss().backward().unwrap();
+            let value = || f64::from(loss().to_scalar::<f32>().unwrap());
+            let begin = student.weights().unwrap();
+            for (index, (part, var)) in student.parts().into_iter().enumerate() {
+                let gradient: Vec<f32> = gradients
+                    .get(var)
+                    .unwrap()
+                    .flatten_all()
+                    .unwrap()
+                    .to_vec1()
+                    .unwrap();
+                // One direction for each part, so that every entry counts.
+                let mut random = SplitMix64::new(index as u64);
+                let direction = noise(&mut random, gradient.len());
+                let moved = |by: f32| {
+                    let mut weights = begin.clone();
+                    for (v, d) in weights.0[index].1.iter_mut().zip(&direction) {
+                        *v += by * d;
+                    }
+                    student.set(&weights).unwrap();
+                    value()
+                };
+                let step = 2.0_f32.powi(-7);
+                let numeric = (moved(step) - moved(-step)) / (2.0 * f64::from(step));
+                student.set(&begin).unwrap();
+                let exact: f64 = gradient
+                    .iter()
+                    .zip(&direction)
+                    .map(|(g, d)| f64::from(g * d))
+                    .sum();
+                let size: f64 = gradient
+                    .iter()
+                    .map(|g| f64::from(g * g))
+                    .sum::<f64>()
+                    .sqrt();
+                // A loss near 100 is rounded to 2⁻¹⁷, which the step's inverse makes 2⁻¹¹; the third derivative's share is
+                // step²/6 of it, below a hundredth of the gradient here.
+                let bound = 2.0_f64.powi(-10) + 0.02 * size;
+                assert!(
+                    (numeric - exact).abs() < bound,
+                    "{part:?} {mid:?} {mixed}: {numeric} {exact} of {size}"
+                );
+            }
+        }
+    }
+}
