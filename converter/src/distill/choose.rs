@@ -129,38 +129,47 @@ fn cost(method: Method, shape: Shape, spec: WindowSpec) -> Cost {
 /// Sizes in pixels that costs are told for.
 const SIZES: [u64; 5] = [1024, 2048, 4096, 8192, 16384];
 
-/// What the attentions of the model cost at some sizes. A site's tokens grow with the image's area from those that it has
-/// at the model's native size.
-pub(super) fn costs(analysis: &Analysis<'_>, targets: &[Target], sites: &[Learned]) -> Vec<CostAt> {
+/// What the attentions of the model cost at some sizes. A site's tokens grow with the image's area: from those at the
+/// model's native size, or, where that is not known, at the samples' size, whose edge is `edge` pixels.
+pub(super) fn costs(
+    analysis: &Analysis<'_>,
+    targets: &[Target],
+    sites: &[Learned],
+    edge: Option<u64>,
+) -> Vec<CostAt> {
     let native = analysis
         .recognised
         .as_ref()
         .map(|r| r.structure.native_latent as u64 * 8);
-    let Some(native) = native else {
+    let Some(known) = native.or(edge).filter(|edge| *edge > 0) else {
         return Vec::new();
     };
-    SIZES
-        .into_iter()
-        .map(|pixels| {
-            let (mut before, mut after) = (0.0, 0.0);
-            for target in targets {
-                let tokens = analysis.tokens.get(target.site).copied().flatten();
-                let tokens = tokens.and_then(|t| u64::try_from(t).ok()).unwrap_or(0);
-                let tokens = tokens * pixels / native * pixels / native;
-                let full = softmax(shape(target, None, tokens)).flops;
-                let site = sites.iter().find(|s| s.target.site == target.site);
-                before += full;
-                after += site.map_or(full, |s| {
-                    let report = &s.done.report;
-                    let shape = shape(target, report.mid, tokens);
-                    cost(report.attention, shape, s.window).flops
-                });
-            }
-            CostAt {
-                pixels,
-                softmax: before,
-                chosen: after,
-            }
+    let tokens = |target: &Target| match native {
+        None => Some(target.tokens as u64),
+        Some(_) => {
+            let tokens = analysis.tokens.get(target.site).copied().flatten();
+            tokens.and_then(|t| u64::try_from(t).ok())
+        }
+    };
+    let at = |pixels: u64| {
+        let (mut before, mut after) = (0.0, 0.0);
+        for target in targets {
+            let grown = pixels as f64 / known as f64;
+            let tokens = (tokens(target)? as f64 * grown * grown) as u64;
+            let full = softmax(shape(target, None, tokens)).flops;
+            let site = sites.iter().find(|s| s.target.site == target.site);
+            before += full;
+            after += site.map_or(full, |s| {
+                let report = &s.done.report;
+                let shape = shape(target, report.mid, tokens);
+                cost(report.attention, shape, s.window).flops
+            });
+        }
+        Some(CostAt {
+            pixels,
+            softmax: before,
+            chosen: after,
         })
-        .collect()
+    };
+    SIZES.into_iter().filter_map(at).collect()
 }

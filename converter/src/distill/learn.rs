@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use candle_core::Device;
@@ -37,6 +38,8 @@ pub(super) struct Work<'a> {
     pub scratch: PathBuf,
     pub state: State,
     pub progress: &'a (dyn Fn(Progress) + Sync),
+    /// The original's outputs by site, where those of all sites fit on the disk.
+    pub outputs: Mutex<HashMap<usize, Arc<Store>>>,
 }
 
 /// A site and what was learned for it.
@@ -90,7 +93,7 @@ pub(super) struct Ready<'t> {
     pub target: &'t Target,
     pub layers: Layers,
     pub x: Store,
-    pub output: Store,
+    pub output: Arc<Store>,
     pub near: Option<Store>,
 }
 
@@ -127,8 +130,15 @@ impl Work<'_> {
             .filter(|t| !done.contains_key(&t.site))
             .cloned()
             .collect();
-        for group in groups(&open, self.images(), self.request.disk_budget)? {
-            done.extend(self.learn_group(group)?);
+        let groups = groups(&open, self.images(), self.request.disk_budget)?;
+        let keeps = groups.len() == 1;
+        for group in groups {
+            let ready = self.ready(group)?;
+            done.extend(self.learn_group(group, &ready)?);
+            if keeps {
+                let outputs = ready.into_iter().map(|r| (r.target.site, r.output));
+                self.outputs().extend(outputs);
+            }
         }
         let mut learned = Vec::with_capacity(targets.len());
         for target in targets {
@@ -196,7 +206,7 @@ impl Work<'_> {
                 target,
                 layers: self.layers(target)?,
                 x,
-                output,
+                output: Arc::new(output),
                 near: near.next().flatten(),
             });
         }
@@ -213,8 +223,15 @@ impl Work<'_> {
         near::capture(self, targets)
     }
 
-    fn learn_group(&self, targets: &[Target]) -> Result<Vec<(usize, Done)>, DistillError> {
-        let ready = self.ready(targets)?;
+    pub fn outputs(&self) -> MutexGuard<'_, HashMap<usize, Arc<Store>>> {
+        self.outputs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn learn_group(
+        &self,
+        targets: &[Target],
+        ready: &[Ready<'_>],
+    ) -> Result<Vec<(usize, Done)>, DistillError> {
         let jobs: Vec<(&Ready<'_>, Method)> = ready
             .iter()
             .flat_map(|r| r.target.methods.iter().map(move |m| (r, *m)))
@@ -278,7 +295,7 @@ impl Work<'_> {
     ) -> Result<Done, DistillError> {
         let started = Instant::now();
         let target = ready.target;
-        let device = Device::Cpu;
+        let device = device().map_err(learning(&target.module))?;
         let activations = Activations {
             module: &target.module,
             shape: target.shape,
@@ -380,3 +397,11 @@ impl Work<'_> {
 }
 
 const CHOSEN: &str = "chosen";
+
+/// Where sites are learned: on a GPU if this program was built for one and there is one.
+fn device() -> candle_core::Result<Device> {
+    match cfg!(feature = "distill-cuda") {
+        true => Device::cuda_if_available(0),
+        false => Ok(Device::Cpu),
+    }
+}

@@ -9,6 +9,7 @@
 mod capture;
 mod choose;
 mod error;
+mod fused;
 pub mod inputs;
 mod learn;
 mod measure;

@@ -1,11 +1,15 @@
 //! Refinement: sites learn again, in order, on what the converted part before them gives, with the original's outputs as
 //! before. So a site can make good what the ones before it do wrong.
 
+use std::collections::HashMap;
+use std::sync::Arc;
+
 use linfusion_models::onnx::OnnxFile;
 
 use super::capture::{Teacher, capture};
 use super::error::DistillError;
 use super::learn::{Learned, Ready, Work};
+use super::store::Store;
 use super::target::Target;
 use super::train::Schedule;
 use crate::plan::Method;
@@ -57,7 +61,13 @@ impl Work<'_> {
         }
         let student = self.student(sites)?;
         let file = OnnxFile::open(student.path())?;
-        self.begin("running both models", 2 * self.samples.len());
+        let missing: Vec<&Target> = {
+            let outputs = self.outputs();
+            let known = |t: &&Target| !outputs.contains_key(&t.site);
+            targets.iter().filter(known).collect()
+        };
+        let runs = if missing.is_empty() { 1 } else { 2 };
+        self.begin("running the converted model", runs * self.samples.len());
         let tick = || self.advance(1);
         let student = Teacher {
             file: &file,
@@ -65,11 +75,18 @@ impl Work<'_> {
         };
         let inputs: Vec<_> = targets.iter().map(|t| (t, &t.x)).collect();
         let inputs = capture(&student, &inputs, self.samples, &self.scratch, &tick)?;
-        let outputs: Vec<_> = targets.iter().map(|t| (t, &t.merged)).collect();
-        let outputs = capture(&self.teacher, &outputs, self.samples, &self.scratch, &tick)?;
+        let values: Vec<_> = missing.iter().map(|t| (*t, &t.merged)).collect();
+        let mut fresh: HashMap<usize, Arc<Store>> = HashMap::new();
+        if !values.is_empty() {
+            let stores = capture(&self.teacher, &values, self.samples, &self.scratch, &tick)?;
+            let sites = missing.iter().map(|t| t.site);
+            fresh.extend(sites.zip(stores.into_iter().map(Arc::new)));
+        }
         let mut ready = Vec::with_capacity(targets.len());
-        for (((target, x), output), i) in targets.iter().zip(inputs).zip(outputs).zip(&chosen) {
-            if let Some(site) = sites.get(*i) {
+        for ((target, x), i) in targets.iter().zip(inputs).zip(&chosen) {
+            let kept = self.outputs().get(&target.site).cloned();
+            let output = kept.or_else(|| fresh.remove(&target.site));
+            if let (Some(site), Some(output)) = (sites.get(*i), output) {
                 ready.push(Ready {
                     target,
                     layers: site.layers.clone(),

@@ -55,7 +55,7 @@ impl EndToEnd {
 /// What all attentions of the model cost at one size, in floating-point operations of one image.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct CostAt {
-    /// Pixels along an edge, for 8 to a latent pixel where the model works on latents.
+    /// Pixels along an edge; 8 to a latent pixel of the architectures that are known.
     pub pixels: u64,
     /// With softmax everywhere.
     pub softmax: f64,

@@ -66,6 +66,7 @@ pub fn run(
         scratch: scratch_folder(request),
         state: State::of(&request.out, &fingerprint(request, &file)),
         progress,
+        outputs: Default::default(),
     };
     let (learned, resumed) = work.learn(&targets)?;
     let mut notes = Vec::new();
@@ -89,7 +90,7 @@ pub fn run(
         best = choose::within(&work, best, budget, &expected, &mut notes)?;
     }
     let staged = output::stage(&request.out, &modules(&best.sites))?;
-    let costs = choose::costs(&analysis, &targets, &best.sites);
+    let costs = choose::costs(&analysis, &targets, &best.sites, edge(&samples));
     staged.publish(request.overwrite)?;
     work.state.clear();
     let sites: Vec<SiteReport> = best
@@ -149,6 +150,12 @@ fn check(request: &Request) -> Result<(), DistillError> {
     }
     if schedule.batch == 0 {
         return fault("--batch", "is 0");
+    }
+    if request.budget.is_some_and(|b| !b.psnr().is_finite()) {
+        return fault(
+            "--budget-db or --max-loss",
+            "is no number that can be kept to",
+        );
     }
     if !(schedule.learning_rate.is_finite() && schedule.learning_rate > 0.0) {
         return fault("--lr", "is no positive number");
@@ -228,6 +235,15 @@ fn shapes(file: &OnnxFile, samples: &[Sample]) -> Result<Shapes, DistillError> {
         &|t| file.tensor_bytes(t).ok(),
         &given,
     ))
+}
+
+/// The height of the image that the samples have.
+fn edge(samples: &[Sample]) -> Option<u64> {
+    let mut images = samples.first()?.iter().map(|(_, t)| t.shape());
+    images.find_map(|shape| match *shape {
+        [_, _, height, _] => u64::try_from(height).ok(),
+        _ => None,
+    })
 }
 
 /// The sites to learn, and why the other attentions are not.

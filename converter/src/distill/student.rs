@@ -15,6 +15,8 @@ use linfusion_models::checkpoint::{MlpPart, Part};
 use linfusion_models::random::SplitMix64;
 use linfusion_ops::schema::DEFAULT_EPS;
 
+use super::fused::{add_bias, features, hidden};
+
 /// The sizes of a site's attention.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shape {
@@ -71,8 +73,6 @@ struct Mlp {
 
 /// The two halves of a mixture begin equal.
 const HALF: f32 = 0.5;
-const NORM_EPS: f64 = 1e-5;
-const SLOPE: f64 = 0.01;
 
 impl Student {
     /// A student whose q, k and v are the graph's and whose MLPs give zero, as the official training begins.
@@ -246,7 +246,11 @@ impl Student {
     ) -> Result<()> {
         let (batch, tokens, dim) = x.dims3()?;
         let wide = self.mlps.as_ref().map_or(dim, |[q, _]| q.width().max(dim));
-        for group in Block::groups(batch, tokens, wide) {
+        let elements = match self.device.is_cpu() {
+            true => Block::OF_A_CORE,
+            false => Block::OF_A_GPU,
+        };
+        for group in Block::groups(batch, tokens, elements / wide.max(1)) {
             // Σ φ(k)ᵀ [v, 1] / N: a column of ones beside v makes the normaliser with the sum.
             let mut state: Option<Tensor> = None;
             for block in &group {
@@ -329,11 +333,13 @@ struct Block {
 impl Block {
     /// Elements of a tensor. From 65,536 on candle shares elementwise work among threads that spin, which costs
     /// more than it saves where sites are learned beside each other; and so much fits into a core's cache.
-    const ELEMENTS: usize = 60_000;
+    const OF_A_CORE: usize = 60_000;
+    /// 256 MiB.
+    const OF_A_GPU: usize = 1 << 26;
 
-    /// The blocks of each run of samples: those of one run share their state.
-    fn groups(batch: usize, tokens: usize, width: usize) -> Vec<Vec<Self>> {
-        let rows = (Self::ELEMENTS / width.max(1)).max(32);
+    /// The blocks, of about `rows` tokens, of each run of samples: those of one run share their state.
+    fn groups(batch: usize, tokens: usize, rows: usize) -> Vec<Vec<Self>> {
+        let rows = rows.max(32);
         let (samples, step) = match rows / tokens.max(1) {
             0 => (1, rows),
             samples => (samples, tokens.max(1)),
@@ -363,7 +369,7 @@ impl Projection {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let y = x.matmul(&self.weight.t()?)?;
         match &self.bias {
-            Some(bias) => y.broadcast_add(bias),
+            Some(bias) => add_bias(&y, bias),
             None => Ok(y),
         }
     }
@@ -375,20 +381,10 @@ impl Mlp {
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let hidden = self.first.forward(x)?;
-        let centred = hidden.broadcast_sub(&hidden.mean_keepdim(D::Minus1)?)?;
-        let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
-        let normal = centred.broadcast_div(&(variance + NORM_EPS)?.sqrt()?)?;
         let [weight, bias] = &self.norm;
-        let hidden = normal.broadcast_mul(weight)?.broadcast_add(bias)?;
-        let hidden = hidden.maximum(&(&hidden * SLOPE)?)?;
+        let hidden = hidden(&self.first.forward(x)?, weight, bias)?;
         self.last.forward(&hidden)
     }
-}
-
-/// φ(u) = elu(u) + 1.
-fn features(u: &Tensor) -> Result<Tensor> {
-    u.elu(1.0)? + 1.0
 }
 
 /// A student's weights, by the part of the checkpoint that they are.
@@ -526,7 +522,7 @@ mod tests {
         for (batch, count) in [(2, 12_000), (3_000, 5)] {
             let student = student(Some(4), false, 9);
             let x = tokens(1, batch, count);
-            let groups = Block::groups(batch, count, 6);
+            let groups = Block::groups(batch, count, Block::OF_A_CORE / 6);
             assert!(groups.iter().flatten().count() > 1);
             let whole: Vec<f32> = student
                 .forward(&x, None)

@@ -68,7 +68,7 @@ pub enum ReportAs {
 }
 
 /// Which sites.
-#[derive(Args, Debug, Default)]
+#[derive(Args, Clone, Debug, Default)]
 pub struct SelectionArgs {
     /// Keep softmax at sites whose module path (or anchor name) matches; may be repeated.
     #[arg(long, value_name = "GLOB")]
@@ -77,8 +77,8 @@ pub struct SelectionArgs {
     #[arg(long, value_name = "GLOB")]
     pub only: Vec<String>,
     /// What softmax attention becomes: linear, hybrid (window and linear), window or keep;
-    /// GLOB=METHOD for the sites that match. May be repeated, the last that matches counts
-    /// [default: what the checkpoint says, else linear in UNets and hybrid in transformers].
+    /// GLOB=METHOD for the sites that match. May be repeated, the last that matches counts. With distillation also auto,
+    /// which tries them all [default: what the checkpoint says, else linear in UNets and hybrid in transformers].
     #[arg(long, value_name = "[GLOB=]METHOD", value_parser = attention)]
     pub attention: Vec<AttentionArg>,
     /// Rows and columns of the window in tokens, N or ROWSxCOLS [default: the checkpoint's,
@@ -108,8 +108,19 @@ pub struct SelectionArgs {
 pub struct AttentionArg {
     /// The sites; all without.
     pub glob: Option<String>,
-    /// The method; `None` keeps softmax.
-    pub method: Option<Method>,
+    /// What they become.
+    pub method: MethodArg,
+}
+
+/// What sites become.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MethodArg {
+    /// Softmax stays.
+    Keep,
+    /// This.
+    Fixed(Method),
+    /// Whatever distillation finds cheapest among those that are good enough.
+    Auto,
 }
 
 fn attention(text: &str) -> Result<AttentionArg, String> {
@@ -118,10 +129,11 @@ fn attention(text: &str) -> Result<AttentionArg, String> {
         None => (None, text),
     };
     let method = match method {
-        "linear" => Some(Method::Linear),
-        "hybrid" => Some(Method::Hybrid),
-        "window" => Some(Method::Window),
-        "keep" => None,
+        "linear" => MethodArg::Fixed(Method::Linear),
+        "hybrid" => MethodArg::Fixed(Method::Hybrid),
+        "window" => MethodArg::Fixed(Method::Window),
+        "keep" => MethodArg::Keep,
+        "auto" if glob.is_none() => MethodArg::Auto,
         other => {
             return Err(format!(
                 "'{other}' is none of linear, hybrid, window, keep; e.g. --attention hybrid or --attention 'transformer_blocks.0.*=keep'"
@@ -202,10 +214,10 @@ pub struct ConvertArgs {
     /// The file to write [default: <MODEL>.linfusion.onnx], or the folder [default: <FOLDER>.linfusion].
     #[arg(short, long, value_name = "FILE")]
     pub out: Option<PathBuf>,
-    /// A LinFusion checkpoint (folder or .safetensors), or `none` for an untrained
-    /// file that only serves to measure speed [default: look beside the model and
-    /// in the local Hugging Face cache].
-    #[arg(long, value_name = "PATH|none")]
+    /// A LinFusion checkpoint (folder or .safetensors), `distill` to learn one from the model
+    /// itself first, or `none` for an untrained file that only serves to measure speed
+    /// [default: look beside the model and in the local Hugging Face cache].
+    #[arg(long, value_name = "PATH|distill|none")]
     pub weights: Option<String>,
     /// How the operator is written.
     #[arg(long, value_enum, default_value_t)]
@@ -218,6 +230,10 @@ pub struct ConvertArgs {
     /// Sites.
     #[command(flatten)]
     pub selection: SelectionArgs,
+    /// Learning weights.
+    #[cfg(feature = "distill")]
+    #[command(flatten, next_help_heading = "With --weights distill")]
+    pub how: crate::distill::HowArgs,
     /// What becomes of weights in external data files.
     #[arg(long, value_enum, default_value_t)]
     pub external_data: External,

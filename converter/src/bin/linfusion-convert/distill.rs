@@ -1,18 +1,20 @@
 //! `linfusion-convert distill`.
 
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
+use linfusion_convert::convert::WeightsFrom;
 use linfusion_convert::distill::{
     Attention, Budget, DistillError, Mid, Progress, Refinement, Report, Request, Schedule, Source,
     run,
 };
+use linfusion_convert::plan::Selection;
 use linfusion_models::onnx::write::Overwrite;
 
-use crate::args::{ReportAs, SelectionArgs};
+use crate::args::{AttentionArg, ConvertArgs, MethodArg, ReportAs, SelectionArgs};
 use crate::{Failure, print_bytes, print_json, selection, spinner};
 
 /// Learning weights.
@@ -74,10 +76,10 @@ pub struct HowArgs {
     /// Width of the MLPs: auto (as wide as the site, at most 256), a number, or -1 for none.
     #[arg(long, value_name = "auto|N|-1", default_value = "auto", value_parser = mid, allow_hyphen_values = true)]
     pub mid_dim: Mid,
-    /// Take at each site the cheapest of linear, window and hybrid attention that leaves no more than this share of the
-    /// variance unexplained.
-    #[arg(long, value_name = "SHARE", value_parser = share, num_args = 0..=1, default_missing_value = "0.15", require_equals = true)]
-    pub auto: Option<f64>,
+    /// With --attention auto: the cheapest attention is taken that leaves no more than this share of the variance of a
+    /// site's output unexplained.
+    #[arg(long, value_name = "SHARE", value_parser = share, default_value_t = 0.15)]
+    pub max_unexplained: f64,
     /// Do not learn again on the converted model's own activations.
     #[arg(long)]
     pub no_refine: bool,
@@ -121,12 +123,79 @@ fn share(text: &str) -> Result<f64, String> {
 }
 
 pub fn run_distill(args: &DistillArgs) -> Result<(), Failure> {
-    let source = source(args)?;
-    let how = &args.how;
-    let request = Request {
-        model: args.model.clone(),
-        out: args.out.clone(),
-        source,
+    let overwrite = if args.force {
+        Overwrite::Force
+    } else {
+        Overwrite::Refuse
+    };
+    let request = request(
+        &args.how,
+        &args.selection,
+        &args.model,
+        &args.out,
+        overwrite,
+    )?;
+    let report = watched(&request)?;
+    match args.report {
+        ReportAs::Json => print_json(&report),
+        ReportAs::Table => print_bytes(report.table().as_bytes()),
+    }
+}
+
+/// Learns weights into `MODEL.linfusion-weights`, beside the conversion's output; what the conversion takes then.
+pub fn for_conversion(
+    args: &ConvertArgs,
+    model: &Path,
+) -> Result<(WeightsFrom, Selection), Failure> {
+    if args.dry_run {
+        return Err(Failure::new(
+            2,
+            "--dry-run: --weights distill has to work to tell",
+        ));
+    }
+    let mut name = model.file_stem().unwrap_or_default().to_owned();
+    name.push(".linfusion-weights");
+    let out = args.out.as_deref().unwrap_or(model).with_file_name(name);
+    let overwrite = if args.force {
+        Overwrite::Force
+    } else {
+        Overwrite::Refuse
+    };
+    let request = request(&args.how, &args.selection, model, &out, overwrite)?;
+    let report = watched(&request)?;
+    if args.report == ReportAs::Table {
+        print_bytes(report.table().as_bytes())?;
+    }
+    let selection = Selection {
+        // The checkpoint says what each site becomes.
+        attention: Vec::new(),
+        ..request.selection
+    };
+    Ok((WeightsFrom::Path(out), selection))
+}
+
+fn request(
+    how: &HowArgs,
+    sites: &SelectionArgs,
+    model: &Path,
+    out: &Path,
+    overwrite: Overwrite,
+) -> Result<Request, Failure> {
+    let is_auto = |rule: &&AttentionArg| rule.method == MethodArg::Auto;
+    let auto = sites.attention.iter().any(|rule| is_auto(&rule));
+    let fixed = SelectionArgs {
+        attention: sites
+            .attention
+            .iter()
+            .filter(|r| !is_auto(r))
+            .cloned()
+            .collect(),
+        ..sites.clone()
+    };
+    Ok(Request {
+        model: model.to_owned(),
+        out: out.to_owned(),
+        source: source(how, model)?,
         samples: how.samples,
         holdout: how.holdout,
         schedule: Schedule {
@@ -135,10 +204,12 @@ pub fn run_distill(args: &DistillArgs) -> Result<(), Failure> {
             batch: how.batch,
         },
         mid: how.mid_dim,
-        selection: selection(&args.selection)?,
-        attention: match how.auto {
-            Some(unexplained) => Attention::Auto { unexplained },
-            None => Attention::Planned,
+        selection: selection(&fixed)?,
+        attention: match auto {
+            true => Attention::Auto {
+                unexplained: how.max_unexplained,
+            },
+            false => Attention::Planned,
         },
         refinement: match how.no_refine {
             true => Refinement::Never,
@@ -153,23 +224,13 @@ pub fn run_distill(args: &DistillArgs) -> Result<(), Failure> {
         disk_budget: bytes(how.disk_budget)?,
         scratch: how.scratch.clone(),
         threads: how.threads,
-        overwrite: if args.force {
-            Overwrite::Force
-        } else {
-            Overwrite::Refuse
-        },
-    };
-    let report = watched(&request)?;
-    match args.report {
-        ReportAs::Json => print_json(&report),
-        ReportAs::Table => print_bytes(report.table().as_bytes()),
-    }
+        overwrite,
+    })
 }
 
-fn source(args: &DistillArgs) -> Result<Source, Failure> {
-    let how = &args.how;
-    let pipeline = |folder: &PathBuf| Source::Pipeline {
-        folder: folder.clone(),
+fn source(how: &HowArgs, model: &Path) -> Result<Source, Failure> {
+    let pipeline = |folder: &Path| Source::Pipeline {
+        folder: folder.to_owned(),
         prompts: how.prompts.clone(),
         steps: how.sampler_steps,
     };
@@ -177,12 +238,12 @@ fn source(args: &DistillArgs) -> Result<Source, Failure> {
         (Some(folder), ..) => Ok(Source::Folder(folder.clone())),
         (_, Some(spec), _) => Ok(Source::Random(spec.clone())),
         (.., Some(folder)) => Ok(pipeline(folder)),
-        _ if args.model.is_dir() => Ok(pipeline(&args.model)),
+        _ if model.is_dir() => Ok(pipeline(model)),
         _ => Err(Failure::new(
             2,
             format!(
                 "'{}' is a model alone: say what it is to be run on, with --pipeline FOLDER, --inputs DIR or --random SPEC.json",
-                args.model.display()
+                model.display()
             ),
         )),
     }

@@ -5,18 +5,19 @@ mod args;
 mod distill;
 
 use std::io::{IsTerminal, Write};
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use args::{
-    Cli, Command, ConvertArgs, DiffArgs, InspectArgs, PrintArgs, ReportAs, SelectionArgs,
-    VerifyArgs,
+    Cli, Command, ConvertArgs, DiffArgs, InspectArgs, MethodArg, PrintArgs, ReportAs,
+    SelectionArgs, VerifyArgs,
 };
 use clap::{CommandFactory, Parser};
 use indicatif::{ProgressBar, ProgressStyle};
 use linfusion_convert::analysis::METADATA_KEY;
 use linfusion_convert::convert::{
-    ConvertError, Partial, Request, Run, convert, convert_pipeline, inspect,
+    ConvertError, Partial, Request, Run, WeightsFrom, convert, convert_pipeline, inspect,
 };
 use linfusion_convert::grid::GridSize;
 use linfusion_convert::plan::{BadPattern, MethodRule, Selection, globs};
@@ -145,7 +146,16 @@ fn selection(args: &SelectionArgs) -> Result<Selection, Failure> {
                 Some(glob) => Some(globs(std::slice::from_ref(glob))?),
                 None => None,
             },
-            method: rule.method,
+            method: match rule.method {
+                MethodArg::Keep => None,
+                MethodArg::Fixed(method) => Some(method),
+                MethodArg::Auto => {
+                    return Err(Failure::new(
+                        2,
+                        "--attention auto tries what is learned: it goes with `distill` and --weights distill",
+                    ));
+                }
+            },
         });
     }
     Ok(Selection {
@@ -187,19 +197,26 @@ fn spinner() -> ProgressBar {
 }
 
 fn run_convert(args: &ConvertArgs) -> Result<(), Failure> {
+    let model = args.model.clone().unwrap_or_default();
+    let learns = args.weights.as_deref() == Some("distill");
+    let (weights, selection) = match learns {
+        true => learned(args, &model)?,
+        false => (args.weights(), selection(&args.selection)?),
+    };
     let request = Request {
-        model: args.model.clone().unwrap_or_default(),
+        model,
         out: args.out.clone(),
-        weights: args.weights(),
+        weights,
         emit: args.emit,
-        selection: selection(&args.selection)?,
+        selection,
         external: args.external_data.into(),
         overwrite: if args.force {
             Overwrite::Force
         } else {
             Overwrite::Refuse
         },
-        partial: if args.allow_partial {
+        // Sites that a budget keeps are kept on purpose.
+        partial: if args.allow_partial || learns {
             Partial::Allow
         } else {
             Partial::Refuse
@@ -232,6 +249,20 @@ fn run_convert(args: &ConvertArgs) -> Result<(), Failure> {
         ReportAs::Json => print_json(&report),
         ReportAs::Table => print_bytes(summary(&report, args.explain).as_bytes()),
     }
+}
+
+/// Learns weights for `model`, beside the output; what the conversion takes then.
+#[cfg(feature = "distill")]
+fn learned(args: &ConvertArgs, model: &Path) -> Result<(WeightsFrom, Selection), Failure> {
+    distill::for_conversion(args, model)
+}
+
+#[cfg(not(feature = "distill"))]
+fn learned(_: &ConvertArgs, _: &Path) -> Result<(WeightsFrom, Selection), Failure> {
+    Err(Failure::new(
+        2,
+        "--weights distill: this program was built without the feature `distill`",
+    ))
 }
 
 fn summary(report: &ConvertReport, explain: bool) -> String {

@@ -1,0 +1,540 @@
+//! Distillation from end to end, on models of two small attentions over an image.
+
+use std::path::{Path, PathBuf};
+
+use buffa::Message;
+use linfusion_convert::convert::{WeightsFrom, convert};
+use linfusion_convert::distill::{
+    Attention, Budget, DistillError, Mid, Progress, Refinement, Report, Request, Schedule, Source,
+    run,
+};
+use linfusion_convert::plan::{Method, Selection};
+use linfusion_models::checkpoint::{Checkpoint, MlpWidth, SiteAttention};
+use linfusion_models::onnx::ElementType;
+use linfusion_models::onnx::make::{
+    Dim, int, ints, node, opset, tensor_f32, tensor_i64, value_info,
+};
+use linfusion_models::onnx::proto::{GraphProto, ModelProto, NodeProto, TensorProto};
+use linfusion_models::onnx::write::Overwrite;
+use linfusion_models::random::SplitMix64;
+use linfusion_ops::schema::{Border, Window, WindowSpec};
+use linfusion_runtime::engine::{Engine, Operators};
+use linfusion_runtime::npz;
+use linfusion_runtime::tensor::Tensor;
+use linfusion_tests::has_ort;
+use ndarray::{ArrayD, IxDyn};
+use tempfile::TempDir;
+
+const DIM: usize = 8;
+const SIDE: usize = 8;
+const MODULES: [&str; 2] = ["blocks.0.attn1", "blocks.1.attn1"];
+
+/// What the attentions of a model look at.
+#[derive(Clone, Copy, PartialEq)]
+enum Looks {
+    /// Wherever random weights lead.
+    Anywhere,
+    /// At their neighbours: keys and queries are the places of tokens.
+    Near,
+}
+
+struct Sketch {
+    nodes: Vec<NodeProto>,
+    stored: Vec<TensorProto>,
+    random: SplitMix64,
+}
+
+impl Sketch {
+    fn op(&mut self, op: &str, name: &str, inputs: &[&str]) -> String {
+        let value = format!("{name}_out");
+        self.nodes.push(node(op, name, inputs, &[&value], vec![]));
+        value
+    }
+
+    fn turned(&mut self, name: &str, input: &str, perm: &[i64]) -> String {
+        let value = self.op("Transpose", name, &[input]);
+        self.nodes.last_mut().unwrap().attribute = vec![ints("perm", perm)];
+        value
+    }
+
+    fn shaped(&mut self, name: &str, input: &str, to: &[i64]) -> String {
+        let shape = format!("{name}/shape");
+        self.stored.push(tensor_i64(&shape, &[to.len() as i64], to));
+        self.op("Reshape", name, &[input, &shape])
+    }
+
+    fn weight(&mut self, name: &str, dims: &[i64], values: Option<Vec<f32>>) -> String {
+        let count = dims.iter().product::<i64>() as usize;
+        let random = &mut self.random;
+        let mut draw = || 0.7 * random.symmetric() as f32;
+        let values = values.unwrap_or_else(|| (0..count).map(|_| draw()).collect());
+        self.stored.push(tensor_f32(name, dims, &values));
+        name.to_owned()
+    }
+
+    fn linear(&mut self, name: &str, input: &str, weight: Option<Vec<f32>>) -> String {
+        let dims = [DIM as i64, DIM as i64];
+        let weight = self.weight(
+            &format!("{}.weight", name.trim_start_matches('/')),
+            &dims,
+            weight,
+        );
+        self.op("MatMul", &format!("{name}/MatMul"), &[input, &weight])
+    }
+
+    fn attention(&mut self, module: &str, x: &str, looks: Looks) -> String {
+        let at = |part: &str| format!("/{}/{part}", module.replace(".attn1", "/attn1"));
+        // The first four channels are places.
+        let sharp = |places: bool| {
+            let entry = |i: usize| {
+                let here = (i / DIM == i % DIM) && ((i / DIM < 4) == places);
+                if here {
+                    if places { 7.0 } else { 1.0 }
+                } else {
+                    0.0
+                }
+            };
+            (looks == Looks::Near).then(|| (0..DIM * DIM).map(entry).collect::<Vec<f32>>())
+        };
+        let (heads, split): (i64, [i64; 4]) = match looks {
+            Looks::Anywhere => (2, [0, 0, 2, 4]),
+            Looks::Near => (1, [0, 0, 1, 8]),
+        };
+        let mut operand = |part: &str, perm: &[i64], weight| {
+            let value = self.linear(&at(part), x, weight);
+            let value = self.shaped(&at(&format!("{part}_split")), &value, &split);
+            self.turned(&at(&format!("{part}_heads")), &value, perm)
+        };
+        let q = operand("to_q", &[0, 2, 1, 3], sharp(true));
+        let k = operand("to_k", &[0, 2, 3, 1], sharp(true));
+        let v = operand("to_v", &[0, 2, 1, 3], sharp(false));
+        let scores = self.op("MatMul", &at("scores"), &[&q, &k]);
+        let scale = (DIM as f32 / heads as f32).sqrt().recip();
+        let scale = self.weight(&at("scale"), &[], Some(vec![scale]));
+        let scaled = self.op("Mul", &at("scaled"), &[&scores, &scale]);
+        let softmax = self.op("Softmax", &at("softmax"), &[&scaled]);
+        self.nodes.last_mut().unwrap().attribute = vec![int("axis", -1)];
+        let attended = self.op("MatMul", &at("attended"), &[&softmax, &v]);
+        let merged = self.turned(&at("turned"), &attended, &[0, 2, 1, 3]);
+        let merged = self.shaped(&at("merged"), &merged, &[0, 0, DIM as i64]);
+        let out = self.linear(&at("to_out.0"), &merged, None);
+        let bias = self.weight(&at("to_out.0/bias"), &[DIM as i64], None);
+        let out = self.op("Add", &at("to_out.0/Add"), &[&out, &bias]);
+        self.op("Add", &at("residual"), &[x, &out])
+    }
+}
+
+/// `y` of an image `sample` `[1, 4, 8, 8]` and a number `t`, through two attentions.
+fn model(folder: &Path, looks: Looks) -> PathBuf {
+    let mut sketch = Sketch {
+        nodes: Vec::new(),
+        stored: Vec::new(),
+        random: SplitMix64::new(4),
+    };
+    let s = &mut sketch;
+    let stem = match looks {
+        Looks::Anywhere => None,
+        // The image goes to the last four channels.
+        Looks::Near => {
+            let entry = |i: usize| if i / 4 == i % 4 + 4 { 1.0 } else { 0.0 };
+            Some((0..DIM * 4).map(entry).collect())
+        }
+    };
+    let weight = s.weight("stem.weight", &[DIM as i64, 4, 1, 1], stem);
+    let x = s.op("Conv", "stem", &["sample", &weight]);
+    let x = s.op("Mul", "timed", &[&x, "t"]);
+    let x = s.shaped("flat", &x, &[0, DIM as i64, -1]);
+    let mut x = s.turned("tokens", &x, &[0, 2, 1]);
+    if looks == Looks::Near {
+        let angle = |i: usize| i as f32 * std::f32::consts::PI / SIDE as f32;
+        let place = |token: usize| {
+            let (row, column) = (angle(token / SIDE), angle(token % SIDE));
+            [
+                row.cos(),
+                row.sin(),
+                column.cos(),
+                column.sin(),
+                0.0,
+                0.0,
+                0.0,
+                0.0,
+            ]
+        };
+        let places = (0..SIDE * SIDE).flat_map(place).collect();
+        let places = s.weight(
+            "places",
+            &[1, (SIDE * SIDE) as i64, DIM as i64],
+            Some(places),
+        );
+        x = s.op("Add", "placed", &[&x, &places]);
+    }
+    for module in MODULES {
+        x = s.attention(module, &x, looks);
+    }
+    let x = s.turned("channels", &x, &[0, 2, 1]);
+    let x = s.shaped("image", &x, &[0, DIM as i64, SIDE as i64, SIDE as i64]);
+    let weight = s.weight("head.weight", &[4, DIM as i64, 1, 1], None);
+    s.nodes
+        .push(node("Conv", "head", &[&x, &weight], &["y"], vec![]));
+    let image = [1, 4, SIDE as i64, SIDE as i64].map(Dim::Fixed);
+    let model = ModelProto {
+        ir_version: Some(8),
+        opset_import: vec![opset("", 17)],
+        graph: GraphProto {
+            name: Some("sketch".to_owned()),
+            node: sketch.nodes,
+            initializer: sketch.stored,
+            input: vec![
+                value_info("sample", ElementType::F32, &image),
+                value_info("t", ElementType::F32, &[Dim::Fixed(1)]),
+            ],
+            output: vec![value_info("y", ElementType::F32, &image)],
+            ..GraphProto::default()
+        }
+        .into(),
+        ..ModelProto::default()
+    };
+    let path = folder.join("model.onnx");
+    std::fs::write(&path, model.encode_to_vec()).unwrap();
+    path
+}
+
+const SPEC: &str = r#"{"sample": {"normal": {}}, "t": {"uniform": {"min": 0.5, "max": 1.5}}}"#;
+
+fn request(folder: &Path, looks: Looks) -> Request {
+    let spec = folder.join("spec.json");
+    std::fs::write(&spec, SPEC).unwrap();
+    Request {
+        model: model(folder, looks),
+        out: folder.join("linfusion"),
+        source: Source::Random(spec),
+        samples: 8,
+        holdout: 4,
+        schedule: Schedule {
+            steps: 30,
+            ..Schedule::default()
+        },
+        mid: Mid::Auto,
+        selection: Selection::default(),
+        attention: Attention::Planned,
+        refinement: Refinement::Never,
+        budget: None,
+        plot: None,
+        seed: 0,
+        disk_budget: 1 << 30,
+        scratch: Some(folder.to_owned()),
+        threads: None,
+        overwrite: Overwrite::Refuse,
+    }
+}
+
+fn quietly(request: &Request) -> Result<Report, DistillError> {
+    run(request, &|_: Progress| {})
+}
+
+fn weights(folder: &Path) -> Vec<u8> {
+    std::fs::read(folder.join("diffusion_pytorch_model.safetensors")).unwrap()
+}
+
+/// What is in a folder, but for the model and the description of inputs.
+fn left(folder: &TempDir) -> Vec<String> {
+    let entries = std::fs::read_dir(folder.path()).unwrap();
+    let names = entries.map(|e| e.unwrap().file_name().into_string().unwrap());
+    let mut names: Vec<String> = names
+        .filter(|n| n != "model.onnx" && n != "spec.json")
+        .collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn weights_are_learned_and_the_model_converts_with_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut request = request(folder.path(), Looks::Anywhere);
+    request.plot = Some(folder.path().join("losses.svg"));
+    let report = quietly(&request).unwrap();
+    let found: Vec<&str> = report.sites.iter().map(|s| s.module.as_str()).collect();
+    assert_eq!(found, MODULES);
+    for site in &report.sites {
+        assert!(site.after.relative < 0.5 * site.before.relative, "{site:?}");
+        assert_eq!((site.tokens, site.heads, site.dim), (64, 2, 8));
+    }
+    assert_eq!(report.end_to_end.psnr_db.len(), 4);
+    let checkpoint = Checkpoint::open(&request.out).unwrap();
+    assert!(checkpoint.unused_tensors().is_empty());
+    for module in &checkpoint.modules {
+        assert_eq!(module.attention, SiteAttention::Linear);
+        assert_eq!(module.mid, MlpWidth::Width(8));
+    }
+    // Verified against the checkpoint on the way.
+    let converted = folder.path().join("converted.onnx");
+    let conversion = linfusion_tests::request(
+        &request.model,
+        &converted,
+        WeightsFrom::Path(request.out.clone()),
+    );
+    let conversion = convert(&conversion, &mut |_| {}).unwrap();
+    assert_eq!(conversion.converted, 2);
+    let plot = std::fs::read_to_string(folder.path().join("losses.svg")).unwrap();
+    assert!(plot.contains("<svg") && plot.contains("polyline"));
+    assert_eq!(
+        left(&folder),
+        ["converted.onnx", "linfusion", "losses.svg"],
+        "nothing else is left"
+    );
+}
+
+/// Without a step the student has the graph's own layers, read off what they do, and MLPs that give zero: as with
+/// `--weights none`, which takes them from the graph itself.
+#[test]
+fn layers_are_read_off_exactly() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut request = request(folder.path(), Looks::Anywhere);
+    request.schedule.steps = 0;
+    quietly(&request).unwrap();
+    let mut random = SplitMix64::new(8);
+    let image =
+        ArrayD::from_shape_simple_fn(IxDyn(&[1, 4, SIDE, SIDE]), || random.symmetric() as f32);
+    let inputs = [
+        ("sample".to_owned(), Tensor::F32(image)),
+        ("t".to_owned(), Tensor::from(ndarray::arr1(&[1.0_f32]))),
+    ];
+    let outputs = [
+        WeightsFrom::Path(request.out.clone()),
+        WeightsFrom::Untrained,
+    ]
+    .map(|weights| {
+        let out = folder.path().join("converted.onnx");
+        let mut conversion = linfusion_tests::request(&request.model, &out, weights);
+        conversion.overwrite = Overwrite::Force;
+        convert(&conversion, &mut |_| {}).unwrap();
+        let engine = if has_ort() {
+            Engine::Ort
+        } else {
+            Engine::Tract
+        };
+        let mut made = linfusion_tests::run(engine, &out, Operators::InProcess, &inputs).unwrap();
+        made.pop().unwrap().1.to_f64()
+    });
+    let largest = outputs[0].iter().fold(0.0_f64, |m, v| m.max(v.abs()));
+    for (a, b) in outputs[0].iter().zip(&outputs[1]) {
+        // Two blocks of sums of 8 terms and of 64, in float32; a weight is read as a difference from the bias.
+        assert!(
+            (a - b).abs() < 64.0 * f64::from(f32::EPSILON) * largest,
+            "{a} {b}"
+        );
+    }
+}
+
+#[test]
+fn an_interrupted_run_goes_on_to_the_same_weights() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut request = request(folder.path(), Looks::Anywhere);
+    quietly(&request).unwrap();
+    let whole = weights(&request.out);
+
+    // The same on one thread, and the activations in two groups.
+    request.overwrite = Overwrite::Force;
+    request.threads = Some(1.try_into().unwrap());
+    request.disk_budget = 3 * 12 * 64 * 8 * 2;
+    quietly(&request).unwrap();
+    assert_eq!(weights(&request.out), whole);
+
+    // Stopped in the middle: the second group finds no scratch folder any more.
+    request.scratch = Some(folder.path().join("scratch"));
+    let scratch = folder.path().join("scratch");
+    std::fs::create_dir(&scratch).unwrap();
+    let begins = std::sync::atomic::AtomicUsize::new(0);
+    let stopped = run(&request, &|progress| {
+        if let Progress::Begin { stage, .. } = progress
+            && stage == "running the original"
+            && begins.fetch_add(1, std::sync::atomic::Ordering::Relaxed) == 1
+        {
+            std::fs::remove_dir_all(&scratch).unwrap();
+        }
+    });
+    assert!(
+        matches!(stopped, Err(DistillError::Scratch { .. })),
+        "{stopped:?}"
+    );
+    assert_eq!(weights(&request.out), whole, "the earlier result is kept");
+    assert!(left(&folder).contains(&"linfusion.unfinished".to_owned()));
+
+    request.scratch = Some(folder.path().to_owned());
+    let report = quietly(&request).unwrap();
+    assert_eq!(report.resumed, 1);
+    assert_eq!(weights(&request.out), whole);
+    assert_eq!(left(&folder), ["linfusion"]);
+
+    // What was done for another seed does not count.
+    request.seed = 1;
+    let report = quietly(&request).unwrap();
+    assert_eq!(report.resumed, 0);
+    assert_ne!(weights(&request.out), whole);
+}
+
+#[test]
+fn local_attention_gets_a_window_and_other_attention_does_not() {
+    for (looks, expected) in [(Looks::Near, true), (Looks::Anywhere, false)] {
+        let folder = tempfile::tempdir().unwrap();
+        let mut request = request(folder.path(), looks);
+        request.attention = Attention::Auto { unexplained: 0.15 };
+        request.schedule.steps = 60;
+        request.selection.window = Some(WindowSpec {
+            window: Window::Rect { rows: 5, cols: 5 },
+            border: Border::Clamp,
+        });
+        let report = quietly(&request).unwrap();
+        for site in &report.sites {
+            assert_eq!(site.attention != Method::Linear, expected, "{site:?}");
+            assert_eq!(site.tried.len(), 2, "{site:?}");
+        }
+        let converted = folder.path().join("converted.onnx");
+        let conversion = linfusion_tests::request(
+            &request.model,
+            &converted,
+            WeightsFrom::Path(request.out.clone()),
+        );
+        assert_eq!(convert(&conversion, &mut |_| {}).unwrap().converted, 2);
+    }
+}
+
+#[test]
+fn a_budget_keeps_softmax_where_it_is_needed() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut request = request(folder.path(), Looks::Anywhere);
+    request.refinement = Refinement::IfBetter;
+    let all = quietly(&request).unwrap();
+    assert!(all.kept.is_empty());
+    assert!(
+        all.notes.iter().any(|n| n.contains("refinement")),
+        "{:?}",
+        all.notes
+    );
+    request.overwrite = Overwrite::Force;
+    request.budget = Some(Budget::Psnr(all.end_to_end.psnr() + 0.1));
+    let report = quietly(&request).unwrap();
+    assert_eq!((report.kept.len(), report.sites.len()), (1, 1));
+    assert!(report.end_to_end.psnr() > all.end_to_end.psnr());
+    assert_eq!(report.all_sites, all.end_to_end);
+    let checkpoint = Checkpoint::open(&request.out).unwrap();
+    assert_eq!(checkpoint.modules.len(), 1);
+}
+
+#[test]
+fn inputs_may_be_recorded() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut request = request(folder.path(), Looks::Anywhere);
+    let recorded = folder.path().join("inputs");
+    std::fs::create_dir(&recorded).unwrap();
+    let mut random = SplitMix64::new(2);
+    let mut record = |number: usize, names: [&str; 2], side: usize, broken: f32| {
+        let image = ArrayD::from_shape_simple_fn(IxDyn(&[1, 4, side, side]), || {
+            random.symmetric() as f32 + broken
+        });
+        let arrays = [
+            (names[0].to_owned(), Tensor::F32(image)),
+            (names[1].to_owned(), Tensor::from(ndarray::arr1(&[1.0_f64]))),
+        ];
+        npz::write(&recorded.join(format!("{number:03}.npz")), &arrays).unwrap();
+    };
+    for number in 0..12 {
+        record(number, ["sample", "t"], SIDE, 0.0);
+    }
+    request.source = Source::Folder(recorded.clone());
+    request.schedule.steps = 5;
+    quietly(&request).unwrap();
+    let learned = weights(&request.out);
+    request.overwrite = Overwrite::Force;
+
+    let mut refused = |number, names, side, broken, expected: &[&str]| {
+        record(number, names, side, broken);
+        let error = quietly(&request).unwrap_err().to_string();
+        for part in expected {
+            assert!(error.contains(part), "{error}");
+        }
+        assert_eq!(weights(&request.out), learned, "earlier weights are kept");
+        record(number, ["sample", "t"], SIDE, 0.0);
+    };
+    refused(
+        3,
+        ["image", "t"],
+        SIDE,
+        0.0,
+        &["003.npz", "'sample'", "image"],
+    );
+    refused(
+        4,
+        ["sample", "t"],
+        16,
+        0.0,
+        &["004.npz", "[1, 4, 16, 16]", "f32[1, 4, 8, 8]"],
+    );
+    refused(
+        11,
+        ["sample", "t"],
+        SIDE,
+        f32::NAN,
+        &["sample 12", "blocks.0.attn1", "NaN"],
+    );
+    request.samples = 9;
+    let error = quietly(&request).unwrap_err().to_string();
+    assert!(
+        error.contains("12 .npz files") && error.contains("13"),
+        "{error}"
+    );
+}
+
+#[test]
+fn what_cannot_be_done_is_said_before_work_begins() {
+    let folder = tempfile::tempdir().unwrap();
+    let good = request(folder.path(), Looks::Anywhere);
+    let refused = |change: &dyn Fn(&mut Request), expected: &str| {
+        let mut request = good.clone();
+        change(&mut request);
+        let error = quietly(&request).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+        assert!(
+            left(&folder).iter().all(|n| n == "taken"),
+            "{:?}",
+            left(&folder)
+        );
+    };
+    refused(&|r| r.samples = 0, "--samples");
+    refused(&|r| r.holdout = 0, "--holdout");
+    refused(&|r| r.schedule.batch = 0, "--batch");
+    refused(&|r| r.schedule.learning_rate = f64::NAN, "--lr");
+    refused(&|r| r.disk_budget = 1000, "--disk-budget");
+    refused(&|r| r.out = folder.path().join("no/where"), "where");
+    std::fs::create_dir(folder.path().join("taken")).unwrap();
+    refused(&|r| r.out = folder.path().join("taken"), "--force");
+    let spec = |text: &'static str| {
+        move |r: &mut Request| {
+            let path = r.scratch.clone().unwrap().join("spec.json");
+            std::fs::write(&path, text).unwrap();
+            r.source = Source::Random(path);
+        }
+    };
+    refused(&spec(r#"{"t": {"constant": 1}}"#), "'sample'");
+    refused(
+        &spec(r#"{"sample": {"normal": {}}, "t": {"constant": 1}, "u": {"constant": 1}}"#),
+        "'u'",
+    );
+    refused(
+        &spec(r#"{"sample": {"wide": {}}, "t": {"constant": 1}}"#),
+        "log-uniform",
+    );
+    refused(
+        &spec(r#"{"sample": {"normal": {}}, "t": {"uniform": {"min": 2, "max": 1}}}"#),
+        "impossible",
+    );
+    refused(
+        &spec(r#"{"sample": {"normal": {}, "shape": [1, 4, 9, 9]}, "t": {"constant": 1}}"#),
+        "[1, 4, 9, 9]",
+    );
+    let none = linfusion_convert::plan::globs(&["*".to_owned()]).unwrap();
+    refused(
+        &|r| r.selection.keep = none.clone(),
+        "no attention whose weights could be learned",
+    );
+}
