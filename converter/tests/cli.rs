@@ -316,3 +316,54 @@ fn a_resize_is_reported_and_a_dry_one_writes_nothing() {
     assert_eq!(resize("48", &[]).status.code(), Some(2));
     assert_eq!(files(folder.path()), ["terrain.onnx"]);
 }
+
+#[cfg(feature = "distill")]
+#[test]
+fn weights_are_learned_and_used_in_one_go() {
+    let folder = folder_with_model();
+    let refused = |args: &[&str], expected: &str| {
+        let out = linfusion(args, folder.path());
+        assert_eq!(out.status.code(), Some(2), "{}", text(&out.stderr));
+        assert!(
+            text(&out.stderr).contains(expected),
+            "{}",
+            text(&out.stderr)
+        );
+        assert!(!files(folder.path()).iter().any(|f| f.contains("linfusion")));
+    };
+    refused(&["unet.onnx", "--weights", "distill"], "--random");
+    refused(&["distill", "unet.onnx", "-o", "linfusion"], "--random");
+    refused(&["inspect", "unet.onnx", "--attention", "auto"], "distill");
+    refused(
+        &[
+            "distill",
+            "unet.onnx",
+            "-o",
+            "w",
+            "--random",
+            "s.json",
+            "--mid-dim",
+            "0",
+        ],
+        "auto",
+    );
+    let spec = r#"{"sample": {"normal": {}, "shape": [1, 4, 16, 16]},
+        "timestep": {"integers": {"min": 0, "max": 999}},
+        "encoder_hidden_states": {"normal": {}, "shape": [1, 7, 12]}}"#;
+    std::fs::write(folder.path().join("spec.json"), spec).unwrap();
+    let args = "unet.onnx --weights distill --random spec.json --samples 2 --holdout 1 --steps 1 --no-refine --report json";
+    let args: Vec<&str> = args.split(' ').collect();
+    let out = linfusion(&args, folder.path());
+    assert_eq!(out.status.code(), Some(0), "{}", text(&out.stderr));
+    let report: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+    assert_eq!(report["converted"], 16);
+    assert_eq!(
+        files(folder.path()),
+        [
+            "spec.json",
+            "unet.linfusion-weights",
+            "unet.linfusion.onnx",
+            "unet.onnx"
+        ]
+    );
+}

@@ -381,7 +381,8 @@ fn local_attention_gets_a_window_and_other_attention_does_not() {
         let folder = tempfile::tempdir().unwrap();
         let mut request = request(folder.path(), looks);
         request.attention = Attention::Auto { unexplained: 0.2 };
-        request.schedule.steps = 200;
+        request.samples = 32;
+        request.schedule.steps = 150;
         request.selection.window = Some(WindowSpec {
             window: Window::Rect { rows: 5, cols: 5 },
             border: Border::Clamp,
@@ -540,4 +541,44 @@ fn what_cannot_be_done_is_said_before_work_begins() {
         &|r| r.selection.keep = none.clone(),
         "no attention whose weights could be learned",
     );
+}
+
+/// A pipeline makes its own samples; its denoiser has cross-attention, which is left.
+#[test]
+fn a_pipeline_teaches_itself() {
+    if !has_ort() {
+        println!("skipped: no ONNX Runtime library");
+        return;
+    }
+    for (name, method, sites) in [("sd15", Method::Linear, 16), ("pixart", Method::Hybrid, 2)] {
+        let folder = tempfile::tempdir().unwrap();
+        let pipeline = folder.path().join("pipeline");
+        linfusion_models::fixtures::pipeline(name, &pipeline).unwrap();
+        let mut request = request(folder.path(), Looks::Anywhere);
+        request.model = pipeline.clone();
+        request.source = Source::Pipeline {
+            folder: pipeline.clone(),
+            prompts: None,
+            steps: 4,
+        };
+        (request.samples, request.holdout) = (3, 1);
+        request.schedule.steps = 2;
+        let report = quietly(&request).unwrap();
+        assert_eq!(report.sites.len(), sites, "{name}: {:?}", report.skipped);
+        assert!(report.sites.iter().all(|s| s.attention == method), "{name}");
+        assert!(
+            report.skipped.iter().all(|s| s.contains("cross")),
+            "{:?}",
+            report.skipped
+        );
+        let mut conversion = linfusion_tests::request(
+            &pipeline,
+            &folder.path().join("converted"),
+            WeightsFrom::Path(request.out.clone()),
+        );
+        conversion.model = pipeline;
+        let report =
+            linfusion_convert::convert::convert_pipeline(&conversion, &mut |_| {}).unwrap();
+        assert_eq!(report.converted, sites, "{name}");
+    }
 }

@@ -1,5 +1,7 @@
 //! What was learned, for people and for programs.
 
+use std::collections::BTreeMap;
+
 use linfusion_runtime::memory::shown;
 use linfusion_runtime::table::table;
 use serde::{Deserialize, Serialize};
@@ -149,8 +151,16 @@ impl Report {
                 .map_or("∞".to_owned(), |p| format!("{p:.1}")),
             psnr.join(", ")
         );
-        for skipped in &self.skipped {
-            text += &format!("left as it is: {skipped}\n");
+        let reason = |line: &String| {
+            line.split_once("]: ")
+                .map_or(line.clone(), |(_, r)| r.to_owned())
+        };
+        let mut reasons: BTreeMap<String, usize> = BTreeMap::new();
+        for line in &self.skipped {
+            *reasons.entry(reason(line)).or_default() += 1;
+        }
+        for (reason, count) in reasons {
+            text += &format!("left as they are: {count} ({reason})\n");
         }
         if !self.kept.is_empty() {
             text += &format!(
