@@ -3,8 +3,9 @@
 use std::collections::HashMap;
 
 use linfusion_models::onnx::OnnxFile;
+use linfusion_ops::schema::WINDOW_ATTENTION;
 use linfusion_runtime::engine::{Operators, Session, SessionOptions};
-use linfusion_runtime::subgraph::Cut;
+use linfusion_runtime::subgraph::{Cut, part};
 use linfusion_runtime::tensor::Tensor;
 
 use super::capture::{Teacher, Whether, given};
@@ -14,6 +15,7 @@ use super::measure;
 use super::store::Store;
 use super::target::Target;
 use crate::convert::WeightsFrom;
+use crate::graph::op;
 use crate::plan::{Method, MethodRule, Selection};
 
 /// The windows' outputs at the targets, as the converter writes windows with the graph's own weights; `None` at those
@@ -52,7 +54,7 @@ pub(super) fn capture(
     for target in targets {
         let wants = target.methods.iter().any(|m| *m != Method::Linear);
         sites.push(match wants {
-            true => Some(Window::new(work, &converted, target)?),
+            true => Window::new(work, &converted, target)?,
             false => None,
         });
     }
@@ -99,19 +101,24 @@ struct Window<'t> {
 }
 
 impl<'t> Window<'t> {
+    /// `None` where the conversion left softmax.
     fn new(
         work: &Work<'_>,
         converted: &Teacher<'_>,
         target: &'t Target,
-    ) -> Result<Self, DistillError> {
+    ) -> Result<Option<Self>, DistillError> {
         let reads = target
             .reads
             .iter()
             .map(|name| converted.cut(target, name, Whether::Known))
             .collect::<Result<Vec<_>, _>>()?;
         let wanted = converted.cut(target, &target.merged.name, Whether::Open)?;
+        let nodes = part(converted.file, &reads, std::slice::from_ref(&wanted));
+        if !nodes.graph.node.iter().any(|n| op(n) == WINDOW_ATTENTION) {
+            return Ok(None);
+        }
         let store = Store::new(&work.scratch, target.tokens * target.shape.dim);
-        Ok(Self {
+        Ok(Some(Self {
             session: converted.part(&reads, &[wanted])?,
             target,
             reads,
@@ -119,7 +126,7 @@ impl<'t> Window<'t> {
                 folder: work.scratch.clone(),
                 source,
             })?,
-        })
+        }))
     }
 
     fn run(&mut self, work: &Work<'_>, inputs: &[(String, Tensor)]) -> Result<(), DistillError> {

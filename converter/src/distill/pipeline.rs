@@ -6,7 +6,7 @@ use std::path::Path;
 use linfusion_models::random::SplitMix64;
 use linfusion_runtime::image::Metadata;
 use linfusion_runtime::pipeline::{
-    Evaluated, Folder, Guidance, Init, Observer, Place, Progress, Request, generate,
+    Evaluated, Folder, Guidance, Init, Observer, Place, Progress, Request, SizeHints, generate,
 };
 
 use super::error::DistillError;
@@ -96,7 +96,7 @@ pub(super) fn samples(
             batching: Guidance::Together,
             control: None,
             control_scale: 1.0,
-            sizes: None,
+            sizes: SizeHints::default(),
             output: scratch.path().join("image.png"),
             force: false,
             preview: None,
