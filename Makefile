@@ -1,4 +1,4 @@
-# demo   converts a real exported UNet, checks it against the official code's output, measures, plots
+# demo   learns the weights of a trained model from its ONNX file alone, converts it, compares, and runs it at 64 times the size
 # test   everything, on four versions of ONNX Runtime (fetched once into .cache)
 # lint   formatting, clippy, documentation; warnings are errors
 # bench  measurements, into benches/results
@@ -41,6 +41,8 @@ help:
 	@sed -n '/^# /s/^# //p;/^$$/q' Makefile
 
 demo:
+	@PYTHON='$(or $(PYTHON),python3)' models/scripts/fetch_terrain.sh '$(CACHE)' || echo "demo: going on with a small model" >&2
+	@export LINFUSION_TERRAIN='$(CACHE)/terrain/terrain.onnx'
 	@[ -n "$${ORT_DYLIB_PATH:-}" ] || export ORT_DYLIB_PATH="$(NEWEST_ORT)"
 	@$(CARGO) build --release --locked -p linfusion-convert -p linfusion-runtime -p linfusion-tests
 	@$(CARGO) run --release --locked --quiet -p linfusion-tests --bin demo

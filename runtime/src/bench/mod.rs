@@ -16,7 +16,7 @@ use serde::Serialize;
 pub use self::host::{BenchError, run};
 pub use self::pipeline::Images;
 pub use self::profile::{OperatorTime, Profile};
-pub use self::worker::{EngineName, Expected, Job, OperatorsFrom, StageTime, serve};
+pub use self::worker::{EngineName, Expected, Job, OperatorsFrom, Profiling, StageTime, serve};
 
 use crate::engine::Engine;
 

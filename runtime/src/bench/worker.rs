@@ -50,6 +50,17 @@ pub struct Job {
     pub seed: u64,
     /// What a pipeline makes.
     pub images: Images,
+    /// Whether a model is run again, to see where its time goes.
+    pub profiling: Profiling,
+}
+
+/// Whether a model is run again under ONNX Runtime's profiler.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Profiling {
+    /// It is, twice, after the runs that count.
+    On,
+    /// It is not.
+    Off,
 }
 
 impl Job {
@@ -307,7 +318,9 @@ impl Work {
 
     fn profile(self, job: &Job) -> Result<Option<Profile>, WorkerError> {
         match self {
-            Self::Model(model) if Engine::from(job.engine) == Engine::Ort => {
+            Self::Model(model)
+                if Engine::from(job.engine) == Engine::Ort && job.profiling == Profiling::On =>
+            {
                 let Model {
                     session, inputs, ..
                 } = *model;
@@ -414,6 +427,7 @@ mod tests {
             shapes: Vec::new(),
             seed: 0,
             images: Images::default(),
+            profiling: Profiling::On,
         };
         serde_json::to_string(&job).unwrap()
     }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Args;
-use linfusion_runtime::bench::{self, Images, Job, Plan, WorkerCommand};
+use linfusion_runtime::bench::{self, Images, Job, Plan, Profiling, WorkerCommand};
 use linfusion_runtime::whole::write_whole;
 use miette::{IntoDiagnostic, WrapErr, miette};
 
@@ -110,6 +110,7 @@ pub fn run(args: &BenchArgs) -> miette::Result<ExitCode> {
                 guidance: args.images.guidance,
                 vae_tile: args.images.vae_tile,
             },
+            profiling: Profiling::On,
         },
     };
     let progress = indicatif::ProgressBar::new_spinner();
