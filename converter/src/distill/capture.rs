@@ -151,11 +151,11 @@ pub(super) fn given(session: &Session, sample: &Sample) -> Sample {
 ///
 /// # Errors
 /// Those of one site alone do not.
-pub(super) fn groups<'t>(
-    targets: &'t [Target],
+pub(super) fn groups(
+    targets: &[Target],
     images: usize,
     budget: u64,
-) -> Result<Vec<&'t [Target]>, DistillError> {
+) -> Result<Vec<&[Target]>, DistillError> {
     // Two matrices for each image, or three where a window's output is kept.
     const VALUES: u64 = 3;
     let bytes = |t: &Target| VALUES * images as u64 * Store::bytes(t.tokens * t.shape.dim);
