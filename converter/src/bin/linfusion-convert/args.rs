@@ -41,7 +41,7 @@ pub enum Command {
     Inspect(InspectArgs),
     /// Learn the weights of linear attention from the model itself.
     #[cfg(feature = "distill")]
-    Distill(crate::distill::DistillArgs),
+    Distill(Box<crate::distill::DistillArgs>),
     /// Check a converted file: structure, and every converted site against the reference.
     Verify(VerifyArgs),
     /// Print a model in the ONNX textual form.
