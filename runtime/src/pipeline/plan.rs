@@ -53,8 +53,8 @@ impl Plan {
             true => vec![wanted],
             false => stages(wanted, asked.native(), asked.multiple()),
         };
-        let between = sizes.iter().rev().skip(1);
-        if let Some(large) = between.filter(|s| s.area() > MAX_PIXELS as f64).next_back() {
+        let mut between = sizes.iter().rev().skip(1);
+        if let Some(large) = between.find(|s| s.area() > MAX_PIXELS as f64) {
             refuse(
                 "--size",
                 format!(
