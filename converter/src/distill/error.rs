@@ -9,6 +9,7 @@ use linfusion_runtime::npz::NpzError;
 use linfusion_runtime::pipeline::PipelineError;
 use linfusion_runtime::subgraph::PartError;
 
+use super::graph::GraphError;
 use crate::convert::ConvertError;
 use crate::plan::UnmatchedPattern;
 
@@ -142,6 +143,11 @@ pub enum DistillError {
         /// What it said.
         source: Box<candle_core::Error>,
     },
+    /// The graph cannot be differentiated.
+    #[error(
+        "{0}\nhint: without --end-to-end each attention is learned alone, which needs no gradient of the graph"
+    )]
+    Graph(#[from] GraphError),
     /// No threads.
     #[error("cannot start threads: {0}")]
     Threads(String),

@@ -92,6 +92,34 @@ pub fn from_folder(
     ports: &[Port],
     count: usize,
 ) -> Result<Vec<Sample>, DistillError> {
+    archives(folder, count)?
+        .iter()
+        .map(|path| fitting(npz::read(path)?, ports, &path.display().to_string()))
+        .collect()
+}
+
+/// The array of an archive that holds what the model's first output should have been, as the noise that was added to an
+/// image: what was true, where the teacher only guesses.
+pub const TRUTH: &str = "target";
+
+/// That array of the first `count` samples, where they have one; it is none where the graph has an input of that name.
+///
+/// # Errors
+/// There are fewer archives, or one cannot be read.
+pub fn truths(source: &Source, count: usize) -> Result<Vec<Option<Tensor>>, DistillError> {
+    let Source::Folder(folder) = source else {
+        return Ok(vec![None; count]);
+    };
+    let truth = |path: &PathBuf| {
+        let arrays = npz::read(path)?.into_iter();
+        let mut named = arrays.filter(|(name, _)| name == TRUTH);
+        Ok(named.next().map(|(_, tensor)| tensor))
+    };
+    archives(folder, count)?.iter().map(truth).collect()
+}
+
+/// The first `count` archives of a folder.
+fn archives(folder: &Path, count: usize) -> Result<Vec<PathBuf>, DistillError> {
     let fault = |problem: String| DistillError::Inputs {
         place: folder.display().to_string(),
         problem,
@@ -110,10 +138,7 @@ pub fn from_folder(
         )));
     }
     paths.truncate(count);
-    paths
-        .iter()
-        .map(|path| fitting(npz::read(path)?, ports, &path.display().to_string()))
-        .collect()
+    Ok(paths)
 }
 
 /// `sample` in the order and types of the graph's inputs.

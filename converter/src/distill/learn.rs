@@ -109,6 +109,11 @@ impl Work<'_> {
         (self.progress)(Progress::Advance(steps as u64));
     }
 
+    /// Samples to learn from.
+    pub fn learned(&self) -> &[Sample] {
+        self.samples.get(..self.request.samples).unwrap_or_default()
+    }
+
     /// Samples to judge by.
     pub fn held_out(&self) -> &[Sample] {
         self.samples.get(self.request.samples..).unwrap_or_default()

@@ -8,8 +8,10 @@
 
 mod capture;
 mod choose;
+mod end_to_end;
 mod error;
 mod fused;
+pub mod graph;
 pub mod inputs;
 mod learn;
 mod measure;
@@ -32,6 +34,7 @@ use std::path::PathBuf;
 
 use linfusion_models::onnx::write::Overwrite;
 
+pub use self::end_to_end::Together;
 pub use self::error::DistillError;
 pub use self::inputs::Source;
 pub use self::report::{CostAt, EndToEnd, Report, SiteReport};
@@ -62,6 +65,8 @@ pub struct Request {
     pub attention: Attention,
     /// Whether sites learn again on the converted model's own activations.
     pub refinement: Refinement,
+    /// Whether all sites learn together in the end, on the model's output.
+    pub end_to_end: Option<Together>,
     /// How much of the original's output must be left; sites keep softmax until it is.
     pub budget: Option<Budget>,
     /// An SVG of the losses.

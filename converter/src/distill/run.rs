@@ -11,6 +11,7 @@ use linfusion_runtime::pipeline::{Folder, Place};
 
 use super::capture::Teacher;
 use super::choose;
+use super::end_to_end::Whole;
 use super::error::DistillError;
 use super::inputs::{self, Sample, Source};
 use super::learn::{Work, modules};
@@ -59,6 +60,11 @@ pub fn run(
         options: &options,
     };
     let (targets, skipped) = targets(request, &analysis, &shapes)?;
+    // What the graph cannot do is told before anything is learned.
+    let whole = match &request.end_to_end {
+        Some(together) => Some(Whole::new(&teacher, &targets, request, *together)?),
+        None => None,
+    };
     let work = Work {
         request,
         teacher,
@@ -83,6 +89,18 @@ pub fn run(
         ));
         if better {
             best = refined;
+        }
+    }
+    if let Some(whole) = whole {
+        let together = work.judged(whole.refine(&work, &best.sites)?, &expected)?;
+        let (before, after) = (best.end_to_end.psnr(), together.end_to_end.psnr());
+        let better = after > before;
+        notes.push(format!(
+            "end to end: {before:.2} dB before, {after:.2} dB after; {}",
+            if better { "kept" } else { "not kept" }
+        ));
+        if better {
+            best = together;
         }
     }
     let unlimited = best.end_to_end.clone();

@@ -9,7 +9,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use linfusion_convert::convert::WeightsFrom;
 use linfusion_convert::distill::{
     Attention, Budget, DistillError, Mid, Progress, Refinement, Report, Request, Schedule, Source,
-    run,
+    Together, run,
 };
 use linfusion_convert::plan::Selection;
 use linfusion_models::onnx::write::Overwrite;
@@ -83,6 +83,13 @@ pub struct HowArgs {
     /// Do not learn again on the converted model's own activations.
     #[arg(long)]
     pub no_refine: bool,
+    /// In the end let all sites learn together for so many steps, on the model's output: the paper's objective, by
+    /// differentiating the graph. It takes several runs of the model a step.
+    #[arg(long, value_name = "STEPS", num_args = 0..=1, default_missing_value = "200", require_equals = true)]
+    pub end_to_end: Option<usize>,
+    /// Learning rate of that.
+    #[arg(long, value_name = "RATE", default_value_t = Together::default().learning_rate)]
+    pub end_to_end_lr: f64,
     /// Leave softmax at the sites that serve the output worst until its PSNR is so high.
     #[arg(long, value_name = "DB")]
     pub budget_db: Option<f64>,
@@ -215,6 +222,10 @@ fn request(
             true => Refinement::Never,
             false => Refinement::IfBetter,
         },
+        end_to_end: how.end_to_end.map(|steps| Together {
+            steps,
+            learning_rate: how.end_to_end_lr,
+        }),
         budget: how
             .budget_db
             .map(Budget::Psnr)
