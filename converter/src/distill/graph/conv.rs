@@ -3,7 +3,7 @@
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Storage, Tensor};
 
-/// The form of a two-dimensional convolution.
+/// The form of a convolution of one or two dimensions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Conv {
     /// Zeros before and after the rows, before and after the columns.
@@ -17,8 +17,13 @@ pub(super) struct Conv {
 }
 
 impl Conv {
-    /// `x` `[B, C, H, W]` by `kernel` `[O, C / groups, rows, columns]`.
+    /// `x` `[B, C, H, W]` by `kernel` `[O, C / groups, rows, columns]`, or both without rows.
     pub fn apply(self, x: &Tensor, kernel: &Tensor) -> Result<Tensor> {
+        if x.rank() == 3 {
+            return self
+                .apply(&x.unsqueeze(2)?, &kernel.unsqueeze(2)?)?
+                .squeeze(2);
+        }
         let [top, bottom, left, right] = self.pads;
         let x = padded(x, 2, top, bottom)?;
         let x = padded(&x, 3, left, right)?.contiguous()?;
@@ -41,13 +46,11 @@ impl Conv {
         let (_, _, rows, cols) = kernel.dims4()?;
         // A stride is a convolution of stride 1 of which some outputs are left out: those have no gradient.
         let out = spread(&spread(out, 2, self.stride)?, 3, self.stride)?;
-        let around = |kernel: usize| self.dilation * (kernel - 1);
         let mut out = out;
         for (axis, kernel, size) in [(2, rows, size[0]), (3, cols, size[1])] {
-            let before = around(kernel);
-            // Rows at the end that no window reached.
-            let after = (size + before).saturating_sub(out.dim(axis)?);
-            out = padded(&out, axis, before, after)?;
+            // Rows at the end that no window reached have no gradient either.
+            let after = size.saturating_sub(out.dim(axis)?);
+            out = padded(&out, axis, self.dilation * (kernel - 1), after)?;
         }
         out.contiguous()?
             .conv2d(&self.turned(kernel)?, 0, 1, self.dilation, self.groups)

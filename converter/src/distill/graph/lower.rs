@@ -208,35 +208,35 @@ impl Look<'_> {
 
     fn conv(&self) -> Found<Lowered> {
         let rank = self.dims(0)?.len();
-        if rank != 4 {
-            return Err(format!("its input has {rank} dimensions, not 4"));
+        if !(3..=4).contains(&rank) {
+            return Err(format!("its input has {rank} dimensions, not 3 or 4"));
         }
-        let pair = |name: &str| match attr_ints(self.node, name) {
+        let alike = |name: &str| match attr_ints(self.node, name) {
             None => Ok(1),
-            Some([rows, cols]) if rows == cols && *rows > 0 => self.size(*rows),
+            Some([first, rest @ ..]) if *first > 0 && rest.iter().all(|r| r == first) => {
+                self.size(*first)
+            }
             Some(other) => Err(format!(
                 "{name} is {other:?}, not the same for rows and columns"
             )),
         };
-        let pads = match (
-            attr_str(self.node, "auto_pad"),
-            attr_ints(self.node, "pads"),
-        ) {
-            (None | Some("NOTSET"), Some(&[top, left, bottom, right])) => {
-                let pads = self.sizes(&[top, bottom, left, right])?;
-                <[usize; 4]>::try_from(pads).map_err(|p| format!("pads are {p:?}"))?
-            }
-            (None | Some("NOTSET"), None) | (Some("VALID"), _) => [0; 4],
-            (auto, pads) => return Err(format!("auto_pad is {auto:?} and pads are {pads:?}")),
+        let auto = attr_str(self.node, "auto_pad").unwrap_or("NOTSET");
+        let pads = match (auto, attr_ints(self.node, "pads")) {
+            ("NOTSET", Some(&[top, left, bottom, right])) => [top, bottom, left, right],
+            ("NOTSET", Some(&[left, right])) => [0, 0, left, right],
+            ("NOTSET", None) | ("VALID", _) => [0; 4],
+            (auto, pads) => return Err(format!("auto_pad is {auto} and pads are {pads:?}")),
         };
+        let pads = self.sizes(&pads)?;
+        let pads = <[usize; 4]>::try_from(pads).map_err(|p| format!("pads are {p:?}"))?;
         let groups = self.size(attr_int(self.node, "group").unwrap_or(1))?;
         if groups == 0 {
             return Err("it has 0 groups".to_owned());
         }
         Ok(self.reading_all(Op::Conv(Conv {
             pads,
-            stride: pair("strides")?,
-            dilation: pair("dilations")?,
+            stride: alike("strides")?,
+            dilation: alike("dilations")?,
             groups,
         })))
     }

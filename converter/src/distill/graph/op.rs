@@ -143,7 +143,7 @@ impl Op {
             }
             Self::Einsum(equation) => equation.apply(&present)?,
             Self::AveragePool([rows, cols]) => x.contiguous()?.avg_pool2d((*rows, *cols))?,
-            Self::Nearest([rows, cols]) => x.contiguous()?.upsample_nearest2d(*rows, *cols)?,
+            Self::Nearest([rows, cols]) => repeated(x, *rows, *cols)?,
             Self::Softmax { axis } => candle_nn::ops::softmax(x, *axis)?,
             Self::FlatSoftmax { outer } => {
                 let rows = x.reshape((*outer, x.elem_count() / (*outer).max(1)))?;
@@ -212,6 +212,16 @@ fn choose(condition: &Tensor, yes: &Tensor, no: &Tensor) -> Result<Tensor> {
     condition
         .broadcast_as(&shape)?
         .where_cond(&yes.broadcast_as(&shape)?, &no.broadcast_as(&shape)?)
+}
+
+/// Each pixel of `[B, C, H, W]` so often that there are `rows` and `cols` of them. (The gradient of candle 0.11's
+/// `upsample_nearest2d` forgets what other readers of its input gave.)
+fn repeated(x: &Tensor, rows: usize, cols: usize) -> Result<Tensor> {
+    let (batch, channels, height, width) = x.dims4()?;
+    let (down, across) = (rows / height.max(1), cols / width.max(1));
+    x.reshape((batch, channels * height, 1, width, 1))?
+        .broadcast_as((batch, channels * height, down, width, across))?
+        .reshape((batch, channels, rows, cols))
 }
 
 /// As NumPy's: leading dimensions are broadcast, a vector is a row or a column.
