@@ -110,7 +110,7 @@ impl Look<'_> {
             "GroupNormalization" => {
                 let groups = self.size(attr_int(self.node, "num_groups").unwrap_or(0))?;
                 let channels = self.channels()?;
-                match groups > 0 && channels % groups == 0 {
+                match groups > 0 && channels.is_multiple_of(groups) {
                     true => Ok(self.reading_all(Op::GroupNorm {
                         groups,
                         epsilon: self.float("epsilon", 1e-5),
@@ -255,7 +255,7 @@ impl Look<'_> {
         let whole = size
             .iter()
             .zip([height, width])
-            .all(|(k, n)| *k > 0 && n % k == 0);
+            .all(|(k, n)| *k > 0 && n.is_multiple_of(*k));
         let padded = pads.iter().any(|p| *p != 0);
         match strides == kernel && whole && !padded {
             true => Ok(self.reading(Op::AveragePool(size), &[0])),
@@ -285,7 +285,9 @@ impl Look<'_> {
         let (&[b, c, h, w], &[out_b, out_c, rows, cols]) = (dims.as_slice(), out.as_slice()) else {
             return Err(format!("{dims:?} to {out:?}: not an image"));
         };
-        let times = |from: usize, to: usize| (from > 0 && to % from == 0).then(|| to / from.max(1));
+        let times = |from: usize, to: usize| {
+            (from > 0 && to.is_multiple_of(from)).then(|| to / from.max(1))
+        };
         let factors = (times(h, rows), times(w, cols));
         let (Some(down), Some(across)) = factors else {
             return Err(format!("{dims:?} to {out:?}: not a whole multiple"));
