@@ -6,7 +6,7 @@ use buffa::Message;
 use linfusion_convert::convert::{WeightsFrom, convert};
 use linfusion_convert::distill::{
     Attention, Budget, DistillError, Mid, Progress, Refinement, Report, Request, Schedule, Source,
-    run,
+    Together, run,
 };
 use linfusion_convert::plan::{Method, Selection};
 use linfusion_models::checkpoint::{Checkpoint, MlpWidth, SiteAttention};
@@ -220,6 +220,7 @@ fn request(folder: &Path, looks: Looks) -> Request {
         selection: Selection::default(),
         attention: Attention::Planned,
         refinement: Refinement::Never,
+        end_to_end: None,
         budget: None,
         plot: None,
         seed: 0,
@@ -228,6 +229,33 @@ fn request(folder: &Path, looks: Looks) -> Request {
         threads: None,
         overwrite: Overwrite::Refuse,
     }
+}
+
+#[test]
+fn all_sites_learn_together_end_to_end() {
+    let folder = TempDir::new().unwrap();
+    let mut request = request(folder.path(), Looks::Anywhere);
+    request.end_to_end = Some(Together {
+        steps: 16,
+        learning_rate: 2e-3,
+    });
+    let together = quietly(&request).unwrap();
+    let told = together.notes.iter().find(|n| n.starts_with("end to end:"));
+    assert!(told.unwrap().ends_with("; kept"), "{:?}", together.notes);
+    request.end_to_end = None;
+    request.overwrite = Overwrite::Force;
+    let apart = quietly(&request).unwrap();
+    assert!(together.end_to_end.psnr() > apart.end_to_end.psnr());
+}
+
+#[test]
+fn only_linear_sites_learn_together() {
+    let folder = TempDir::new().unwrap();
+    let mut request = request(folder.path(), Looks::Anywhere);
+    request.end_to_end = Some(Together::default());
+    request.attention = Attention::Auto { unexplained: 0.1 };
+    let error = quietly(&request).unwrap_err().to_string();
+    assert!(error.starts_with("--end-to-end is for linear"), "{error}");
 }
 
 fn quietly(request: &Request) -> Result<Report, DistillError> {
