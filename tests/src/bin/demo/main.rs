@@ -102,6 +102,7 @@ impl Demo {
             selection: Selection::default(),
             attention: Attention::Planned,
             refinement: Refinement::IfBetter,
+            end_to_end: None,
             budget: None,
             plot: Some(self.folder.join("losses.svg")),
             seed: 0,
