@@ -147,13 +147,19 @@ pub enum DistillError {
     #[error(
         "{0}\nhint: without --end-to-end each attention is learned alone, which needs no gradient of the graph"
     )]
-    Graph(#[from] GraphError),
+    Graph(#[from] Box<GraphError>),
     /// No threads.
     #[error("cannot start threads: {0}")]
     Threads(String),
     /// The learned weights do not go back into the model.
     #[error("the learned weights cannot be put into the model: {0}")]
     Convert(#[from] Box<ConvertError>),
+}
+
+impl From<GraphError> for DistillError {
+    fn from(error: GraphError) -> Self {
+        Self::Graph(Box::new(error))
+    }
 }
 
 impl From<ConvertError> for DistillError {
