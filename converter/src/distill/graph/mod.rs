@@ -2,9 +2,9 @@
 //!
 //! A [`Program`] is the part of a graph that some values need, at fixed sizes: whatever follows from the sizes is
 //! computed when it is made ([`linfusion_models::shapes`]), and so are layers of constants; what is left are the
-//! [`op`]erations on floating-point values. Attentions can be replaced by functions with weights to learn.
+//! operations on floating-point values. Attentions can be replaced by functions with weights to learn.
 //! [`Program::gradient`] differentiates a loss of the wanted values by those weights; it keeps only the values between
-//! segments of the graph and computes the inside of a segment again when it is its turn ([`backward`]).
+//! segments of the graph and computes the inside of a segment again when it is its turn (`backward`).
 //!
 //! All floating-point types are computed in float32, integers in int64. (candle-onnx would do part of this; it needs
 //! `protoc` to build, copies every weight, folds no shapes and keeps every value.)
