@@ -1,10 +1,10 @@
 //! Learning the weights of linear attention from the model itself: each attention is the teacher of what replaces it.
 //!
-//! The way of a distillation ([`run`]): the model is looked at as for a conversion ([`crate::analysis`]) and gives its
-//! [`target`]s; the teacher runs on [`inputs`], and what it computes at the sites is kept on disk ([`capture`],
-//! [`store`]); the graph's own layers are read off ([`probe`]); each site's [`student`] is learned alone ([`train`]),
-//! sites beside each other on the cores; the weights are written as a checkpoint ([`output`]) and judged in the converted
-//! model ([`measure`]). `docs/distill.md` says why each is done so.
+//! The way of a distillation ([`run()`]): the model is looked at as for a conversion ([`crate::analysis`]) and gives its
+//! `target`s; the teacher runs on [`inputs`], and what it computes at the sites is kept on disk (`capture`,
+//! `store`); the graph's own layers are read off (`probe`); each site's `student` is learned alone (`train`),
+//! sites beside each other on the cores; the weights are written as a checkpoint (`output`) and judged in the converted
+//! model (`measure`). `docs/distill.md` says why each is done so.
 
 mod capture;
 mod choose;
