@@ -199,6 +199,18 @@ fn a_controlnet_is_shown_the_image_and_its_residuals_are_scaled() {
     assert_ne!(image(&bench, &scaled("0.5")), full);
 }
 
+/// Its sampler's configuration has a bare `-Infinity`, which diffusers writes and JSON doesn't know.
+#[test]
+fn pixart_runs_with_its_own_sampler() {
+    let Some(bench) = Bench::new("pixart") else {
+        return;
+    };
+    let arguments = ["--prompt", "x", "--steps", "2", "-o", "out.png"];
+    let output = bench.run(&arguments);
+    assert!(output.status.success(), "{}", said(&output));
+    assert!(bench.path("out.png").exists());
+}
+
 #[test]
 fn sdxl_is_told_sizes() {
     let Some(bench) = Bench::new("sdxl") else {

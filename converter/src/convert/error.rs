@@ -50,10 +50,11 @@ pub enum ConvertError {
         "no LinFusion weights for '{model}' (architecture: {architecture})\n\
          Linear attention with the original weights alone makes garbage images: its feature maps and projections are learned.\n\
          searched: {searched}\n\
-         Three ways on:\n\
+         Four ways on:\n\
          \x20 1. linfusion-convert {model} --weights FOLDER-OR-FILE    (a LinFusion checkpoint that you have)\n\
          \x20 2. {download}\n\
-         \x20 3. linfusion-convert {model} --weights none              (untrained: for measuring speed only)\n\
+         \x20 3. linfusion-convert distill {model} -o linfusion ...    (learns them from the model itself)\n\
+         \x20 4. linfusion-convert {model} --weights none              (untrained: for measuring speed only)\n\
          Window attention alone needs none: --attention window"
     )]
     NoWeights {

@@ -164,7 +164,7 @@ impl Report {
         }
         if !self.kept.is_empty() {
             text += &format!(
-                "softmax stays at {} to keep to the budget; without, PSNR would be {:.1} dB\n",
+                "softmax stays at {} to keep to the budget; without, PSNR would be {:.1} dB. Convert with --allow-partial\n",
                 self.kept.join(", "),
                 self.all_sites.psnr()
             );

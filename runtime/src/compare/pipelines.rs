@@ -10,6 +10,7 @@ use crate::image::{self, ImageError, Metadata};
 use crate::pipeline::{
     Evaluated, Folder, Generated, Observer, PipelineError, Place, Progress, Request, generate,
 };
+use crate::scheduler;
 use crate::tensor::Tensor;
 
 /// One image of both pipelines.
@@ -163,15 +164,18 @@ fn models(reference: &Folder, other: &Folder) -> Result<[PathBuf; 2], CompareErr
 /// Steps can only be compared where both samplers take the same.
 fn same_sampler(reference: &Folder, other: &Folder) -> Result<(), CompareError> {
     const FILE: &str = "scheduler_config.json";
-    let read = |folder: &Folder| -> Result<serde_json::Value, CompareError> {
-        let mut fields: serde_json::Value = folder
-            .json("scheduler", FILE)
-            .map_err(|source| failed(folder, source))?;
-        if let Some(fields) = fields.as_object_mut() {
+    let read =
+        |folder: &Folder| -> Result<serde_json::Map<String, serde_json::Value>, CompareError> {
+            let text = folder
+                .text("scheduler", FILE)
+                .map_err(|source| failed(folder, source))?;
+            let mut fields = scheduler::config(&text).map_err(|source| {
+                let path = folder.component("scheduler").join(FILE);
+                failed(folder, PipelineError::Scheduler { path, source })
+            })?;
             fields.remove("_diffusers_version");
-        }
-        Ok(fields)
-    };
+            Ok(fields)
+        };
     if read(reference)? == read(other)? {
         return Ok(());
     }

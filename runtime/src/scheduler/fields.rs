@@ -139,6 +139,10 @@ impl Fields {
         })
     }
 
+    pub(super) fn into_map(self) -> Map<String, Value> {
+        self.map
+    }
+
     pub(super) fn class(&self) -> Result<String, SchedulerError> {
         match self.map.get("_class_name") {
             Some(Value::String(name)) => Ok(name.clone()),

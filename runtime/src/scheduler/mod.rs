@@ -80,6 +80,14 @@ pub const NAMES: [&str; 11] = [
     "flow-euler",
 ];
 
+/// The fields of a `scheduler_config.json`; infinities, which Python writes as bare words, are the texts "inf" and "-inf".
+///
+/// # Errors
+/// The text is no JSON object.
+pub fn config(text: &str) -> Result<serde_json::Map<String, serde_json::Value>, SchedulerError> {
+    Fields::parse(text).map(Fields::into_map)
+}
+
 /// Builds the sampler of a `scheduler_config.json`, or another one, given by a name of [`NAMES`] or of diffusers, from the
 /// same configuration.
 ///

@@ -6,7 +6,7 @@ use std::sync::Mutex;
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
-use linfusion_convert::convert::WeightsFrom;
+use linfusion_convert::convert::{WeightsFrom, default_output};
 use linfusion_convert::distill::{
     Attention, Budget, DistillError, Mid, Progress, Refinement, Report, Request, Schedule, Source,
     Together, run,
@@ -158,6 +158,17 @@ pub fn for_conversion(
         return Err(Failure::new(
             2,
             "--dry-run: --weights distill has to work to tell",
+        ));
+    }
+    // Before the work, not after it.
+    let converted = args.out.clone().unwrap_or_else(|| default_output(model));
+    if converted.exists() && !args.force {
+        return Err(Failure::new(
+            1,
+            format!(
+                "{} exists already; --force replaces it",
+                converted.display()
+            ),
         ));
     }
     let mut name = model.file_stem().unwrap_or_default().to_owned();

@@ -15,7 +15,7 @@ use linfusion_runtime::pipeline::{
     Folder, Generated, Guidance, Init, Observer, PipelineError, Place, Progress, Request, Size,
     SizeHints, generate,
 };
-use linfusion_runtime::{memory, npz, scheduler};
+use linfusion_runtime::{memory, npz, provenance, scheduler};
 use miette::{IntoDiagnostic, WrapErr, miette};
 use ndarray::Ix4;
 use serde::Serialize;
@@ -257,6 +257,9 @@ pub fn run(args: &GenerateArgs) -> miette::Result<ExitCode> {
     let prompts = prompts(args.prompt.as_deref(), args.prompts.as_deref())?;
     let hash = model_hash(&folder)?;
     let sampler = sampler(&folder, args.scheduler.as_deref())?;
+    if provenance::is_untrained(&args.pipeline) {
+        eprintln!("note: the model was converted without trained weights: the images mean nothing");
+    }
     let mut terminal = Terminal::new(place.options.device)?;
     let mut summaries = Vec::new();
     for (number, prompt) in prompts.iter().enumerate() {
@@ -460,18 +463,15 @@ fn stages(request: &Request) -> Vec<(String, String)> {
 
 /// The class of the sampler, or the name that was asked for.
 fn sampler(folder: &Folder, asked: Option<&str>) -> miette::Result<String> {
-    #[derive(serde::Deserialize)]
-    struct Class {
-        #[serde(rename = "_class_name")]
-        name: Option<String>,
-    }
     if let Some(asked) = asked {
         return Ok(asked.to_owned());
     }
-    let class: Class = folder
-        .json("scheduler", "scheduler_config.json")
+    let text = folder
+        .text("scheduler", "scheduler_config.json")
         .into_diagnostic()?;
-    Ok(class.name.unwrap_or_default())
+    let fields = scheduler::config(&text).into_diagnostic()?;
+    let class = fields.get("_class_name").and_then(|name| name.as_str());
+    Ok(class.unwrap_or_default().to_owned())
 }
 
 fn metadata(
