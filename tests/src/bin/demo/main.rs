@@ -164,10 +164,11 @@ impl Demo {
 
     fn compare(&self, student: &Path) -> Result<(), Box<dyn Error>> {
         println!("3. run both on noise that neither has seen");
+        let side = pictures::native(&self.teacher)?;
         let mut table = table(["seed", "PSNR", "largest error / range"]);
         let mut shown = Vec::new();
         for seed in [1001, 1002, 1003] {
-            let inputs = pictures::noise(seed, pictures::NATIVE);
+            let inputs = pictures::noise(seed, side);
             let [a, b] = [&self.teacher, student].map(|model| {
                 run(self.engine, model, Operators::InProcess, &inputs)
                     .map_err(Box::<dyn Error>::from)

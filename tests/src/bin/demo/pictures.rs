@@ -3,15 +3,28 @@
 use std::error::Error;
 use std::path::Path;
 
+use linfusion_models::onnx::{OnnxFile, make};
 use linfusion_runtime::image::{Metadata, Rgb, difference, side_by_side, to_byte};
 use linfusion_runtime::tensor::Tensor;
 use linfusion_runtime::torch_random::TorchRandom;
 use ndarray::{Array1, Array2, Array4, Ix4, arr1, s};
 
-/// Rows and columns that the model was made for.
-pub const NATIVE: usize = 128;
 /// Brightness of a difference's picture.
 pub const GAIN: f32 = 16.0;
+
+/// Rows and columns that the model was made for.
+pub fn native(model: &Path) -> Result<usize, Box<dyn Error>> {
+    let file = OnnxFile::open(model)?;
+    let mut inputs = file.model.graph.input.iter();
+    let noisy = inputs.find(|v| v.name.as_deref() == Some("noisy"));
+    match noisy.and_then(make::tensor_type_of) {
+        Some((_, Some(dims))) => match dims.last() {
+            Some(make::Dim::Fixed(side)) => Ok(usize::try_from(*side)?),
+            _ => Err("the size of the input `noisy` is open".into()),
+        },
+        _ => Err("the model has no input `noisy`".into()),
+    }
+}
 
 /// The generator's inputs for one square terrain.
 pub fn noise(seed: u64, side: usize) -> Vec<(String, Tensor)> {
