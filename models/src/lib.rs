@@ -4,6 +4,7 @@ pub mod checkpoint;
 #[cfg(feature = "fixtures")]
 pub mod fixtures;
 pub mod graph;
+pub mod json;
 pub mod onnx;
 pub mod random;
 pub mod sentencepiece;

@@ -18,7 +18,7 @@ pub enum NpzError {
         /// The archive.
         path: PathBuf,
         /// What the operating system said.
-        source: std::io::Error,
+        r#source: std::io::Error,
     },
     /// The archive or one of its arrays is damaged.
     #[error("cannot read {}: {source}", path.display())]
@@ -26,7 +26,7 @@ pub enum NpzError {
         /// The archive.
         path: PathBuf,
         /// What is wrong.
-        source: ReadNpzError,
+        r#source: ReadNpzError,
     },
     /// An array has a type that is not supported.
     #[error(
@@ -39,7 +39,7 @@ pub enum NpzError {
         /// The array.
         name: String,
         /// What the reader said of the last type that was tried.
-        source: ReadNpzError,
+        r#source: ReadNpzError,
     },
     /// The archive cannot be written.
     #[error("cannot write {}: {source}", path.display())]
@@ -47,7 +47,7 @@ pub enum NpzError {
         /// The archive.
         path: PathBuf,
         /// What is wrong.
-        source: WriteNpzError,
+        r#source: WriteNpzError,
     },
 }
 

@@ -9,6 +9,7 @@ use serde_json::Value;
 
 use super::tensors::TensorFile;
 use super::{CheckpointError, SiteAttention};
+use crate::json;
 
 /// No model has more attention modules or channels; a file that claims so is damaged.
 const MAX_MODULES: usize = 1 << 16;
@@ -74,7 +75,7 @@ impl Config {
 
     fn parse(text: &str, path: &Path) -> Result<Self, CheckpointError> {
         let raw: RawConfig =
-            serde_json::from_str(text).map_err(|e| unusable(path, e.to_string()))?;
+            serde_json::from_str(text).map_err(|e| unusable(path, json::problem(&e)))?;
         if raw.modules_list.is_empty() || raw.modules_list.len() > MAX_MODULES {
             let count = raw.modules_list.len();
             return Err(unusable(path, format!("modules_list has {count} entries")));

@@ -13,7 +13,7 @@ pub enum CheckpointError {
         /// What was opened.
         path: PathBuf,
         /// What the operating system said.
-        source: std::io::Error,
+        r#source: std::io::Error,
     },
     /// The path is a file of another kind.
     #[error(

@@ -14,6 +14,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::{CheckpointError, CheckpointModule, MlpWidth, SiteAttention};
+use crate::json;
 
 /// One tensor of a module, by its role.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -359,8 +360,12 @@ impl TensorFile {
                     .map_err(|e| wrong(format!("its __metadata__: {e}")))?;
                 continue;
             }
-            let raw: RawTensor = serde_json::from_value(value)
-                .map_err(|e| wrong(format!("the entry of tensor `{name}`: {e}")))?;
+            let raw: RawTensor = serde_json::from_value(value).map_err(|e| {
+                wrong(format!(
+                    "the entry of tensor `{name}`: {}",
+                    json::problem(&e)
+                ))
+            })?;
             let located = locate(&raw, data_start, data_len)
                 .map_err(|problem| wrong(format!("tensor `{name}` {problem}")))?;
             tensors.insert(name, located);

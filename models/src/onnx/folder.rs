@@ -90,7 +90,7 @@ pub enum DataFileError {
         /// The location as written in the model.
         location: String,
         /// The operating system's answer.
-        source: io::Error,
+        r#source: io::Error,
     },
 }
 

@@ -29,7 +29,7 @@ pub enum ReadError {
         /// The file.
         path: PathBuf,
         /// The operating system's answer.
-        source: io::Error,
+        r#source: io::Error,
         /// What to try; starts with a space, or empty.
         hint: String,
     },
@@ -75,7 +75,7 @@ pub enum ReadError {
         /// The file.
         path: PathBuf,
         /// What the decoder stumbled over.
-        source: DecodeError,
+        r#source: DecodeError,
     },
     /// Valid protobuf without a graph.
     #[error("{path} is not an ONNX model: it has no graph")]

@@ -28,7 +28,7 @@ pub enum TensorFault {
     ElementType(i32),
     /// An impossible shape.
     #[error("its shape {0}")]
-    Shape(#[from] ShapeError),
+    Shape(ShapeError),
     /// The number of bytes differs from what shape and type need.
     #[error("it holds {found} bytes, but {element} {dims:?} takes {expected}")]
     ByteCount {
@@ -102,6 +102,12 @@ pub enum TensorFault {
     /// The data file cannot be used.
     #[error(transparent)]
     DataFile(#[from] DataFileError),
+}
+
+impl From<ShapeError> for TensorFault {
+    fn from(error: ShapeError) -> Self {
+        Self::Shape(error)
+    }
 }
 
 /// A tensor's type, shape and values as little-endian bytes, row-major.

@@ -64,7 +64,7 @@ pub enum OrtError {
         /// Its operator.
         operator: &'static str,
         /// What went wrong.
-        source: Box<OrtError>,
+        r#source: Box<OrtError>,
     },
     /// `num_heads` is missing or no integer.
     #[error("expected an int attribute `num_heads`, found none")]

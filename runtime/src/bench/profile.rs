@@ -44,7 +44,7 @@ pub enum ProfileError {
         /// The file.
         path: PathBuf,
         /// What the operating system said.
-        source: std::io::Error,
+        r#source: std::io::Error,
     },
     /// It isn't what ONNX Runtime writes.
     #[error("the profile {}: {source}", path.display())]
@@ -52,7 +52,7 @@ pub enum ProfileError {
         /// The file.
         path: PathBuf,
         /// Where it is no JSON.
-        source: serde_json::Error,
+        r#source: serde_json::Error,
     },
     /// It tells of no node.
     #[error("the profile {} has no node's time", path.display())]

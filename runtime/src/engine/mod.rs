@@ -147,14 +147,14 @@ pub enum EngineError {
     },
     /// The operators of this program cannot be registered.
     #[error("cannot register this program's LinFusion operators: {0}")]
-    Operators(#[from] linfusion_ops::ort::OrtError),
+    Operators(linfusion_ops::ort::OrtError),
     /// The model file cannot be read.
     #[error("cannot read {}: {source}", path.display())]
     Io {
         /// The model.
         path: PathBuf,
         /// What the operating system said.
-        source: std::io::Error,
+        r#source: std::io::Error,
     },
     /// The engine refuses the model.
     #[error("{engine} cannot load {model}: {message}")]
@@ -210,6 +210,12 @@ pub enum EngineError {
         /// What the graph declares.
         expected: String,
     },
+}
+
+impl From<linfusion_ops::ort::OrtError> for EngineError {
+    fn from(error: linfusion_ops::ort::OrtError) -> Self {
+        Self::Operators(error)
+    }
 }
 
 /// A loaded graph.

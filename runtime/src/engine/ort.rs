@@ -181,10 +181,13 @@ pub(super) fn load_bytes(
 }
 
 fn refused(model: String, error: &ort::Error) -> EngineError {
+    // It begins with the model's name where there is one, as our message does.
+    let message = error.to_string();
+    let named = format!("Load model from {model} failed:");
     EngineError::Load {
         engine: Engine::Ort,
+        message: message.strip_prefix(&named).unwrap_or(&message).to_owned(),
         model,
-        message: error.to_string(),
     }
 }
 

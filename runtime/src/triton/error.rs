@@ -28,7 +28,7 @@ pub enum TritonError {
         /// The model's name in the pipeline.
         model: String,
         /// What is wrong.
-        source: ReadError,
+        r#source: ReadError,
     },
     /// An input or output that Triton cannot serve.
     #[error("{}: `{tensor}` {problem}", path.display())]
@@ -95,7 +95,7 @@ pub enum TritonError {
         /// On which file or folder.
         path: PathBuf,
         /// The answer.
-        source: io::Error,
+        r#source: io::Error,
     },
     /// A model cannot be copied.
     #[error(transparent)]

@@ -53,7 +53,7 @@ pub enum GraphError {
         /// The node.
         node: String,
         /// What it said.
-        source: Box<candle_core::Error>,
+        r#source: Box<candle_core::Error>,
     },
 }
 

@@ -96,7 +96,7 @@ pub enum WriteError {
         /// The file or folder.
         path: PathBuf,
         /// The operating system's answer.
-        source: io::Error,
+        r#source: io::Error,
     },
     /// The output has no file name.
     #[error("{path} names no file")]
