@@ -50,8 +50,9 @@ pub const PIXELS_PER_LATENT: usize = 8;
 pub enum InputsError {
     /// The graph runs at one size only, and another was asked for.
     #[error(
-        "input `{name}` has the fixed shape {declared}, so the graph cannot run at latent size {asked}; \
-         export it with dynamic axes"
+        "input `{name}` has the fixed shape {declared}, so the graph cannot run with {asked} rows and columns \
+         (hint: `linfusion-convert MODEL --resize dynamic --attention keep` makes a model for any size, as does an export \
+         with dynamic axes)"
     )]
     FixedSize {
         /// The input.
@@ -62,7 +63,9 @@ pub enum InputsError {
         asked: usize,
     },
     /// Nothing says how large a dimension is.
-    #[error("dimension {axis} of input `{name}` ({declared}) is open; give its shape as {name}=…")]
+    #[error(
+        "dimension {axis} of input `{name}` ({declared}) is open; give its shape with --set {name}=…"
+    )]
     Open {
         /// The input.
         name: String,

@@ -8,6 +8,7 @@ pub mod inputs;
 pub mod memory;
 pub mod npz;
 pub mod pipeline;
+pub mod plot;
 pub mod provenance;
 pub mod scheduler;
 pub mod subgraph;

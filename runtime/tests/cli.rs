@@ -104,7 +104,9 @@ fn bench_measures_each_model_in_its_own_process() {
     let report = json(&output);
     let sizes = report["sizes"].as_array().unwrap();
     assert_eq!(sizes.len(), 2);
-    assert_eq!(sizes[1]["pixels"], 128);
+    let pixels =
+        |height: usize, width: usize| serde_json::json!({"height": height, "width": width});
+    assert_eq!(sizes[1]["pixels"], pixels(128, 128));
     for size in sizes {
         let results = size["results"].as_array().unwrap();
         assert_eq!(results.len(), 2);
@@ -117,7 +119,17 @@ fn bench_measures_each_model_in_its_own_process() {
                     .is_none_or(|b| b > 1 << 20)
             );
         }
-        assert_eq!(results[0]["speedup"], 1.0);
+        assert!(results[0]["speedup"].is_null());
+        let [low, high] = [0, 1].map(|i| results[1]["speedup"]["range"][i].as_f64().unwrap());
+        let verdict = results[1]["speedup"]["verdict"].as_str().unwrap();
+        let expected = if low > 1.0 {
+            "faster"
+        } else if high < 1.0 {
+            "slower"
+        } else {
+            "equal"
+        };
+        assert_eq!(verdict, expected, "{low} {high}");
     }
     assert!(std::fs::read_to_string(plot).unwrap().contains("copy.onnx"));
 }
@@ -131,6 +143,180 @@ fn bench_of_what_does_not_run_fails_with_its_name() {
         "{}",
         stderr(&output)
     );
+}
+
+/// A model of pixels has as many rows as the image, latents an eighth; a graph of one size is measured at it.
+#[test]
+fn bench_tells_pixels_from_latents() {
+    let digits = fixture("digits/digits-dit.onnx");
+    let unet = fixture("sd15-tiny/unet.onnx");
+    let sizes = |arguments: &[&str]| {
+        let usual = [
+            "--repeats",
+            "1",
+            "--batch",
+            "1",
+            "--sequence",
+            "7",
+            "--report",
+            "json",
+        ];
+        let output = run(&[&["bench"], arguments, &usual].concat());
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        let report = json(&output);
+        let sizes = report["sizes"].as_array().unwrap();
+        let side = |size: &serde_json::Value, side: &str| size["pixels"][side].as_u64().unwrap();
+        sizes
+            .iter()
+            .map(|s| [side(s, "height"), side(s, "width")])
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(sizes(&[&digits]), [[16, 16]]);
+    assert_eq!(sizes(&[&digits, "--sizes", "16"]), [[16, 16]]);
+    assert_eq!(sizes(&[&digits, "--pixels-per-latent", "4"]), [[64, 64]]);
+    assert_eq!(sizes(&[&unet, "--set", "sample=1,4,8,16"]), [[64, 128]]);
+
+    for (arguments, expected) in [
+        (&[&*digits, "--sizes", "64"][..], "--resize dynamic"),
+        (
+            &[&unet, "--sizes", "64,100"],
+            "100 pixels are not divisible by 8",
+        ),
+        (
+            &[&unet, "--sizes", "64", "--set", "sample=1,4,8,8"],
+            "the shape of `sample` gives the size",
+        ),
+        (
+            &[&unet, "--sizes", "64", "--set", "smaple=1,4,8,8"],
+            "`smaple`",
+        ),
+    ] {
+        let output = run(&[&["bench"], arguments].concat());
+        let said = flat(&stderr(&output));
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {said}");
+        assert!(said.contains(expected), "{arguments:?}: {said}");
+    }
+}
+
+/// A report without the line breaks that fit it to the terminal.
+fn flat(text: &str) -> String {
+    let words = text.split_whitespace().filter(|word| *word != "│");
+    words.collect::<Vec<_>>().join(" ")
+}
+
+#[test]
+fn compare_tells_what_is_not_finite_from_what_is_far_apart() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = fixture("sd15-tiny/unet.onnx");
+    let huge = folder.path().join("huge.npz");
+    let mut inputs =
+        linfusion_runtime::npz::read(fixture("sd15-tiny/inputs.npz").as_ref()).unwrap();
+    for (name, tensor) in &mut inputs {
+        if name == "sample" {
+            *tensor = linfusion_runtime::tensor::Tensor::from_f64(
+                tensor.to_f64() * f64::MAX,
+                tensor.dtype(),
+            );
+        }
+    }
+    linfusion_runtime::npz::write(&huge, &inputs).unwrap();
+    let output = run(&[
+        "compare",
+        &model,
+        &model,
+        "--inputs",
+        huge.to_str().unwrap(),
+    ]);
+    assert_eq!(output.status.code(), Some(5), "{}", stderr(&output));
+    let said = stderr(&output);
+    assert!(
+        said.contains("hint:") && said.contains("huge.npz"),
+        "{said}"
+    );
+
+    let noise = [
+        "--latent",
+        "8",
+        "--tolerance",
+        "0",
+        "--batch",
+        "1",
+        "--sequence",
+        "7",
+    ];
+    let other = fixture("sd15-identity/unet.onnx");
+    if Path::new(&other).is_file() {
+        let output = run(&[&["compare", &model, &other], &noise[..]].concat());
+        assert_eq!(output.status.code(), Some(3), "{}", stderr(&output));
+    }
+}
+
+/// What stands in the way is told once.
+#[test]
+fn no_error_repeats_itself() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    std::fs::write(path("broken.npz"), "PK").unwrap();
+    std::fs::write(path("broken.onnx"), "no model").unwrap();
+    let pipeline = folder.path().join("sd15");
+    linfusion_models::fixtures::pipeline("sd15", &pipeline).unwrap();
+    std::fs::write(pipeline.join("vae_decoder/config.json"), "{}").unwrap();
+    let index = folder.path().join("empty");
+    std::fs::create_dir(&index).unwrap();
+    std::fs::write(index.join("model_index.json"), "{").unwrap();
+    let model = fixture("sd15-tiny/unet.onnx");
+    let missing = path("missing.onnx");
+    let (npz, broken, empty) = (path("broken.npz"), path("broken.onnx"), path("empty"));
+    let pipeline = pipeline.to_str().unwrap();
+    for (arguments, says) in [
+        (&["compare", &model, &missing][..], "No such file"),
+        (&["compare", &model, &broken], "broken.onnx"),
+        (&["compare", &model, &model, "--inputs", &npz], "broken.npz"),
+        (
+            &["compare", &model, &model, "--inputs", &missing],
+            "No such file",
+        ),
+        (&["generate", &empty, "--prompt", "x"], "EOF while parsing"),
+        (
+            &["generate", pipeline, "--prompt", "x"],
+            "field `block_out_channels` is missing",
+        ),
+        (&["generate", &missing, "--prompt", "x"], "No such file"),
+        (
+            &["generate", pipeline, "--prompts", &missing],
+            "No such file",
+        ),
+        (
+            &["export-triton", &empty, "-o", &missing],
+            "EOF while parsing",
+        ),
+        (&["bench", &missing], "No such file"),
+        (
+            &[
+                "compare",
+                &model,
+                &model,
+                "--ort-library",
+                &missing,
+                "--engine",
+                "ort",
+            ],
+            "does not load",
+        ),
+    ] {
+        let output = run(arguments);
+        let said = flat(&stderr(&output));
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {said}");
+        assert_eq!(said.matches(says).count(), 1, "{arguments:?}: {said}");
+        let parts = said.split("╰─▶").flat_map(|part| part.split(": "));
+        for part in parts.filter(|p| p.len() > 12 && !p.contains(".onnx")) {
+            assert_eq!(
+                said.matches(part).count(),
+                1,
+                "{arguments:?} says '{part}' twice: {said}"
+            );
+        }
+    }
 }
 
 #[test]
@@ -168,8 +354,29 @@ fn wrong_usage_has_its_own_code() {
         &["bench"][..],
         &["compare", "a"],
         &["doctor", "--report", "xml"],
+        // Found after the parser is done.
+        &["generate", "."],
+        &["bench", ".", "Cargo.toml"],
+        &["compare", ".", "Cargo.toml"],
+        &["compare", "a", "b", "--prompt", "x"],
+        &["compare", ".", ".", "--prompt", "x", "--latent", "8"],
+        &[
+            "compare",
+            "a",
+            "b",
+            "--engine",
+            "tract",
+            "--gpu-memory",
+            "1GB",
+        ],
+        &["generate", ".", "--prompt", "x", "--scheduler", "magic"],
+        &["generate", ".", "--prompt", "x", "-o", "x.gif"],
     ] {
         assert_eq!(run(arguments).status.code(), Some(2), "{arguments:?}");
+    }
+    // The file is at fault, not the command line.
+    for arguments in [&["bench", "a"][..], &["generate", "a", "--prompt", "x"]] {
+        assert_eq!(run(arguments).status.code(), Some(1), "{arguments:?}");
     }
 }
 

@@ -19,6 +19,7 @@ fn image(bench: &Bench, arguments: &[&str]) -> Vec<u8> {
         "2",
         "--scheduler",
         "ddim",
+        "--overwrite",
         "-o",
         "out.png",
     ];
@@ -30,7 +31,7 @@ fn image(bench: &Bench, arguments: &[&str]) -> Vec<u8> {
 fn refusal(bench: &Bench, arguments: &[&str]) -> String {
     let usual = ["--prompt", "x", "--steps", "1", "-o", "no.png"];
     let output = bench.run(&[&usual[..], arguments].concat());
-    assert_eq!(output.status.code(), Some(1), "{arguments:?}");
+    assert_eq!(output.status.code(), Some(2), "{arguments:?}");
     assert!(!bench.path("no.png").exists());
     said(&output)
 }

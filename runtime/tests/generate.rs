@@ -168,7 +168,7 @@ fn bad_input_is_named_and_leaves_nothing() {
         ),
         (
             &["--prompt", "x", "--scheduler", "magic"],
-            "no sampler `magic`",
+            "there is no sampler `magic`",
         ),
         (&["--prompt", "x", "--vae-tile", "100"], "--vae-tile: 100"),
         (&["--prompt", "x", "--image", "no.png"], "no.png"),
@@ -191,7 +191,9 @@ fn bad_input_is_named_and_leaves_nothing() {
     ];
     for (arguments, expected) in cases {
         let output = bench.run(arguments);
-        assert_eq!(output.status.code(), Some(1), "{arguments:?}");
+        let of_a_file = ["no.png", "bad.txt is no UTF-8 (line 2)", "none"].contains(&expected);
+        let code = if of_a_file { 1 } else { 2 };
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}");
         assert!(
             said(&output).contains(expected),
             "{arguments:?}: {}",
@@ -346,6 +348,14 @@ fn a_pipeline_equals_itself() {
     assert!(steps.iter().all(|s| s["max_abs"] == 0.0));
     let picture = read(&bench.path("both.png")).unwrap();
     assert_eq!((picture.width(), picture.height()), (3 * 128, 128));
+    let again = compare(&["--prompt", "y", "-o", "both.png"]);
+    assert_eq!(again.status.code(), Some(1), "{}", said(&again));
+    assert!(
+        said(&again).contains("both.png exists already"),
+        "{}",
+        said(&again)
+    );
+    assert_eq!(read(&bench.path("both.png")).unwrap(), picture);
     let output = compare(&["--prompt", "x", "--steps", "1", "--sites"]);
     assert!(
         said(&output).contains("has no operator of ai.linfusion"),
@@ -353,8 +363,9 @@ fn a_pipeline_equals_itself() {
         said(&output)
     );
     let output = compare(&[]);
+    assert_eq!(output.status.code(), Some(2));
     assert!(
-        said(&output).contains("give --prompt or --prompts"),
+        said(&output).contains("give --prompt TEXT, or --prompts FILE"),
         "{}",
         said(&output)
     );
@@ -404,7 +415,8 @@ fn what_cannot_end_well_does_not_begin() {
     for (arguments, expected) in cases {
         let output = bench.run(&[&["--prompt", "x"][..], arguments].concat());
         let said = said(&output);
-        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {said}");
+        let code = if expected == "none" { 1 } else { 2 };
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {said}");
         assert!(said.contains(expected), "{arguments:?}: {said}");
         assert!(!said.contains("text: "), "{arguments:?}: {said}");
         assert_eq!(bench.files(), before, "{arguments:?}");
@@ -456,7 +468,7 @@ fn latents_of_either_order_are_the_same() {
         let file = std::fs::File::create(bench.path("latents.npy")).unwrap();
         ndarray_npy::WriteNpyExt::write_npy(&latents, file).unwrap();
         let arguments = ["--prompt", "x", "--steps", "2", "--scheduler", "ddim"];
-        let files = ["--latents", "latents.npy", "-o", "out.png"];
+        let files = ["--latents", "latents.npy", "-o", "out.png", "--overwrite"];
         let output = bench.run(&[&arguments[..], &files].concat());
         assert!(output.status.success(), "{name}: {}", said(&output));
         read(&bench.path("out.png")).unwrap()
@@ -508,4 +520,98 @@ fn a_stopped_run_leaves_the_last_finished_stage() {
     assert!(image.width() < 384, "{rest:?}");
     assert_eq!(std::fs::read_to_string(&mine).unwrap(), "mine");
     assert!(!bench.path("out.png").exists());
+}
+
+#[test]
+fn images_are_replaced_only_when_that_is_asked_for() {
+    let Some(bench) = Bench::new("sd15") else {
+        return;
+    };
+    std::fs::write(bench.path("two.txt"), "a horse\nmars\n").unwrap();
+    // The last image of the last prompt: nothing is made before it is seen.
+    std::fs::write(bench.path("p-002-2.png"), "mine").unwrap();
+    let arguments = [
+        "--prompts",
+        "two.txt",
+        "--steps",
+        "1",
+        "--num-images",
+        "2",
+        "-o",
+        "p.png",
+    ];
+    let before = bench.files();
+    let refused = bench.run(&arguments);
+    assert_eq!(refused.status.code(), Some(1), "{}", said(&refused));
+    let message = said(&refused);
+    assert!(
+        message.contains("p-002-2.png exists already") && message.contains("--overwrite"),
+        "{message}"
+    );
+    assert_eq!(bench.files(), before);
+    let replaced = bench.run(&[&arguments[..], &["--overwrite"]].concat());
+    assert!(replaced.status.success(), "{}", said(&replaced));
+    assert_eq!(read(&bench.path("p-002-2.png")).unwrap().width(), 128);
+    let none = bench.run(&["--steps", "1"]);
+    assert_eq!(none.status.code(), Some(2), "{}", said(&none));
+}
+
+/// A library like ONNX Runtime's has destructors that must not run beside its threads; this one's ends the process.
+#[test]
+fn a_second_interruption_runs_no_destructors() {
+    use std::io::BufRead;
+
+    let Some(bench) = Bench::new("sd15") else {
+        return;
+    };
+    let (source, library) = (bench.path("end.c"), bench.path("end.so"));
+    let code =
+        "#include <stdlib.h>\n__attribute__((destructor)) static void end(void) { abort(); }\n";
+    std::fs::write(&source, code).unwrap();
+    let compiled = Command::new("cc")
+        .args(["-shared", "-fPIC", "-o"])
+        .args([&library, &source])
+        .status()
+        .expect("a C compiler");
+    assert!(compiled.success());
+    // One step of this takes seconds.
+    let mut child = Command::new(env!("CARGO_BIN_EXE_linfusion-run"))
+        .arg("generate")
+        .arg(&bench.pipeline)
+        .args([
+            "--engine",
+            "ort",
+            "--prompt",
+            "x",
+            "--direct",
+            "--size",
+            "1024x1024",
+            "--force",
+        ])
+        .current_dir(bench.scratch.path())
+        .env("LD_PRELOAD", &library)
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = std::io::BufReader::new(child.stderr.take().unwrap()).lines();
+    let mut until = |begin: &str| {
+        let found = lines.find(|line| line.as_ref().is_ok_and(|l| l.starts_with(begin)));
+        assert!(found.is_some(), "no line begins with {begin}");
+    };
+    until("text");
+    let pid = child.id().to_string();
+    let interrupt = || {
+        assert!(
+            Command::new("kill")
+                .args(["-INT", &pid])
+                .status()
+                .unwrap()
+                .success()
+        )
+    };
+    interrupt();
+    until("stopping after this step");
+    interrupt();
+    let status = child.wait().unwrap();
+    assert_eq!(status.code(), Some(130), "{status:?}");
 }

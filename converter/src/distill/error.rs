@@ -7,11 +7,12 @@ use linfusion_models::onnx::ReadError;
 use linfusion_runtime::engine::EngineError;
 use linfusion_runtime::npz::NpzError;
 use linfusion_runtime::pipeline::PipelineError;
+use linfusion_runtime::plot::PlotError;
 use linfusion_runtime::subgraph::PartError;
 
 use super::graph::GraphError;
 use crate::convert::ConvertError;
-use crate::plan::UnmatchedPattern;
+use crate::patterns::UnmatchedPattern;
 
 /// Why nothing was learned. What an earlier run wrote is as it was.
 #[derive(Debug, thiserror::Error)]
@@ -108,7 +109,7 @@ pub enum DistillError {
         /// The folder.
         folder: PathBuf,
         /// What the operating system said: usually the disk is full.
-        source: std::io::Error,
+        r#source: std::io::Error,
     },
     /// The output is there.
     #[error("{} exists; --force replaces it", path.display())]
@@ -122,16 +123,11 @@ pub enum DistillError {
         /// The file or folder.
         path: PathBuf,
         /// What the operating system said.
-        source: std::io::Error,
+        r#source: std::io::Error,
     },
     /// A plot cannot be drawn.
-    #[error("{} cannot be drawn: {problem}", path.display())]
-    Plot {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong.
-        problem: String,
-    },
+    #[error(transparent)]
+    Plot(#[from] PlotError),
     /// The weights cannot be written as a checkpoint, or read back.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
@@ -141,19 +137,19 @@ pub enum DistillError {
         /// The site.
         module: String,
         /// What it said.
-        source: Box<candle_core::Error>,
+        r#source: Box<candle_core::Error>,
     },
     /// The graph cannot be differentiated.
     #[error(
         "{0}\nhint: without --end-to-end each attention is learned alone, which needs no gradient of the graph"
     )]
-    Graph(#[from] Box<GraphError>),
+    Graph(Box<GraphError>),
     /// No threads.
     #[error("cannot start threads: {0}")]
     Threads(String),
     /// The learned weights do not go back into the model.
     #[error("the learned weights cannot be put into the model: {0}")]
-    Convert(#[from] Box<ConvertError>),
+    Convert(Box<ConvertError>),
 }
 
 impl From<GraphError> for DistillError {

@@ -3,6 +3,7 @@
 
 use std::path::Path;
 
+use linfusion_models::onnx::write::Overwrite;
 use linfusion_models::random::SplitMix64;
 use linfusion_runtime::image::Metadata;
 use linfusion_runtime::pipeline::{
@@ -98,6 +99,7 @@ pub(super) fn samples(
             control_scale: 1.0,
             sizes: SizeHints::default(),
             output: scratch.path().join("image.png"),
+            overwrite: Overwrite::Force,
             force: false,
             preview: None,
         };

@@ -2,33 +2,18 @@
 
 use std::path::Path;
 
+use linfusion_runtime::plot::{COLOURS, PlotError, write_svg};
 use plotters::prelude::*;
 
-use super::error::DistillError;
 use super::report::{Report, SiteReport};
 
 const SIZE: (u32, u32) = (900, 520);
-const COLOURS: [RGBColor; 6] = [
-    RGBColor(0xd1, 0x49, 0x5b),
-    RGBColor(0x00, 0x79, 0x8c),
-    RGBColor(0xed, 0xae, 0x49),
-    RGBColor(0x30, 0x63, 0x8e),
-    RGBColor(0x66, 0x66, 0x66),
-    RGBColor(0x6a, 0x99, 0x4e),
-];
-
 /// Draws the curves of all sites, on a logarithmic axis.
 ///
 /// # Errors
 /// The file cannot be written.
-pub(super) fn write(report: &Report, path: &Path) -> Result<(), DistillError> {
-    let failed = |problem: String| DistillError::Plot {
-        path: path.to_owned(),
-        problem,
-    };
-    let mut svg = String::new();
-    draw(report, &mut svg).map_err(failed)?;
-    std::fs::write(path, svg).map_err(|e| failed(e.to_string()))
+pub(super) fn write(report: &Report, path: &Path) -> Result<(), PlotError> {
+    write_svg(path, |svg| draw(report, svg))
 }
 
 /// Step and relative error, from before the first step on.

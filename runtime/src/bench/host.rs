@@ -1,12 +1,16 @@
 //! The process that starts workers, gives them turns, and gathers what they measure.
 
+use std::fmt;
 use std::io::{BufRead, BufReader, Lines, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
-use super::worker::{Answer, Expected, Finished, RunTime, StageTime};
-use super::{BenchReport, Measurement, ModelSummary, Plan, SizeReport, median};
-use crate::inputs::PIXELS_PER_LATENT;
+use linfusion_models::onnx::OnnxFile;
+
+use super::size::{ImageInput, NotDivisible, Pixels};
+use super::verdict::speedup;
+use super::worker::{Answer, Expected, Fault, Finished, RunTime, StageTime};
+use super::{BenchReport, Measurement, ModelSummary, Plan, SizeReport, Sizes, median};
 use crate::provenance;
 
 /// Why a measurement did not come about.
@@ -16,25 +20,79 @@ pub enum BenchError {
     #[error("give at least one model, one size and one repeat")]
     Nothing,
     /// A worker cannot be started or spoken to.
-    #[error("the measuring process for {} at latent {latent}: {source}", model.display())]
+    #[error("the measuring process for {} at {size}: {source}", model.display())]
     Worker {
         /// The model.
         model: PathBuf,
-        /// Height and width of the latent.
-        latent: usize,
+        /// What it was to run at.
+        size: Asked,
         /// What the operating system said.
-        source: std::io::Error,
+        r#source: std::io::Error,
     },
     /// The model does not run.
-    #[error("{} at latent {latent}: {message}", model.display())]
+    #[error("{} at {size}: {message}", model.display())]
     Failed {
         /// The model.
         model: PathBuf,
-        /// Height and width of the latent.
-        latent: usize,
+        /// What it was to run at.
+        size: Asked,
         /// What the worker said.
         message: String,
+        /// Whose fault it is.
+        fault: Fault,
     },
+    /// A model has no such size.
+    #[error("{}: {source}", model.display())]
+    Size {
+        /// The model.
+        model: PathBuf,
+        /// Why.
+        r#source: NotDivisible,
+    },
+    /// The sizes are in a shape already.
+    #[error("the shape of `{input}` gives the size: leave out the sizes in pixels, or the shape")]
+    SizedTwice {
+        /// The image input.
+        input: String,
+    },
+    /// The graphs take one size each, and another.
+    #[error(
+        "{} takes images of {first} only and {} {second}, so there is no size to compare them at \
+         (hint: `linfusion-convert MODEL --resize dynamic --attention keep` makes a model for any size)",
+        models[0].display(), models[1].display()
+    )]
+    NoCommonSize {
+        /// Two of the models.
+        models: [PathBuf; 2],
+        /// What the first takes.
+        first: Pixels,
+        /// What the second takes.
+        second: String,
+    },
+}
+
+impl BenchError {
+    /// Whether what was asked for is at fault, rather than a model or the machine.
+    pub fn is_usage(&self) -> bool {
+        match self {
+            Self::Nothing | Self::Size { .. } | Self::SizedTwice { .. } => true,
+            Self::Failed { fault, .. } => *fault == Fault::Usage,
+            Self::Worker { .. } | Self::NoCommonSize { .. } => false,
+        }
+    }
+}
+
+/// A size that is asked of a model: the side of a square image in pixels, or none but its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Asked(Option<usize>);
+
+impl fmt::Display for Asked {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Some(side) => Pixels::square(side).fmt(f),
+            None => f.write_str("its own size"),
+        }
+    }
 }
 
 /// Measures everything in the plan, telling `progress` what is being done.
@@ -43,15 +101,16 @@ pub enum BenchError {
 /// A model does not run at the smallest size. At a larger one that is a finding, noted in its
 /// [`Measurement`].
 pub fn run(plan: &Plan, mut progress: impl FnMut(&str)) -> Result<BenchReport, BenchError> {
-    if plan.models.is_empty() || plan.latents.is_empty() || plan.repeats == 0 {
+    if plan.models.is_empty() || plan.repeats == 0 {
         return Err(BenchError::Nothing);
     }
-    let mut latents = plan.latents.clone();
-    latents.sort_unstable();
-    latents.dedup();
-    let mut sizes = Vec::with_capacity(latents.len());
-    for (i, &latent) in latents.iter().enumerate() {
-        let (size, failures) = measure(plan, latent, &mut progress);
+    let asked = sizes(plan)?;
+    if asked.is_empty() {
+        return Err(BenchError::Nothing);
+    }
+    let mut sizes = Vec::with_capacity(asked.len());
+    for (i, size) in asked.into_iter().enumerate() {
+        let (size, failures) = measure(plan, size, &mut progress);
         if let Some(failure) = failures.into_iter().next().filter(|_| i == 0) {
             return Err(failure);
         }
@@ -68,22 +127,82 @@ pub fn run(plan: &Plan, mut progress: impl FnMut(&str)) -> Result<BenchReport, B
     Ok(BenchReport::new(plan, models, sizes))
 }
 
+/// What the models are asked to run at, smallest first.
+fn sizes(plan: &Plan) -> Result<Vec<Asked>, BenchError> {
+    // What cannot be read is told by the worker that tries to.
+    let inputs: Vec<(&PathBuf, ImageInput)> = plan
+        .models
+        .iter()
+        .filter(|path| path.is_file())
+        .filter_map(|path| {
+            let file = OnnxFile::open(path).ok()?;
+            Some((path, ImageInput::of(&file, plan.template.scale)?))
+        })
+        .collect();
+    let shaped = inputs
+        .iter()
+        .find(|(_, i)| plan.template.shapes.iter().any(|(name, _)| *name == i.name));
+    let fixed: Vec<(&PathBuf, Pixels)> = inputs
+        .iter()
+        .filter_map(|(path, i)| Some((*path, i.pixels(i.fixed?))))
+        .collect();
+    let sides = match (&plan.sizes, shaped, fixed.first()) {
+        (Sizes::Sides(_), Some((_, input)), _) => {
+            return Err(BenchError::SizedTwice {
+                input: input.name.clone(),
+            });
+        }
+        (Sizes::Fixed { .. }, Some(_), _) => return Ok(vec![Asked(None)]),
+        (Sizes::Fixed { .. }, None, Some((path, first))) => {
+            let differs = |other: &PathBuf, second: String| BenchError::NoCommonSize {
+                models: [(*path).clone(), other.clone()],
+                first: *first,
+                second,
+            };
+            if let Some((other, second)) = fixed.iter().find(|(_, size)| size != first) {
+                return Err(differs(other, format!("of {second}")));
+            }
+            // Models that take any size are asked for this one.
+            return match inputs.iter().find(|(_, input)| input.fixed.is_none()) {
+                None => Ok(vec![Asked(None)]),
+                Some(_) if first.height == first.width => Ok(vec![Asked(Some(first.height))]),
+                Some((other, _)) => Err(differs(other, "is measured at square ones".to_owned())),
+            };
+        }
+        (Sizes::Sides(sides) | Sizes::Fixed { otherwise: sides }, _, _) => sides,
+    };
+    for (path, input) in &inputs {
+        for side in sides {
+            input.elements(*side).map_err(|source| BenchError::Size {
+                model: (*path).clone(),
+                source,
+            })?;
+        }
+    }
+    let mut sides = sides.clone();
+    sides.sort_unstable();
+    sides.dedup();
+    Ok(sides.into_iter().map(|side| Asked(Some(side))).collect())
+}
+
 /// All models at one size, and why some did not get through.
 fn measure(
     plan: &Plan,
-    latent: usize,
+    size: Asked,
     progress: &mut impl FnMut(&str),
 ) -> (SizeReport, Vec<BenchError>) {
-    let pixels = latent.saturating_mul(PIXELS_PER_LATENT);
     let mut counted = vec![None; plan.models.len()];
+    let mut pixels = size.0.map(Pixels::square);
     let mut turns: Vec<Result<Turn, BenchError>> = plan
         .models
         .iter()
         .zip(&mut counted)
         .map(|(model, counted)| {
-            progress(&format!("{pixels} × {pixels}: loading {}", model.display()));
-            let mut worker = Worker::start(plan, model, latent)?;
-            *counted = Some(worker.counted()?);
+            progress(&format!("{size}: loading {}", model.display()));
+            let mut worker = Worker::start(plan, model, size)?;
+            let (expected, found) = worker.counted()?;
+            *counted = Some(expected);
+            pixels = pixels.or(found);
             worker.ready()?;
             Ok(Turn {
                 worker,
@@ -92,10 +211,7 @@ fn measure(
         })
         .collect();
     for repeat in 1..=plan.repeats {
-        progress(&format!(
-            "{pixels} × {pixels}: run {repeat} of {}",
-            plan.repeats
-        ));
+        progress(&format!("{size}: run {repeat} of {}", plan.repeats));
         // Each goes first in its turn.
         let first = repeat % turns.len().max(1);
         let (before, from) = turns.split_at_mut(first);
@@ -109,7 +225,7 @@ fn measure(
         }
     }
     let (mut results, mut failures) = (Vec::new(), Vec::new());
-    let mut first_median = None;
+    let mut first: Option<(f64, Vec<f64>)> = None;
     for (i, (turn, expected)) in turns.into_iter().zip(counted).enumerate() {
         let mut measurement = match turn.and_then(Turn::finish) {
             Ok((runs, finished)) => measurement(&runs, finished),
@@ -120,20 +236,16 @@ fn measure(
             }
         };
         if i == 0 {
-            first_median = measurement.median_ms;
+            first = measurement
+                .median_ms
+                .map(|ms| (ms, measurement.runs_ms.clone()));
+        } else if let (Some((ms, runs)), Some(this)) = (&first, measurement.median_ms) {
+            measurement.speedup = Some(speedup(ms / this, runs, &measurement.runs_ms));
         }
         measurement.expected = expected;
-        measurement.speedup = first_median
-            .zip(measurement.median_ms)
-            .map(|(first, this)| first / this);
         results.push(measurement);
     }
-    let size = SizeReport {
-        latent,
-        pixels,
-        results,
-    };
-    (size, failures)
+    (SizeReport { pixels, results }, failures)
 }
 
 fn measurement(runs: &[RunTime], finished: Finished) -> Measurement {
@@ -183,7 +295,7 @@ impl Turn {
 
 struct Worker {
     model: PathBuf,
-    latent: usize,
+    size: Asked,
     process: Process,
     /// `None` once the worker was told to finish.
     requests: Option<ChildStdin>,
@@ -202,15 +314,15 @@ impl Drop for Process {
 }
 
 impl Worker {
-    fn start(plan: &Plan, model: &Path, latent: usize) -> Result<Self, BenchError> {
+    fn start(plan: &Plan, model: &Path, size: Asked) -> Result<Self, BenchError> {
         let died = |source| BenchError::Worker {
             model: model.to_owned(),
-            latent,
+            size,
             source,
         };
         let mut job = plan.template.clone();
         job.model = model.to_owned();
-        job.latent = latent;
+        job.side = size.0;
         let job = serde_json::to_string(&job).map_err(|e| died(e.into()))?;
         let mut child = Command::new(&plan.worker.program)
             .args(&plan.worker.arguments)
@@ -225,16 +337,16 @@ impl Worker {
             pipes.ok_or_else(|| died(std::io::Error::other("it has no pipes")))?;
         Ok(Self {
             model: model.to_owned(),
-            latent,
+            size,
             process,
             requests: Some(requests),
             answers: BufReader::new(answers).lines(),
         })
     }
 
-    fn counted(&mut self) -> Result<Expected, BenchError> {
+    fn counted(&mut self) -> Result<(Expected, Option<Pixels>), BenchError> {
         match self.answer()? {
-            Answer::Counted(expected) => Ok(expected),
+            Answer::Counted(expected, pixels) => Ok((expected, pixels)),
             other => Err(self.unexpected(&other)),
         }
     }
@@ -285,10 +397,11 @@ impl Worker {
             }
         };
         match serde_json::from_str(&line) {
-            Ok(Answer::Failed(message)) => Err(BenchError::Failed {
+            Ok(Answer::Failed(message, fault)) => Err(BenchError::Failed {
                 model: self.model.clone(),
-                latent: self.latent,
+                size: self.size,
                 message,
+                fault,
             }),
             Ok(answer) => Ok(answer),
             Err(e) => Err(self.died(e.into())),
@@ -302,7 +415,7 @@ impl Worker {
     fn died(&self, source: std::io::Error) -> BenchError {
         BenchError::Worker {
             model: self.model.clone(),
-            latent: self.latent,
+            size: self.size,
             source,
         }
     }

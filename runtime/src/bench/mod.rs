@@ -7,16 +7,22 @@ mod host;
 mod pipeline;
 pub mod plot;
 mod profile;
+mod size;
+mod verdict;
 mod worker;
 
 use std::path::PathBuf;
 
 use serde::Serialize;
 
-pub use self::host::{BenchError, run};
+pub use self::host::{Asked, BenchError, run};
 pub use self::pipeline::Images;
 pub use self::profile::{OperatorTime, Profile};
-pub use self::worker::{EngineName, Expected, Job, OperatorsFrom, Profiling, StageTime, serve};
+pub use self::size::{ImageInput, NotDivisible, Pixels};
+pub use self::verdict::{Speedup, Verdict};
+pub use self::worker::{
+    EngineName, Expected, Fault, Job, OperatorsFrom, Profiling, StageTime, serve,
+};
 
 use crate::engine::Engine;
 
@@ -27,12 +33,24 @@ pub struct Plan {
     pub worker: WorkerCommand,
     /// The models, or pipelines' folders; ratios are taken against the first.
     pub models: Vec<PathBuf>,
-    /// Latent sizes (an eighth of the pixels along an edge).
-    pub latents: Vec<usize>,
+    /// What they run at.
+    pub sizes: Sizes,
     /// Runs that count, for each model and size.
     pub repeats: usize,
-    /// How each job runs; model and latent are filled in.
+    /// How each job runs; model and size are filled in.
     pub template: Job,
+}
+
+/// Which image sizes are measured.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Sizes {
+    /// Square images with these sides in pixels.
+    Sides(Vec<usize>),
+    /// The one that the graphs, or the job's shapes, fix; where they fix none, square images with these sides.
+    Fixed {
+        /// Sides in pixels.
+        otherwise: Vec<usize>,
+    },
 }
 
 /// How to start a worker.
@@ -75,10 +93,8 @@ pub struct ModelSummary {
 /// All models at one size.
 #[derive(Debug, Clone, Serialize)]
 pub struct SizeReport {
-    /// Height and width of the latent.
-    pub latent: usize,
-    /// Height and width of the image.
-    pub pixels: usize,
+    /// Height and width of the image; `None` where no model that was loaded has an image input.
+    pub pixels: Option<Pixels>,
     /// In the models' order.
     pub results: Vec<Measurement>,
 }
@@ -105,8 +121,8 @@ pub struct Measurement {
     pub profile: Option<Profile>,
     /// Why there is none where the engine tells.
     pub unprofiled: Option<String>,
-    /// Time of the first model ÷ time of this one; `None` if either did not get through.
-    pub speedup: Option<f64>,
+    /// How its time compares with the first model's; `None` if either did not get through.
+    pub speedup: Option<Speedup>,
     /// Why it did not get through: usually memory.
     pub failure: Option<String>,
 }
@@ -125,8 +141,10 @@ impl Measurement {
 pub struct Crossover {
     /// Position among the models.
     pub model: usize,
-    /// Image size in pixels; `None` if it is slower at the largest size.
-    pub pixels: Option<usize>,
+    /// The image size; `None` if it is not faster at the largest size.
+    pub pixels: Option<Pixels>,
+    /// What can be said of it at the largest size; `None` where one of the two did not get through, or ran once only.
+    pub at_largest: Option<Verdict>,
 }
 
 impl BenchReport {
@@ -135,6 +153,7 @@ impl BenchReport {
             .map(|model| Crossover {
                 model,
                 pixels: crossover(&sizes, model),
+                at_largest: sizes.last().and_then(|size| verdict(size, model)),
             })
             .collect();
         Self {
@@ -149,21 +168,23 @@ impl BenchReport {
     }
 }
 
-fn crossover(sizes: &[SizeReport], model: usize) -> Option<usize> {
+fn crossover(sizes: &[SizeReport], model: usize) -> Option<Pixels> {
+    let ran =
+        |size: &SizeReport, i: usize| size.results.get(i).is_some_and(|r| r.median_ms.is_some());
     sizes
         .iter()
         .rev()
-        .take_while(|size| {
-            let median = |i: usize| size.results.get(i).and_then(|r| r.median_ms);
-            match (median(0), median(model)) {
-                (Some(first), Some(this)) => this < first,
-                // What does not get through is slower than what does.
-                (None, Some(_)) => true,
-                _ => false,
-            }
+        .take_while(|size| match (ran(size, 0), ran(size, model)) {
+            (true, true) => verdict(size, model) == Some(Verdict::Faster),
+            // What does not get through is slower than what does.
+            (first, this) => this && !first,
         })
         .last()
-        .map(|size| size.pixels)
+        .and_then(|size| size.pixels)
+}
+
+fn verdict(size: &SizeReport, model: usize) -> Option<Verdict> {
+    size.results.get(model)?.speedup?.verdict
 }
 
 /// The middle value, or the mean of the two; `None` of nothing.
@@ -201,25 +222,32 @@ mod tests {
 
     #[test]
     fn a_crossover_holds_to_the_largest_size() {
-        let measurement = |median_ms| Measurement {
-            median_ms,
+        use Verdict::{Equal, Faster, Slower};
+        let measurement = |verdict: Option<Verdict>| Measurement {
+            median_ms: Some(1.0),
+            speedup: verdict.map(|verdict| Speedup {
+                ratio: 1.0,
+                range: [1.0, 1.0],
+                verdict: Some(verdict),
+            }),
             ..Measurement::default()
         };
-        let sizes = |speedups: &[f64]| -> Vec<SizeReport> {
-            let size = |(i, speedup): (usize, &f64)| SizeReport {
-                latent: i,
-                pixels: i * 8,
-                // The first model does not get through where the speed-up is infinite.
+        // `None`: the first model does not get through.
+        let sizes = |verdicts: &[Option<Verdict>]| -> Vec<SizeReport> {
+            let size = |(i, verdict): (usize, &Option<Verdict>)| SizeReport {
+                pixels: Some(Pixels::square(8 * i)),
                 results: vec![
-                    measurement(speedup.is_finite().then_some(*speedup)),
-                    measurement(Some(1.0)),
+                    verdict.map_or(Measurement::default(), |_| measurement(None)),
+                    measurement(*verdict),
                 ],
             };
-            speedups.iter().enumerate().map(size).collect()
+            verdicts.iter().enumerate().map(size).collect()
         };
-        assert_eq!(crossover(&sizes(&[0.9, 1.1, 0.9, 1.2, 3.0]), 1), Some(24));
-        assert_eq!(crossover(&sizes(&[2.0, f64::INFINITY]), 1), Some(0));
-        assert_eq!(crossover(&sizes(&[2.0, 0.5]), 1), None);
-        assert_eq!(crossover(&[], 1), None);
+        let from = |verdicts: &[Option<Verdict>]| crossover(&sizes(verdicts), 1);
+        let runs = [Slower, Faster, Equal, Faster, Faster].map(Some);
+        assert_eq!(from(&runs), Some(Pixels::square(24)));
+        assert_eq!(from(&[Some(Faster), None]), Some(Pixels::square(0)));
+        assert_eq!(from(&[Some(Faster), Some(Equal)]), None);
+        assert_eq!(from(&[]), None);
     }
 }

@@ -2,12 +2,13 @@
 
 use std::time::Instant;
 
+use linfusion_models::onnx::write::Overwrite;
 use serde::{Deserialize, Serialize};
 
 use super::median;
+use super::size::Pixels;
 use super::worker::{Expected, Job, RunTime, StageTime, WorkerError};
 use crate::image::Metadata;
-use crate::inputs::PIXELS_PER_LATENT;
 use crate::pipeline::{Folder, Observer, Place, Progress, Request, Size, expected, generate};
 
 /// The images that a pipeline is measured by.
@@ -40,6 +41,8 @@ pub(super) struct Pipeline {
     place: Place,
     request: Request,
     pub expected: Expected,
+    /// Height and width of the image, if they were asked for.
+    pub pixels: Option<Pixels>,
     /// The most that any stage had in memory, in bytes.
     pub peak: Option<u64>,
     /// Holds the image, and goes with it.
@@ -48,18 +51,19 @@ pub(super) struct Pipeline {
 
 impl Pipeline {
     pub fn open(job: &Job) -> Result<Self, WorkerError> {
-        let scratch = tempfile::tempdir()?;
-        let side = job.latent.saturating_mul(PIXELS_PER_LATENT);
+        let scratch = tempfile::tempdir().map_err(WorkerError::Scratch)?;
         let request = Request {
             seed: job.seed,
             steps: job.images.steps,
             guidance: job.images.guidance,
-            size: Some(Size {
+            size: job.side.map(|side| Size {
                 width: side,
                 height: side,
             }),
             direct: true,
             vae_tile: job.images.vae_tile,
+            // Every run makes it anew.
+            overwrite: Overwrite::Force,
             ..Request::new(job.images.prompt.clone(), scratch.path().join("image.png"))
         };
         let folder = Folder::open(&job.model)?;
@@ -76,6 +80,7 @@ impl Pipeline {
             folder,
             place,
             request,
+            pixels: job.side.map(Pixels::square),
             peak: None,
             _scratch: scratch,
         })

@@ -6,38 +6,15 @@ use plotters::coord::Shift;
 use plotters::prelude::*;
 
 use super::{BenchReport, Measurement};
-use crate::whole::write_whole;
-
-/// Why there is no plot.
-#[derive(Debug, thiserror::Error)]
-#[error("cannot draw {path}: {message}")]
-pub struct PlotError {
-    path: String,
-    message: String,
-}
+use crate::plot::{COLOURS, PlotError, write_svg};
 
 const SIZE: (u32, u32) = (1000, 420);
-const COLOURS: [RGBColor; 6] = [
-    RGBColor(0xd1, 0x49, 0x5b),
-    RGBColor(0x00, 0x79, 0x8c),
-    RGBColor(0xed, 0xae, 0x49),
-    RGBColor(0x30, 0x63, 0x8e),
-    RGBColor(0x66, 0x66, 0x66),
-    RGBColor(0x6a, 0x99, 0x4e),
-];
-
 /// Draws median time and peak memory of every model over image size, on logarithmic axes.
 ///
 /// # Errors
 /// The file cannot be written.
 pub fn write(report: &BenchReport, path: &Path) -> Result<(), PlotError> {
-    let failed = |message: String| PlotError {
-        path: path.display().to_string(),
-        message,
-    };
-    let mut svg = String::new();
-    draw(report, &mut svg).map_err(failed)?;
-    write_whole(path, svg.as_bytes()).map_err(|e| failed(e.to_string()))
+    write_svg(path, |svg| draw(report, svg))
 }
 
 fn draw(report: &BenchReport, svg: &mut String) -> Result<(), String> {
@@ -101,7 +78,7 @@ fn of(report: &BenchReport, model: usize) -> impl Iterator<Item = (f64, &Measure
     report
         .sizes
         .iter()
-        .filter_map(move |size| Some((size.pixels as f64, size.results.get(model)?)))
+        .filter_map(move |size| Some((size.pixels?.side(), size.results.get(model)?)))
 }
 
 impl Panel {
@@ -203,14 +180,13 @@ fn range(values: impl Iterator<Item = f64>) -> Option<std::ops::Range<f64>> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Expected, ModelSummary, SizeReport};
+    use super::super::{Expected, ModelSummary, Pixels, SizeReport};
     use super::*;
 
     #[test]
     fn theory_is_scaled_by_what_was_measured_and_goes_on_where_nothing_was() {
         let size = |pixels: usize, operations, median_ms| SizeReport {
-            latent: pixels / 8,
-            pixels,
+            pixels: Some(Pixels::square(pixels)),
             results: vec![Measurement {
                 median_ms,
                 expected: Some(Expected {
@@ -252,7 +228,6 @@ mod tests {
             runs_ms: vec![ms],
             median_ms: Some(ms),
             peak_rss_bytes: Some(1 << 28),
-            speedup: Some(1.0),
             ..Measurement::default()
         };
         let report = BenchReport {
@@ -264,8 +239,7 @@ mod tests {
                 .into(),
             sizes: [512, 1024]
                 .map(|pixels| SizeReport {
-                    latent: pixels / 8,
-                    pixels,
+                    pixels: Some(Pixels::square(pixels)),
                     results: vec![measurement(pixels as f64), measurement(12.0)],
                 })
                 .into(),

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::pipeline::{Images, Pipeline};
 use super::profile::{self, Profile, ProfileError};
+use super::size::{ImageInput, NotDivisible, Pixels};
 use crate::engine::{Device, Engine, EngineError, Operators, Session, SessionOptions, memory_of};
 use crate::inputs::{self, InputsError, Request};
 use crate::memory;
@@ -38,8 +39,10 @@ pub struct Job {
     pub device: Device,
     /// Bytes that may be taken of a GPU's memory.
     pub device_memory: Option<usize>,
-    /// Height and width of the latent.
-    pub latent: usize,
+    /// Side of the square image in pixels; `None`: what the graph or `shapes` say.
+    pub side: Option<usize>,
+    /// Pixels along an edge for a row or column of the image input; `None`: see [`ImageInput::of`].
+    pub scale: Option<usize>,
     /// Batch size.
     pub batch: usize,
     /// Text tokens.
@@ -74,6 +77,16 @@ impl Job {
             ..SessionOptions::default()
         }
     }
+}
+
+/// Who has to change something so that there is something to measure.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Fault {
+    /// Whoever asked for it.
+    Usage,
+    /// The model, or the machine.
+    Model,
 }
 
 /// What a run should take, by counting.
@@ -169,16 +182,22 @@ impl From<OperatorsFrom> for Operators {
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) enum Answer {
-    /// What a run should take.
-    Counted(Expected),
+    /// What a run should take, and the size of the image.
+    Counted(Expected, Option<Pixels>),
     /// The model is loaded and has run once.
     Ready,
     /// What a run took.
     Ran(RunTime),
     /// There were no more requests.
     Done(Finished),
-    /// Why there is nothing to measure.
-    Failed(String),
+    /// Why there is nothing to measure, and whose fault it is.
+    Failed(String, Fault),
+}
+
+impl Answer {
+    fn failed(error: &WorkerError) -> Self {
+        Self::Failed(error.to_string(), error.fault())
+    }
 }
 
 /// Serves one job until `requests` ends.
@@ -197,23 +216,23 @@ pub fn serve(
     };
     let job: Job = match serde_json::from_str(job) {
         Ok(job) => job,
-        Err(error) => return answer(&Answer::Failed(error.to_string())),
+        Err(error) => return answer(&Answer::Failed(error.to_string(), Fault::Model)),
     };
     let free = gpu_memory(job.device);
     let mut work = match Work::open(&job) {
         Ok(work) => work,
-        Err(error) => return answer(&Answer::Failed(error.to_string())),
+        Err(error) => return answer(&Answer::failed(&error)),
     };
-    answer(&Answer::Counted(work.expected()))?;
+    answer(&Answer::Counted(work.expected(), work.pixels()))?;
     if let Err(error) = work.warm_up(&job) {
-        return answer(&Answer::Failed(error.to_string()));
+        return answer(&Answer::failed(&error));
     }
     answer(&Answer::Ready)?;
     for line in requests.lines() {
         line?;
         match work.run() {
             Ok(run) => answer(&Answer::Ran(run))?,
-            Err(error) => return answer(&Answer::Failed(error.to_string())),
+            Err(error) => return answer(&Answer::failed(&error)),
         }
     }
     let finished = Finished {
@@ -257,9 +276,21 @@ pub(super) enum WorkerError {
     #[error(transparent)]
     Profile(#[from] ProfileError),
     #[error("a scratch folder: {0}")]
-    Scratch(#[from] std::io::Error),
+    Scratch(std::io::Error),
     #[error("needs about {needed} of memory, and {free} are free")]
     Memory { needed: String, free: String },
+    #[error(transparent)]
+    Size(#[from] NotDivisible),
+}
+
+impl WorkerError {
+    fn fault(&self) -> Fault {
+        match self {
+            Self::Inputs(_) | Self::Size(_) => Fault::Usage,
+            Self::Pipeline(error) if error.is_usage() => Fault::Usage,
+            _ => Fault::Model,
+        }
+    }
 }
 
 enum Work {
@@ -279,6 +310,14 @@ impl Work {
         match self {
             Self::Model(model) => model.expected,
             Self::Pipeline(pipeline) => pipeline.expected,
+        }
+    }
+
+    /// Height and width of what it makes.
+    fn pixels(&self) -> Option<Pixels> {
+        match self {
+            Self::Model(model) => model.pixels,
+            Self::Pipeline(pipeline) => pipeline.pixels,
         }
     }
 
@@ -338,21 +377,33 @@ struct Model {
     expected: Expected,
     /// Bytes of values, where they are most.
     values: u64,
+    pixels: Option<Pixels>,
 }
 
 impl Model {
     fn load(job: &Job) -> Result<Self, WorkerError> {
         let session = Session::from_file(job.engine.into(), &job.model, &job.options())?;
+        let file = OnnxFile::open(&job.model)?;
+        let image = ImageInput::of(&file, job.scale);
+        let latent = match (job.side, &image) {
+            (Some(side), Some(image)) => Some(image.elements(side)?),
+            (side, _) => side,
+        };
         let request = Request {
-            latent: Some(job.latent),
+            latent,
             batch: job.batch,
             sequence: job.sequence,
             shapes: job.shapes.clone(),
             seed: job.seed,
         };
         let inputs = inputs::make(session.inputs(), &request)?;
-        let file = OnnxFile::open(&job.model)?;
         let shapes = subgraph::shapes(&file, &inputs);
+        let rows_and_columns = |image: &ImageInput| {
+            let (_, tensor) = inputs.iter().find(|(name, _)| *name == image.name)?;
+            let [_, _, rows, cols] = *<&[usize; 4]>::try_from(tensor.shape()).ok()?;
+            Some(image.pixels([rows, cols]))
+        };
+        let pixels = image.as_ref().and_then(rows_and_columns);
         let kernels = job.operators != OperatorsFrom::None;
         let footprint = Footprint::of(&file.model, &shapes, kernels);
         Ok(Self {
@@ -363,6 +414,7 @@ impl Model {
                 bytes: footprint.total(),
             },
             values: footprint.values,
+            pixels,
         })
     }
 
@@ -383,7 +435,7 @@ fn profiled(
     inputs: &[(String, Tensor)],
     options: &SessionOptions,
 ) -> Result<Profile, WorkerError> {
-    let scratch = tempfile::tempdir()?;
+    let scratch = tempfile::tempdir().map_err(WorkerError::Scratch)?;
     let options = SessionOptions {
         profile: Some(scratch.path().join("profile")),
         ..options.clone()
@@ -412,7 +464,7 @@ mod tests {
         linfusion_models::fixtures::path(name)
     }
 
-    fn job(model: &str, latent: usize) -> String {
+    fn job(model: &str, side: usize) -> String {
         let job = Job {
             model: fixture(model),
             engine: EngineName::Tract,
@@ -421,7 +473,8 @@ mod tests {
             library: None,
             device: Device::Cpu,
             device_memory: None,
-            latent,
+            side: Some(side),
+            scale: None,
             batch: 1,
             sequence: 7,
             shapes: Vec::new(),
@@ -434,20 +487,21 @@ mod tests {
 
     #[test]
     fn a_worker_answers_every_request_and_tells_its_memory() {
-        let answers = serve_lines(&job("sd15-tiny/unet.onnx", 8), "\n\n");
+        let answers = serve_lines(&job("sd15-tiny/unet.onnx", 64), "\n\n");
         let answers: Vec<Answer> = answers
             .iter()
             .map(|line| serde_json::from_str(line).unwrap())
             .collect();
         match answers.as_slice() {
             [
-                Answer::Counted(expected),
+                Answer::Counted(expected, Some(pixels)),
                 Answer::Ready,
                 Answer::Ran(first),
                 Answer::Ran(_),
                 Answer::Done(finished),
             ] => {
                 assert!(first.ms > 0.0);
+                assert_eq!(*pixels, Pixels::square(64));
                 // Every number that is stored takes its place, and is used at least once.
                 let file = OnnxFile::open(fixture("sd15-tiny/unet.onnx")).unwrap();
                 let stored = file.model.graph.initializer.iter();

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use linfusion_models::onnx::write::Overwrite;
 use ndarray::Array4;
 use serde::Serialize;
 
@@ -63,7 +64,7 @@ pub enum CompareError {
         /// Which one.
         pipeline: PathBuf,
         /// Why.
-        source: Box<PipelineError>,
+        r#source: Box<PipelineError>,
     },
     /// They don't take the same steps.
     #[error("{} and {} differ; compare with one of them in both pipelines", reference.display(), other.display())]
@@ -81,7 +82,7 @@ pub enum CompareError {
     Sites(#[from] SitesError),
     /// There is no folder to work in.
     #[error("cannot make a temporary folder: {0}")]
-    Scratch(#[from] std::io::Error),
+    Scratch(std::io::Error),
 }
 
 /// Brightness of the difference's picture.
@@ -103,19 +104,20 @@ pub fn pipelines(
 ) -> Result<PipelineComparison, CompareError> {
     same_sampler(reference, other)?;
     for request in requests {
-        image::check_output(&request.output)?;
+        image::check_output(&request.output, request.overwrite)?;
     }
     let models = match with_sites {
         true => Some(models(reference, other)?),
         false => None,
     };
-    let scratch = tempfile::tempdir()?;
+    let scratch = tempfile::tempdir().map_err(CompareError::Scratch)?;
     let mut images = Vec::new();
     let mut samples = Vec::new();
     for request in requests {
         let mut run = |folder: &Folder, name: &str, wanted: usize| {
             let mut asked = request.clone();
             asked.output = scratch.path().join(name);
+            asked.overwrite = Overwrite::Force;
             let mut watch = Watch {
                 inner: observer,
                 latents: Vec::new(),

@@ -12,7 +12,7 @@ pub enum ImageError {
         /// The image.
         path: PathBuf,
         /// What the operating system said.
-        source: io::Error,
+        r#source: io::Error,
     },
     /// The file's first bytes are none of a supported format's.
     #[error(
@@ -122,19 +122,30 @@ pub enum ImageError {
         /// The rows that came.
         found: u64,
     },
+    /// The file is there, and was not to be replaced.
+    #[error("{} exists already; choose another name, or replace it with --overwrite", path.display())]
+    Exists {
+        /// The file.
+        path: PathBuf,
+    },
     /// The file cannot be written.
     #[error("cannot write {}: {source}; {hint}", path.display())]
     Write {
         /// The file.
         path: PathBuf,
         /// What the operating system said.
-        source: io::Error,
+        r#source: io::Error,
         /// What can be done about it.
         hint: &'static str,
     },
 }
 
 impl ImageError {
+    /// Whether the name asked for is at fault, rather than a file or the machine.
+    pub fn is_usage(&self) -> bool {
+        matches!(self, Self::Extension { .. })
+    }
+
     /// A file cannot be written, with what the kind of error suggests.
     pub(super) fn write(path: &Path, source: io::Error) -> Self {
         use io::ErrorKind as Kind;

@@ -2,7 +2,10 @@
 
 use std::path::PathBuf;
 
+use linfusion_models::json;
+
 use crate::engine::EngineError;
+use crate::scheduler::SchedulerError;
 
 /// Why a pipeline cannot be read or run.
 #[derive(Debug, thiserror::Error)]
@@ -13,17 +16,17 @@ pub enum PipelineError {
         /// Which one.
         path: PathBuf,
         /// What the operating system said.
-        source: std::io::Error,
+        r#source: std::io::Error,
         /// Where it should come from.
         hint: &'static str,
     },
     /// A JSON file is damaged.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {}", path.display(), json::problem(source))]
     Json {
         /// Which file.
         path: PathBuf,
         /// Where and what.
-        source: serde_json::Error,
+        r#source: serde_json::Error,
     },
     /// A field says something that cannot be done.
     #[error("{}: field `{field}` is {found}, expected {expected}", path.display())]
@@ -75,7 +78,7 @@ pub enum PipelineError {
         /// Which stage of the generation.
         stage: String,
         /// What the engine said.
-        source: EngineError,
+        r#source: EngineError,
     },
     /// Values are infinite or NaN.
     #[error("{stage}: {count} of {total} values are infinite or not a number{place}")]
@@ -113,7 +116,7 @@ pub enum PipelineError {
         /// scheduler_config.json
         path: PathBuf,
         /// What is wrong.
-        source: crate::scheduler::SchedulerError,
+        r#source: SchedulerError,
     },
     /// An image cannot be read or written.
     #[error(transparent)]
@@ -124,6 +127,21 @@ impl PipelineError {
     /// Whether the user wanted it.
     pub fn is_stop(&self) -> bool {
         matches!(self, Self::Stopped { .. })
+    }
+
+    /// Whether an option says what cannot be, rather than a file or the machine.
+    pub fn is_usage(&self) -> bool {
+        match self {
+            Self::Request { .. } => true,
+            Self::Scheduler { source, .. } => match source {
+                SchedulerError::Steps { .. } => true,
+                // No configuration has it.
+                SchedulerError::Field { field, .. } => field == "eta",
+                _ => false,
+            },
+            Self::Image(error) => error.is_usage(),
+            _ => false,
+        }
     }
 
     /// The same, with the stage that it happened in before the model's name.

@@ -15,6 +15,11 @@ pub(super) fn numbered(path: &Path, number: usize, count: usize) -> PathBuf {
     beside(path, &(number + 1).to_string())
 }
 
+/// Where so many images of one prompt go.
+pub fn outputs(path: &Path, count: usize) -> impl Iterator<Item = PathBuf> {
+    (0..count).map(move |number| numbered(path, number, count))
+}
+
 /// `name-word.png` for `name.png`.
 pub(super) fn beside(path: &Path, word: &str) -> PathBuf {
     let stem = path.file_stem().unwrap_or_default().to_string_lossy();

@@ -241,7 +241,10 @@ pub struct DenoiserConfig {
 
 /// One side for both directions, or rows and columns.
 #[derive(Debug, Clone, Copy, Deserialize)]
-#[serde(untagged)]
+#[serde(
+    untagged,
+    expecting = "`sample_size` is neither a number nor [height, width]"
+)]
 pub enum Side {
     /// Square.
     One(usize),

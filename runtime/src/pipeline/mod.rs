@@ -18,9 +18,11 @@ mod vae;
 
 pub use denoiser::{Control, Guidance, SizeHints, Sizes};
 pub use error::PipelineError;
+pub use files::outputs;
 pub use folder::{DenoiserConfig, Family, Folder, VaeConfig};
 pub use generate::{Generated, StageReport, expected, generate};
 pub use ladder::Size;
 pub use memory::StageMemory;
 pub use model::Place;
+pub use plan::MAX_IMAGES;
 pub use request::{Evaluated, Init, Observer, Progress, Request};

@@ -4,6 +4,7 @@ use linfusion_models::onnx::OnnxFile;
 
 use super::denoiser::{SizeHints, is_residual};
 use super::error::PipelineError;
+use super::files::outputs;
 use super::folder::{DenoiserConfig, Folder, VaeConfig};
 use super::ladder::{Size, stages};
 use super::request::{Init, Request};
@@ -45,7 +46,9 @@ impl Plan {
         asked.strengths()?;
         asked.fields()?;
         asked.told()?;
-        check_output(&request.output)?;
+        for path in outputs(&request.output, request.images) {
+            check_output(&path, request.overwrite)?;
+        }
         asked.channels()?;
         let wanted = asked.size()?;
         // Only noise starts small: latents and images are taken at their size.
@@ -109,8 +112,8 @@ impl Plan {
 const MAX_SIDE: usize = 1 << 20;
 /// More than any training schedule has.
 const MAX_STEPS: usize = 10_000;
-/// Images in one batch.
-const MAX_IMAGES: usize = 1 << 12;
+/// The most images in one batch.
+pub const MAX_IMAGES: usize = 1 << 12;
 /// Channels of a latent image, and pixels along an edge of a patch.
 const MAX_CHANNELS: usize = 1 << 12;
 

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use linfusion_models::onnx::write::Overwrite;
 use ndarray::Array4;
 
 use super::denoiser::{Guidance, SizeHints};
@@ -49,6 +50,8 @@ pub struct Request {
     pub sizes: SizeHints,
     /// Where images go; several get numbers before the extension.
     pub output: PathBuf,
+    /// Whether images that are there are replaced.
+    pub overwrite: Overwrite,
     /// Begin even if the memory that is counted on isn't there.
     pub force: bool,
     /// Steps between previews; none if `None`.
@@ -77,6 +80,7 @@ impl Request {
             control_scale: 1.0,
             sizes: SizeHints::default(),
             output,
+            overwrite: Overwrite::Refuse,
             force: false,
             preview: None,
         }

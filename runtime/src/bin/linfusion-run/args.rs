@@ -17,8 +17,9 @@ use crate::generate::GenerateArgs;
 #[command(
     name = "linfusion-run",
     version,
-    after_help = "Exit codes: 0 done; 1 failed; 2 wrong usage; 3 compare: outputs are not finite or beyond \
-                  --tolerance; 4 doctor: no ONNX Runtime, or a broken operator library; 130 generate, export-triton: stopped.\n\
+    after_help = "Exit codes: 0 done; 1 failed; 2 wrong usage; 3 compare: outputs are beyond --tolerance; \
+                  4 doctor: no ONNX Runtime, or a broken operator library; 5 compare: models' outputs are infinite or NaN; \
+                  130 interrupted.\n\
                   LINFUSION_LOG sets what is logged, e.g. `debug`."
 )]
 pub struct Arguments {

@@ -5,11 +5,12 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Args;
-use linfusion_runtime::bench::{self, Images, Job, Plan, Profiling, WorkerCommand};
+use linfusion_runtime::bench::{self, Images, Job, Plan, Profiling, Sizes, WorkerCommand};
 use linfusion_runtime::whole::write_whole;
 use miette::{IntoDiagnostic, WrapErr, miette};
 
 use crate::args::{Report, Shape, Where};
+use crate::failure::{OrReport, usage};
 use crate::{output, print, session_options};
 
 #[derive(Args)]
@@ -17,9 +18,13 @@ pub struct BenchArgs {
     /// The models, or pipelines' folders; the others are compared with the first
     #[arg(required = true)]
     pub models: Vec<PathBuf>,
-    /// Height and width of square images in pixels, divisible by 8
-    #[arg(long, value_delimiter = ',', default_value = "512,768,1024", value_parser = latent_size)]
+    /// Height and width of square images in pixels [default: the size that the models are fixed at or --set gives, else
+    /// 512,768,1024]
+    #[arg(long, value_delimiter = ',', value_parser = side)]
     pub sizes: Vec<usize>,
+    /// Pixels along an edge for one row or column of the models' image input [default: 1 if it has 1 or 3 channels, else 8]
+    #[arg(long, value_name = "N", value_parser = side)]
+    pub pixels_per_latent: Option<usize>,
     /// Runs that count; of a model after one that does not
     #[arg(long, default_value = "5")]
     pub repeats: NonZeroUsize,
@@ -57,23 +62,19 @@ pub struct ImageArgs {
     vae_tile: usize,
 }
 
-/// Image pixels of one latent pixel.
-const LATENT: usize = 8;
+/// Sides of square images where neither models nor the command line say others.
+const USUAL: [usize; 3] = [512, 768, 1024];
 
-fn latent_size(text: &str) -> Result<usize, String> {
-    let pixels: usize = text.parse().map_err(|_| format!("`{text}` is no number"))?;
-    match pixels {
-        0 => Err("0 is no size".to_owned()),
-        _ if pixels.is_multiple_of(LATENT) => Ok(pixels / LATENT),
-        _ => Err(format!("{pixels} pixels are not divisible by {LATENT}")),
-    }
+fn side(text: &str) -> Result<usize, String> {
+    let side = text.parse().ok().filter(|side| *side > 0);
+    side.ok_or_else(|| format!("`{text}` is no number of pixels"))
 }
 
 pub fn run(args: &BenchArgs) -> miette::Result<ExitCode> {
     let folders = args.models.iter().filter(|m| m.is_dir()).count();
     if folders != 0 && folders != args.models.len() {
-        return Err(miette!(
-            "models and pipelines' folders are measured apart: a step of the former, a whole image of the latter"
+        return Err(usage(
+            "models and pipelines' folders are measured apart: a step of the former, a whole image of the latter",
         ));
     }
     for path in args.plot.iter().chain(&args.json) {
@@ -89,7 +90,12 @@ pub fn run(args: &BenchArgs) -> miette::Result<ExitCode> {
             arguments: vec!["measure-worker".to_owned()],
         },
         models: args.models.clone(),
-        latents: args.sizes.clone(),
+        sizes: match args.sizes.is_empty() {
+            true => Sizes::Fixed {
+                otherwise: USUAL.to_vec(),
+            },
+            false => Sizes::Sides(args.sizes.clone()),
+        },
         repeats: args.repeats.get(),
         template: Job {
             model: PathBuf::new(),
@@ -99,7 +105,8 @@ pub fn run(args: &BenchArgs) -> miette::Result<ExitCode> {
             library: options.library,
             device: options.device,
             device_memory: options.device_memory,
-            latent: 0,
+            side: None,
+            scale: args.pixels_per_latent,
             batch: args.shape.batch,
             sequence: args.shape.sequence,
             shapes: args.shape.set.clone(),
@@ -115,7 +122,7 @@ pub fn run(args: &BenchArgs) -> miette::Result<ExitCode> {
     };
     let progress = indicatif::ProgressBar::new_spinner();
     progress.enable_steady_tick(std::time::Duration::from_millis(200));
-    let report = bench::run(&plan, |what| progress.set_message(what.to_owned())).into_diagnostic();
+    let report = bench::run(&plan, |what| progress.set_message(what.to_owned())).or_report();
     progress.finish_and_clear();
     let report = report?;
     print(&match args.place.report {
@@ -140,11 +147,9 @@ mod tests {
 
     #[test]
     fn sizes_are_pixels() {
-        assert_eq!(latent_size("64"), Ok(8));
-        assert_eq!(latent_size("256"), Ok(32));
-        assert_eq!(latent_size("1024"), Ok(128));
-        for wrong in ["0", "255", "1001", "-8", "x"] {
-            assert!(latent_size(wrong).is_err(), "{wrong}");
+        assert_eq!(side("255"), Ok(255));
+        for wrong in ["0", "-8", "x", ""] {
+            assert!(side(wrong).is_err(), "{wrong}");
         }
     }
 }

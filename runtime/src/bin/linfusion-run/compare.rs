@@ -4,20 +4,24 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Args;
-use linfusion_runtime::compare::{CompareError, difference, pipelines, sites};
+use linfusion_runtime::compare::{CompareError, Difference, difference, pipelines, sites};
 use linfusion_runtime::engine::Session;
 use linfusion_runtime::inputs::{self, Request};
-use linfusion_runtime::pipeline::{self, Folder, Size};
+use linfusion_runtime::pipeline::{self, Folder};
 use linfusion_runtime::{npz, provenance, tensor::Tensor};
 use miette::{IntoDiagnostic, WrapErr, miette};
 
 use crate::args::{Report, Shape, Where};
-use crate::generate::{STOPPED, Terminal, place, prompt_output, prompts, size};
+use crate::failure::{OrReport, usage, usage_with};
+use crate::generate::{STOPPED, Terminal, place};
+use crate::images::{PromptArgs, SamplerArgs, prompt_outputs};
 use crate::output::{self, Comparison};
 use crate::{print, session_options};
 
-/// Exit code where outputs are further apart than `--tolerance`, or not finite.
+/// Exit code where outputs are further apart than `--tolerance`.
 const TOO_FAR_APART: u8 = 3;
+/// Exit code where outputs of models are infinite or NaN, so that nothing can be said of their distance.
+const NOT_FINITE: u8 = 5;
 
 #[derive(Args)]
 pub struct CompareArgs {
@@ -37,30 +41,10 @@ pub struct CompareArgs {
     /// Also each replaced attention, alone, on the first one's own activations
     #[arg(long)]
     pub sites: bool,
-    /// Pipelines: what to show
-    #[arg(long)]
-    pub prompt: Option<String>,
-    /// Pipelines: a file with a prompt a line; the second takes the next seed, and so on
-    #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
-    pub prompts: Option<PathBuf>,
-    /// Pipelines: steps of the sampler
-    #[arg(long, default_value_t = 30)]
-    pub steps: usize,
-    /// Pipelines: guidance; 1 is none
-    #[arg(long, default_value_t = 7.5)]
-    pub guidance: f64,
-    /// Pipelines: size in pixels [default: the model's own]
-    #[arg(long, value_name = "WxH", value_parser = size)]
-    pub size: Option<Size>,
-    /// Pipelines: the sampler [default: the pipeline's]
-    #[arg(long, value_name = "NAME")]
-    pub scheduler: Option<String>,
-    /// Pipelines: side of the tiles in which larger images go through the VAE, in pixels
-    #[arg(long, value_name = "PIXELS", default_value_t = 1024)]
-    pub vae_tile: usize,
-    /// Pipelines: begin even if less memory is free than the estimate says
-    #[arg(long)]
-    pub force: bool,
+    #[command(flatten, next_help_heading = "Of pipelines")]
+    pub prompts: PromptArgs,
+    #[command(flatten, next_help_heading = "Of pipelines")]
+    pub sampler: SamplerArgs,
     /// Pipelines: where both images and their difference go, side by side
     #[arg(short, long, value_name = "OUT.png", default_value = "compare.png")]
     pub output: PathBuf,
@@ -74,11 +58,13 @@ pub fn run(args: &CompareArgs) -> miette::Result<ExitCode> {
     match (args.reference.is_dir(), args.other.is_dir()) {
         (true, true) => run_pipelines(args),
         (false, false) => run_models(args),
-        _ => Err(miette!(
-            help = "give two model files, or two folders with model_index.json",
-            "{} and {} are a pipeline and a model",
-            args.reference.display(),
-            args.other.display()
+        _ => Err(usage_with(
+            format!(
+                "{} and {} are a pipeline and a model",
+                args.reference.display(),
+                args.other.display()
+            ),
+            "give two model files, or two folders with model_index.json",
         )),
     }
 }
@@ -90,40 +76,32 @@ fn run_pipelines(args: &CompareArgs) -> miette::Result<ExitCode> {
         ("--set", !args.shape.set.is_empty()),
     ] {
         if given {
-            return Err(miette!(
+            return Err(usage(format!(
                 "{option} is for models; pipelines make their inputs"
-            ));
+            )));
         }
     }
-    let open = |path: &Path| Folder::open(path).into_diagnostic();
+    let prompts = args.prompts.read()?;
+    let outputs = prompt_outputs(&args.output, prompts.len());
+    let open = |path: &Path| Folder::open(path).or_report();
     let (reference, other) = (open(&args.reference)?, open(&args.other)?);
     for folder in [&reference, &other] {
-        note_untrained(&folder.model(folder.denoiser()).into_diagnostic()?);
-    }
-    let prompts = prompts(args.prompt.as_deref(), args.prompts.as_deref())?;
-    if prompts.is_empty() {
-        return Err(miette!(
-            "pipelines are compared by images: give --prompt or --prompts"
-        ));
+        note_untrained(&folder.model(folder.denoiser()).or_report()?);
     }
     let requests: Vec<pipeline::Request> = prompts
-        .iter()
+        .into_iter()
+        .zip(outputs)
         .enumerate()
-        .map(|(number, prompt)| {
-            let output = match prompts.len() {
-                1 => args.output.clone(),
-                _ => prompt_output(&args.output, number),
-            };
-            pipeline::Request {
-                seed: args.shape.seed.wrapping_add(number as u64),
-                steps: args.steps,
-                guidance: args.guidance,
-                size: args.size,
-                scheduler: args.scheduler.clone(),
-                vae_tile: args.vae_tile,
-                force: args.force,
-                ..pipeline::Request::new(prompt.clone(), output)
-            }
+        .map(|(number, (prompt, output))| pipeline::Request {
+            seed: args.shape.seed.wrapping_add(number as u64),
+            steps: args.sampler.steps,
+            guidance: args.sampler.guidance,
+            size: args.sampler.size,
+            scheduler: args.sampler.scheduler.clone(),
+            vae_tile: args.sampler.vae_tile,
+            force: args.sampler.force,
+            overwrite: args.sampler.overwrite(),
+            ..pipeline::Request::new(prompt, output)
         })
         .collect();
     let place = place(&args.place)?;
@@ -142,7 +120,7 @@ fn run_pipelines(args: &CompareArgs) -> miette::Result<ExitCode> {
             eprintln!("stopped");
             return Ok(ExitCode::from(STOPPED));
         }
-        compared => compared.into_diagnostic()?,
+        compared => compared.or_report()?,
     };
     print(&match args.place.report {
         Report::Json => output::json(&comparison)?,
@@ -166,12 +144,16 @@ fn note_untrained(model: &Path) {
 }
 
 fn run_models(args: &CompareArgs) -> miette::Result<ExitCode> {
+    if args.prompts.are_given() {
+        return Err(usage_with(
+            "a prompt is for pipelines, and these are models",
+            "give inputs with --inputs FILE.npz, or nothing for random ones",
+        ));
+    }
     let options = session_options(&args.place)?;
     let mut sessions = Vec::new();
     for model in [&args.reference, &args.other] {
-        let session = Session::from_file(args.place.engine(), model, &options)
-            .into_diagnostic()
-            .wrap_err_with(|| format!("loading {}", model.display()))?;
+        let session = Session::from_file(args.place.engine(), model, &options).into_diagnostic()?;
         note_untrained(model);
         sessions.push((model, session));
     }
@@ -191,7 +173,7 @@ fn run_models(args: &CompareArgs) -> miette::Result<ExitCode> {
         None => {
             // The first model's, so that both run on the same values.
             let (_, first) = sessions.first().ok_or_else(|| miette!("no model"))?;
-            inputs::make(first.inputs(), &request).into_diagnostic()?
+            inputs::make(first.inputs(), &request).or_report()?
         }
     };
     let mut outputs = Vec::new();
@@ -212,16 +194,41 @@ fn run_models(args: &CompareArgs) -> miette::Result<ExitCode> {
         comparison.sites =
             sites(&args.reference, &args.other, &samples, engine, &options).into_diagnostic()?;
     }
-    let within = comparison.within_tolerance;
+    let verdict = match comparison.within_tolerance {
+        _ if comparison.outputs.iter().any(|d| d.not_finite != [0, 0]) => NOT_FINITE,
+        false => TOO_FAR_APART,
+        true => 0,
+    };
     print(&match args.place.report {
         Report::Json => output::json(&comparison)?,
         Report::Table => output::comparison(&comparison),
     })?;
-    Ok(if within {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::from(TOO_FAR_APART)
-    })
+    if verdict == NOT_FINITE {
+        eprintln!("{}", not_finite(args, &comparison.outputs));
+    }
+    Ok(ExitCode::from(verdict))
+}
+
+/// What to do about outputs that are not finite.
+fn not_finite(args: &CompareArgs, outputs: &[Difference]) -> String {
+    let reference = outputs.iter().any(|d| d.not_finite[0] > 0);
+    match (reference, &args.inputs) {
+        (true, None) => format!(
+            "hint: {} itself makes infinities or NaN of random inputs, which are none that it was made for; give real \
+             ones with --inputs FILE.npz, or compare the pipelines' folders with --prompt",
+            args.reference.display()
+        ),
+        (true, Some(inputs)) => format!(
+            "hint: {} itself makes infinities or NaN of the inputs in {}; are they in the order of magnitude that it was \
+             made for?",
+            args.reference.display(),
+            inputs.display()
+        ),
+        (false, _) => format!(
+            "hint: only {} makes infinities or NaN; `linfusion-convert verify` checks a converted model site by site",
+            args.other.display()
+        ),
+    }
 }
 
 /// The tensors that the model takes, in its types; what it does not take is left out.

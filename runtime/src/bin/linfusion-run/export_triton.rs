@@ -14,6 +14,7 @@ use linfusion_runtime::triton::{
 use miette::IntoDiagnostic;
 
 use crate::args::{Report, byte_count};
+use crate::failure::OrReport;
 use crate::generate::STOPPED;
 
 #[derive(Args)]
@@ -112,7 +113,7 @@ pub fn run(args: &ExportTritonArgs) -> miette::Result<ExitCode> {
             eprintln!("{stopped}");
             Ok(ExitCode::from(STOPPED))
         }
-        Err(error) => Err(error).into_diagnostic(),
+        Err(error) => Err(error).or_report(),
     }
 }
 

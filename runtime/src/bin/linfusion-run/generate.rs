@@ -1,6 +1,6 @@
 //! `linfusion-run generate`.
 
-use std::io::{self, IsTerminal, Read};
+use std::io::{self, IsTerminal};
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -10,18 +10,20 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use linfusion_runtime::engine::{Device, memory_of};
-use linfusion_runtime::image::{Metadata, Parameters, Rgb, read};
+use linfusion_runtime::image::{Metadata, Parameters, Rgb, check_output, read};
 use linfusion_runtime::pipeline::{
     Folder, Generated, Guidance, Init, Observer, PipelineError, Place, Progress, Request, Size,
     SizeHints, generate,
 };
-use linfusion_runtime::{memory, npz, provenance, scheduler};
-use miette::{IntoDiagnostic, WrapErr, miette};
+use linfusion_runtime::{memory, npz, pipeline, provenance, scheduler};
+use miette::{IntoDiagnostic, miette};
 use ndarray::Ix4;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 use crate::args::{Report, Where};
+use crate::failure::OrReport;
+use crate::images::{PromptArgs, SamplerArgs, prompt_outputs, size};
 
 /// Exit code of a run that the user stopped, as shells give it for Ctrl-C.
 pub const STOPPED: u8 = 130;
@@ -30,27 +32,16 @@ pub const STOPPED: u8 = 130;
 pub struct GenerateArgs {
     /// The pipeline: a folder with model_index.json, as optimum exports it
     pub pipeline: PathBuf,
-    /// What to show
-    #[arg(long, required_unless_present = "prompts")]
-    pub prompt: Option<String>,
-    /// A file with a prompt a line; the second takes the next seed, and so on
-    #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
-    pub prompts: Option<PathBuf>,
+    #[command(flatten)]
+    pub prompts: PromptArgs,
     /// What not to show
     #[arg(long, value_name = "TEXT")]
     pub negative: Option<String>,
     /// Seed, as of PyTorch's CPU generator
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
-    /// Steps of the sampler
-    #[arg(long, default_value_t = 30)]
-    pub steps: usize,
-    /// Guidance; 1 is none
-    #[arg(long, default_value_t = 7.5)]
-    pub guidance: f64,
-    /// Size in pixels [default: that of --image, else the model's own]
-    #[arg(long, value_name = "WxH", value_parser = size)]
-    pub size: Option<Size>,
+    #[command(flatten)]
+    pub sampler: SamplerArgs,
     /// Begin with this image
     #[arg(long, value_name = "FILE")]
     pub image: Option<PathBuf>,
@@ -66,14 +57,11 @@ pub struct GenerateArgs {
     /// Factor on what the ControlNet adds
     #[arg(long, default_value_t = 1.0)]
     pub control_scale: f64,
-    /// The sampler [default: the pipeline's]
-    #[arg(long, value_name = "NAME", help = format!("The sampler: {} [default: the pipeline's]", scheduler::NAMES.join(", ")))]
-    pub scheduler: Option<String>,
     /// DDIM's noise: 0 for none, 1 for DDPM's
     #[arg(long, default_value_t = 0.0)]
     pub eta: f64,
     /// Images of each prompt, in one batch
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 1, value_parser = images)]
     pub num_images: usize,
     /// Begin with these latents: standard normal, [images, channels, height/8, width/8]
     #[arg(long, value_name = "FILE.npy", conflicts_with = "image")]
@@ -91,15 +79,9 @@ pub struct GenerateArgs {
     pub direct: bool,
     #[command(flatten)]
     pub sizes: SizeArgs,
-    /// Side of the tiles in which larger images go through the VAE, in pixels
-    #[arg(long, value_name = "PIXELS", default_value_t = 1024)]
-    pub vae_tile: usize,
     /// Both sides of guidance one after the other: half the memory
     #[arg(long)]
     pub cfg_split: bool,
-    /// Begin even if less memory is free than the estimate says
-    #[arg(long)]
-    pub force: bool,
     /// Write the current estimate every so many steps
     #[arg(long, value_name = "STEPS")]
     pub preview: Option<NonZeroUsize>,
@@ -147,21 +129,17 @@ impl SizeArgs {
     }
 }
 
+fn images(text: &str) -> Result<usize, String> {
+    let most = pipeline::MAX_IMAGES;
+    let count = text.parse().ok().filter(|n| (1..=most).contains(n));
+    count.ok_or_else(|| format!("`{text}` is not 1 to {most}"))
+}
+
 fn crop(text: &str) -> Result<[usize; 2], String> {
     let sides = text.split_once(',').map(|(t, l)| (t.parse(), l.parse()));
     match sides {
         Some((Ok(top), Ok(left))) => Ok([top, left]),
         _ => Err(format!("`{text}` is not TOP,LEFT, such as 0,0")),
-    }
-}
-
-pub fn size(text: &str) -> Result<Size, String> {
-    let sides = text
-        .split_once(['x', 'X', '×'])
-        .map(|(w, h)| (w.parse(), h.parse()));
-    match sides {
-        Some((Ok(width), Ok(height))) => Ok(Size { width, height }),
-        _ => Err(format!("`{text}` is not WIDTHxHEIGHT, such as 1024x768")),
     }
 }
 
@@ -177,10 +155,12 @@ impl Terminal {
         let stop = Arc::new(AtomicBool::new(false));
         let flag = Arc::clone(&stop);
         ctrlc::set_handler(move || {
-            // The second time it means it.
+            // The second time it means it, even in the middle of a step: without the destructors of ONNX Runtime, whose
+            // threads still run.
             if flag.swap(true, Ordering::SeqCst) {
-                std::process::exit(i32::from(STOPPED));
+                signal_hook::low_level::exit(i32::from(STOPPED));
             }
+            eprintln!("stopping after this step; Ctrl-C again stops at once");
         })
         .into_diagnostic()?;
         Ok(Self {
@@ -252,22 +232,26 @@ struct Summary {
 }
 
 pub fn run(args: &GenerateArgs) -> miette::Result<ExitCode> {
-    let folder = Folder::open(&args.pipeline).into_diagnostic()?;
+    let prompts = args.prompts.read()?;
+    let outputs = prompt_outputs(&args.output, prompts.len());
+    // All of them, before the first is made.
+    for path in outputs
+        .iter()
+        .flat_map(|p| pipeline::outputs(p, args.num_images))
+    {
+        check_output(&path, args.sampler.overwrite()).or_report()?;
+    }
+    let folder = Folder::open(&args.pipeline).or_report()?;
     let place = place(&args.place)?;
-    let prompts = prompts(args.prompt.as_deref(), args.prompts.as_deref())?;
     let hash = model_hash(&folder)?;
-    let sampler = sampler(&folder, args.scheduler.as_deref())?;
+    let sampler = sampler(&folder, args.sampler.scheduler.as_deref())?;
     if provenance::is_untrained(&args.pipeline) {
         eprintln!("note: the model was converted without trained weights: the images mean nothing");
     }
     let mut terminal = Terminal::new(place.options.device)?;
     let mut summaries = Vec::new();
-    for (number, prompt) in prompts.iter().enumerate() {
+    for (number, (prompt, output)) in prompts.iter().zip(outputs).enumerate() {
         let seed = args.seed.wrapping_add(number as u64);
-        let output = match prompts.len() {
-            1 => args.output.clone(),
-            _ => prompt_output(&args.output, number),
-        };
         let request = request(args, prompt, seed, output)?;
         let metadata = |size| metadata(args, &request, (&hash, &sampler), size);
         match generate(&folder, &place, &request, &metadata, &mut terminal) {
@@ -280,7 +264,7 @@ pub fn run(args: &GenerateArgs) -> miette::Result<ExitCode> {
                 eprintln!("{stopped}");
                 return Ok(ExitCode::from(STOPPED));
             }
-            Err(error) => return Err(error).into_diagnostic(),
+            Err(error) => return Err(error).or_report(),
         }
     }
     crate::print(&match args.place.report {
@@ -300,67 +284,8 @@ pub fn place(place: &Where) -> miette::Result<Place> {
     })
 }
 
-/// The prompt, or those of a file, one a line.
-pub fn prompts(prompt: Option<&str>, file: Option<&Path>) -> miette::Result<Vec<String>> {
-    let Some(path) = file else {
-        let prompt = prompt.map(|text| without_nul("--prompt", text));
-        return prompt.into_iter().collect();
-    };
-    let mut bytes = Vec::new();
-    std::fs::File::open(path)
-        .and_then(|mut file| file.read_to_end(&mut bytes))
-        .into_diagnostic()
-        .wrap_err_with(|| format!("reading {}", path.display()))?;
-    let text = String::from_utf8(bytes).map_err(|e| {
-        let line = e
-            .as_bytes()
-            .iter()
-            .take(e.utf8_error().valid_up_to())
-            .filter(|b| **b == b'\n')
-            .count()
-            + 1;
-        miette!(
-            help = "save it as UTF-8",
-            "{} is no UTF-8 (line {line})",
-            path.display()
-        )
-    })?;
-    let name = path.display().to_string();
-    // Editors of some systems begin UTF-8 with a byte order mark.
-    let lines = text.trim_start_matches('\u{feff}').lines();
-    let prompts = lines
-        .filter(|l| !l.trim().is_empty())
-        .map(|line| without_nul(&name, line))
-        .collect::<miette::Result<Vec<String>>>()?;
-    if prompts.is_empty() {
-        return Err(miette!(
-            "{} has no prompt: expected one a line",
-            path.display()
-        ));
-    }
-    Ok(prompts)
-}
-
-/// An image's texts end at a NUL.
-fn without_nul(place: &str, text: &str) -> miette::Result<String> {
-    match text.find('\0') {
-        Some(at) => Err(miette!("{place}: a NUL character after {at} bytes")),
-        None => Ok(text.to_owned()),
-    }
-}
-
-/// `name-001.png` for the first of several prompts.
-pub fn prompt_output(path: &Path, number: usize) -> PathBuf {
-    let stem = path.file_stem().unwrap_or_default().to_string_lossy();
-    let extension = path
-        .extension()
-        .map(|e| format!(".{}", e.to_string_lossy()))
-        .unwrap_or_default();
-    path.with_file_name(format!("{stem}-{:03}{extension}", number + 1))
-}
-
 fn open(path: &Path) -> miette::Result<Rgb> {
-    read(path).into_diagnostic()
+    read(path).or_report()
 }
 
 fn request(
@@ -393,15 +318,15 @@ fn request(
         negative: args.negative.clone(),
         images: args.num_images,
         seed,
-        steps: args.steps,
-        guidance: args.guidance,
-        size: args.size,
+        steps: args.sampler.steps,
+        guidance: args.sampler.guidance,
+        size: args.sampler.size,
         init,
-        scheduler: args.scheduler.clone(),
+        scheduler: args.sampler.scheduler.clone(),
         eta: args.eta,
         upscale: args.upscale.clone(),
         direct: args.direct,
-        vae_tile: args.vae_tile,
+        vae_tile: args.sampler.vae_tile,
         batching: if args.cfg_split {
             Guidance::Split
         } else {
@@ -411,14 +336,15 @@ fn request(
         control_scale: args.control_scale,
         sizes: args.sizes.hints(),
         output,
-        force: args.force,
+        overwrite: args.sampler.overwrite(),
+        force: args.sampler.force,
         preview: args.preview.map(NonZeroUsize::get),
     })
 }
 
 /// First digits of the SHA-256 of the denoising model's files, as other tools give it.
 fn model_hash(folder: &Folder) -> miette::Result<String> {
-    let model = folder.model(folder.denoiser()).into_diagnostic()?;
+    let model = folder.model(folder.denoiser()).or_report()?;
     let mut hasher = Sha256::new();
     let parent = model.parent().unwrap_or(Path::new("."));
     let mut files: Vec<PathBuf> = std::fs::read_dir(parent)
@@ -468,7 +394,7 @@ fn sampler(folder: &Folder, asked: Option<&str>) -> miette::Result<String> {
     }
     let text = folder
         .text("scheduler", "scheduler_config.json")
-        .into_diagnostic()?;
+        .or_report()?;
     let fields = scheduler::config(&text).into_diagnostic()?;
     let class = fields.get("_class_name").and_then(|name| name.as_str());
     Ok(class.unwrap_or_default().to_owned())
@@ -512,20 +438,6 @@ mod tests {
         assert_eq!(crop("0,16"), Ok([0, 16]));
         for wrong in ["16", "0x16", "-1,0", ",", "1,2,3"] {
             assert!(crop(wrong).is_err(), "{wrong}");
-        }
-    }
-
-    #[test]
-    fn sizes_are_width_and_height() {
-        assert_eq!(
-            size("1024x768"),
-            Ok(Size {
-                width: 1024,
-                height: 768
-            })
-        );
-        for wrong in ["1024", "x", "1024x", "ax8", "-8x8"] {
-            assert!(size(wrong).is_err(), "{wrong}");
         }
     }
 }

@@ -5,7 +5,9 @@ mod args;
 mod bench;
 mod compare;
 mod export_triton;
+mod failure;
 mod generate;
+mod images;
 mod output;
 
 use std::io::{self, IsTerminal, Write};
@@ -19,7 +21,9 @@ use linfusion_runtime::bench::{OperatorsFrom, serve};
 use linfusion_runtime::doctor;
 use linfusion_runtime::engine::{Device, Engine, SessionOptions};
 
-/// Exit codes beyond success (0), failure (1) and wrong usage (2, from the argument parser).
+/// Exit code of wrong usage, as the argument parser has it.
+const WRONG_USAGE: u8 = 2;
+/// Exit code of `doctor` where something is missing or broken.
 const NOT_WELL: u8 = 4;
 
 fn main() -> ExitCode {
@@ -55,7 +59,10 @@ fn main() -> ExitCode {
     };
     done.unwrap_or_else(|report| {
         eprintln!("{report:?}");
-        ExitCode::FAILURE
+        match failure::is_usage(&report) {
+            true => ExitCode::from(WRONG_USAGE),
+            false => ExitCode::FAILURE,
+        }
     })
 }
 
@@ -91,8 +98,8 @@ fn session_options(place: &Where) -> miette::Result<SessionOptions> {
         .choose(place.engine(), place.ort_library.as_deref())
         .into_diagnostic()?;
     if place.gpu_memory.is_some() && chosen.device == Device::Cpu {
-        return Err(miette::miette!(
-            "--gpu-memory: the models run on the processor; --device cuda insists on a GPU"
+        return Err(failure::usage(
+            "--gpu-memory: the models run on the processor; --device cuda insists on a GPU",
         ));
     }
     if let Some(note) = chosen.note {

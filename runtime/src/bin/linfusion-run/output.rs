@@ -4,7 +4,7 @@ use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
 use comfy_table::{CellAlignment, Table};
-use linfusion_runtime::bench::BenchReport;
+use linfusion_runtime::bench::{BenchReport, Speedup, Verdict};
 use linfusion_runtime::compare::{Difference, PipelineComparison, SiteDifference};
 use linfusion_runtime::doctor::Diagnosis;
 use linfusion_runtime::table::table;
@@ -160,14 +160,12 @@ pub fn bench(report: &BenchReport) -> String {
     for size in &report.sizes {
         for (model, result) in report.models.iter().zip(&size.results) {
             let mut row = vec![
-                size.pixels.to_string(),
+                size.pixels.map_or("–".to_owned(), |p| p.to_string()),
                 title(&model.path),
                 result
                     .median_ms
                     .map_or("failed".to_owned(), |ms| format!("{ms:.1}")),
-                result
-                    .speedup
-                    .map_or("–".to_owned(), |s| format!("{s:.2} ×")),
+                result.speedup.map_or("–".to_owned(), speedup),
                 match (result.step_ms, &result.profile) {
                     (Some(ms), _) => format!("{ms:.1}"),
                     (None, Some(profile)) => format!("{:.0} %", 100.0 * profile.attention_share),
@@ -208,16 +206,27 @@ pub fn bench(report: &BenchReport) -> String {
         let Some(model) = report.models.get(crossover.model) else {
             continue;
         };
-        let _ = match crossover.pixels {
-            Some(pixels) => writeln!(
+        let name = model.path.display();
+        let _ = match (crossover.pixels, crossover.at_largest) {
+            (Some(pixels), _) => writeln!(
                 text,
-                "{} is faster than the first model from {pixels} × {pixels} pixels on",
-                model.path.display()
+                "{name} is faster than the first model from {pixels} on"
             ),
-            None => writeln!(
+            (None, Some(Verdict::Equal)) => writeln!(
                 text,
-                "{} is not faster than the first model at the largest size",
-                model.path.display()
+                "{name} is as fast as the first model at the largest size, within the spread of the runs"
+            ),
+            (None, Some(_)) => writeln!(
+                text,
+                "{name} is slower than the first model at the largest size"
+            ),
+            (None, None) if report.repeats == 1 => writeln!(
+                text,
+                "{name} and the first model: one run each tells nothing of the spread; --repeats 5 does"
+            ),
+            (None, None) => writeln!(
+                text,
+                "{name} cannot be compared with the first model at the largest size"
             ),
         };
     }
@@ -229,6 +238,14 @@ pub fn bench(report: &BenchReport) -> String {
         );
     }
     text
+}
+
+fn speedup(speedup: Speedup) -> String {
+    let equal = match speedup.verdict {
+        Some(Verdict::Equal) => " (equal)",
+        _ => "",
+    };
+    format!("{:.2} ×{equal}", speedup.ratio)
 }
 
 fn title(model: &Path) -> String {
@@ -275,8 +292,9 @@ pub fn profiles(report: &BenchReport) -> String {
         align_numbers(&mut table, 1);
         let _ = writeln!(
             text,
-            "{} at {pixels} × {pixels}, by time\n{table}",
-            title(&model.path)
+            "{}{}, by time\n{table}",
+            title(&model.path),
+            pixels.map_or(String::new(), |p| format!(" at {p}"))
         );
     }
     text

@@ -8,6 +8,7 @@ use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use linfusion_models::onnx::write::Overwrite;
 use tempfile::TempPath;
 
 use self::png::PngRows;
@@ -38,17 +39,23 @@ impl std::fmt::Debug for RowWriter {
     }
 }
 
-/// Whether an image can be begun under that name, before it is made: its extension is known and its folder can be written to.
+/// Whether an image can be begun under that name, before it is made: its extension is known, its folder can be written to, and
+/// no file is there that must not be replaced.
 ///
 /// # Errors
-/// As [`RowWriter::create`].
-pub fn check_output(path: &Path) -> Result<(), ImageError> {
+/// As [`RowWriter::create`]; or there is such a file.
+pub fn check_output(path: &Path, overwrite: Overwrite) -> Result<(), ImageError> {
     Format::of(path)?;
     if path.is_dir() {
         return Err(ImageError::write(
             path,
             std::io::ErrorKind::IsADirectory.into(),
         ));
+    }
+    if overwrite == Overwrite::Refuse && path.symlink_metadata().is_ok() {
+        return Err(ImageError::Exists {
+            path: path.to_owned(),
+        });
     }
     temporary_file(path).map(drop)
 }
@@ -66,7 +73,7 @@ impl RowWriter {
         height: u32,
         metadata: &Metadata,
     ) -> Result<Self, ImageError> {
-        check_output(path)?;
+        check_output(path, Overwrite::Force)?;
         let format = Format::of(path)?;
         let row_bytes = check_size(width, height)?;
         let (file, temporary) = temporary_file(path)?.into_parts();

@@ -10,7 +10,8 @@ use linfusion_models::onnx::OnnxFile;
 use linfusion_models::onnx::write::Overwrite;
 use linfusion_models::shapes::{Footprint, operations};
 use linfusion_runtime::bench::{
-    self, EngineName, Images, Job, Measurement, OperatorsFrom, Plan, Profiling, WorkerCommand, plot,
+    self, EngineName, Images, Job, Measurement, OperatorsFrom, Plan, Profiling, Sizes,
+    WorkerCommand, plot,
 };
 use linfusion_runtime::engine::{Device, Engine, Operators};
 use linfusion_runtime::memory::shown;
@@ -52,10 +53,11 @@ impl Demo {
                 continue;
             };
             table.add_row([
-                format!("{0} × {0}", size.latent),
+                size.pixels.map_or("?".to_owned(), |p| p.to_string()),
                 seconds(a),
                 seconds(b),
-                b.speedup.map_or("–".to_owned(), |s| format!("{s:.1} ×")),
+                b.speedup
+                    .map_or("–".to_owned(), |s| format!("{:.1} ×", s.ratio)),
                 peak(a),
                 peak(b),
             ]);
@@ -124,7 +126,7 @@ impl Demo {
                 arguments: vec!["worker".to_owned()],
             },
             models: models.iter().map(|m| m.to_path_buf()).collect(),
-            latents: sides.to_vec(),
+            sizes: Sizes::Sides(sides.to_vec()),
             repeats: 1,
             template: Job {
                 model: PathBuf::new(),
@@ -137,7 +139,8 @@ impl Demo {
                 library: None,
                 device: Device::Cpu,
                 device_memory: None,
-                latent: 0,
+                side: None,
+                scale: None,
                 batch: 1,
                 sequence: 1,
                 shapes: Vec::new(),
