@@ -105,7 +105,7 @@ pub fn diff(before: &OnnxFile, after: &OnnxFile) -> Difference {
 }
 
 impl Difference {
-    /// As text: a paragraph a site, then what lies outside.
+    /// As text: a paragraph a site, what lies outside, and a line that sums it up.
     #[must_use]
     pub fn text(&self) -> String {
         let mut text = String::new();
@@ -127,18 +127,28 @@ impl Difference {
                 }
             }
         }
-        if self.outside.is_empty() {
-            let _ = writeln!(
-                text,
-                "{} converted sites, and nothing else differs",
-                self.sites.len()
-            );
-        } else {
+        if !self.outside.is_empty() {
             let _ = writeln!(text, "outside converted sites:");
             for line in &self.outside {
                 let _ = writeln!(text, "  {line}");
             }
         }
+        let count = |of: fn(&SiteDifference) -> &Vec<String>| -> usize {
+            self.sites.values().map(|site| of(site).len()).sum()
+        };
+        let _ = writeln!(
+            text,
+            "{} converted sites: {} removed, {} added, {} changed; {}",
+            self.sites.len(),
+            count(|s| &s.removed),
+            count(|s| &s.added),
+            count(|s| &s.changed),
+            match self.outside.len() {
+                0 => "nothing else differs".to_owned(),
+                1 => "1 difference outside them".to_owned(),
+                more => format!("{more} differences outside them"),
+            }
+        );
         text
     }
 }

@@ -14,6 +14,7 @@ pub mod diff;
 pub mod distill;
 pub mod grid;
 pub mod mapping;
+pub mod patterns;
 pub mod plan;
 pub mod reference;
 pub mod report;

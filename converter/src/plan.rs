@@ -1,8 +1,5 @@
 //! What is done with each site: converted, or kept and why.
 
-use std::collections::HashSet;
-
-use globset::{Glob, GlobSet, GlobSetBuilder};
 use linfusion_ops::schema::WindowSpec;
 use serde::{Deserialize, Serialize};
 
@@ -11,16 +8,7 @@ use crate::attention::kind::Kind;
 use crate::attention::site::Site;
 use crate::grid::GridSize;
 use crate::grid::NoImage;
-
-/// A pattern of `--keep` or `--only` that no site matches.
-#[derive(Debug, thiserror::Error)]
-#[error("pattern {} of {option} matches no attention of the model (hint: `inspect` lists the module paths)", .index + 1)]
-pub struct UnmatchedPattern {
-    /// The option.
-    pub option: &'static str,
-    /// Position among its patterns.
-    pub index: usize,
-}
+use crate::patterns::{Patterns, UnmatchedPattern};
 
 impl Selection {
     /// The rule that decides what `site` becomes, if the user gave one.
@@ -35,24 +23,30 @@ impl Selection {
     /// # Errors
     /// [`UnmatchedPattern`]: a mistyped `--keep` would convert what it names.
     pub fn check(&self, sites: &[Site<'_>]) -> Result<(), UnmatchedPattern> {
-        let by_rule = self
-            .attention
+        let names: Vec<Vec<&str>> = sites
             .iter()
-            .map(|r| ("--attention", r.sites.as_ref()));
-        let sets = [("--keep", Some(&self.keep)), ("--only", self.only.as_ref())];
-        let sets = sets.into_iter().chain(by_rule);
-        for (option, set) in sets.filter_map(|(o, s)| Some((o, s?))) {
-            let names = |s: &Site<'_>| [s.module.clone().unwrap_or_default(), s.anchor.clone()];
-            let matched: HashSet<usize> = sites
-                .iter()
-                .flat_map(names)
-                .flat_map(|name| set.matches(name))
-                .collect();
-            if let Some(index) = (0..set.len()).find(|i| !matched.contains(i)) {
-                return Err(UnmatchedPattern { option, index });
-            }
-        }
-        Ok(())
+            .map(|s| {
+                s.module
+                    .as_deref()
+                    .into_iter()
+                    .chain([s.anchor.as_str()])
+                    .collect()
+            })
+            .collect();
+        let by_rule = self.attention.iter().map(|r| r.sites.as_ref());
+        let mut sets = by_rule
+            .chain([Some(&self.keep), self.only.as_ref()])
+            .flatten();
+        sets.try_for_each(|set: &Patterns| set.check(&names))
+    }
+
+    /// What to tell of a window that no site gets; `None` where one does, or none was asked for.
+    #[must_use]
+    pub fn unused_window(&self, actions: &[Action]) -> Option<String> {
+        let has_window = |a: &Action| matches!(a.method(), Some(Method::Hybrid | Method::Window));
+        (self.window.is_some() && !actions.iter().any(has_window)).then(|| {
+            "the window that was asked for is not used: no attention becomes hybrid or window (--attention says what it becomes)".to_owned()
+        })
     }
 }
 
@@ -82,7 +76,7 @@ impl std::fmt::Display for Method {
 #[derive(Clone, Debug)]
 pub struct MethodRule {
     /// Module paths or anchor names; all, where there is none.
-    pub sites: Option<GlobSet>,
+    pub sites: Option<Patterns>,
     /// `None` keeps softmax.
     pub method: Option<Method>,
 }
@@ -98,9 +92,9 @@ pub struct Selection {
     /// Rows and columns of the image's tokens, where the graph does not tell.
     pub grid: Option<GridSize>,
     /// Sites to keep, by module path or anchor name.
-    pub keep: GlobSet,
+    pub keep: Patterns,
     /// If given, the only sites to convert.
-    pub only: Option<GlobSet>,
+    pub only: Option<Patterns>,
     /// Keep the last of every so many self-attentions.
     pub keep_every: Option<usize>,
     /// Keep sites with fewer tokens than this at the native size.
@@ -114,36 +108,6 @@ impl Selection {
         let keeps = self.attention.iter().all(|rule| rule.method.is_none());
         keeps && self.attention.iter().any(|rule| rule.sites.is_none())
     }
-}
-
-/// A pattern that is no glob.
-#[derive(Debug, thiserror::Error)]
-#[error("'{pattern}' is not a pattern: {source}; use * and ?, e.g. 'down_blocks.0.*'")]
-pub struct BadPattern {
-    /// The pattern.
-    pub pattern: String,
-    /// What is wrong with it.
-    #[source]
-    pub source: globset::Error,
-}
-
-/// Compiles patterns over module paths.
-///
-/// # Errors
-/// [`BadPattern`] names the first that does not parse.
-pub fn globs(patterns: &[String]) -> Result<GlobSet, BadPattern> {
-    let mut set = GlobSetBuilder::new();
-    for pattern in patterns {
-        let bad = |source| BadPattern {
-            pattern: pattern.clone(),
-            source,
-        };
-        set.add(Glob::new(pattern).map_err(bad)?);
-    }
-    set.build().map_err(|source| BadPattern {
-        pattern: patterns.join(" "),
-        source,
-    })
 }
 
 /// What is done with a site.
@@ -261,7 +225,7 @@ fn obstacle(site: &Site<'_>, method: Method, not_a_denoiser: Option<&str>) -> Op
     }
 }
 
-fn named(site: &Site<'_>, set: &GlobSet) -> bool {
+fn named(site: &Site<'_>, set: &Patterns) -> bool {
     site.module.as_deref().is_some_and(|m| set.is_match(m)) || set.is_match(&site.anchor)
 }
 
@@ -271,7 +235,7 @@ fn refusal(
     selection: &Selection,
     ordinal: usize,
 ) -> Option<String> {
-    let matches = |set: &GlobSet| named(site, set);
+    let matches = |set: &Patterns| named(site, set);
     if matches(&selection.keep) {
         return Some("kept by --keep".to_owned());
     }

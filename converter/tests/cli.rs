@@ -96,6 +96,243 @@ fn finds_the_checkpoint_beside_the_model_and_writes_beside_it() {
         "{}",
         text(&verified.stderr)
     );
+    let forced = linfusion(&["unet.onnx", "--force"], folder.path());
+    let said = text(&forced.stdout);
+    assert!(
+        said.contains("weights found: ")
+            && said.contains("linfusion/diffusion_pytorch_model.safetensors"),
+        "{said}"
+    );
+}
+
+#[test]
+fn verify_says_whose_weights_a_file_has() {
+    let folder = folder_with_model();
+    let weights = fixtures::path("sd15-tiny/linfusion");
+    let weights = weights.to_str().unwrap();
+    let run = |args: &[&str]| linfusion(args, folder.path());
+    for (weights, out) in [(weights, "own.onnx"), ("none", "none.onnx")] {
+        let made = run(&["unet.onnx", "--weights", weights, "-o", out]);
+        assert_eq!(made.status.code(), Some(0), "{}", text(&made.stderr));
+    }
+    let own = run(&["verify", "own.onnx", "--weights", weights]);
+    assert_eq!(own.status.code(), Some(0), "{}", text(&own.stderr));
+    let said = text(&own.stdout);
+    assert!(
+        said.contains("weights of 16 sites compared with") && said.contains(weights),
+        "{said}"
+    );
+    let alone = text(&run(&["verify", "own.onnx"]).stdout);
+    assert!(alone.contains("weights not compared"), "{alone}");
+
+    // The graph's own projections are no checkpoint's.
+    let none = run(&["verify", "none.onnx", "--weights", weights]);
+    let said = text(&none.stderr);
+    assert_eq!(none.status.code(), Some(6), "{said}");
+    assert!(said.contains("16 of 16 sites have other weights"), "{said}");
+    assert!(
+        said.contains("down_blocks.0.attentions.0.transformer_blocks.0.attn1: it has none"),
+        "{said}"
+    );
+
+    // Another checkpoint of the same model: a line a site at most, and few of them.
+    let other = folder.path().join("other");
+    std::fs::create_dir(&other).unwrap();
+    let file = "diffusion_pytorch_model.safetensors";
+    std::fs::copy(
+        Path::new(weights).join("config.json"),
+        other.join("config.json"),
+    )
+    .unwrap();
+    let mut bytes = std::fs::read(Path::new(weights).join(file)).unwrap();
+    let begin = 8 + usize::try_from(u64::from_le_bytes(bytes[..8].try_into().unwrap())).unwrap();
+    // The last bit of every value's mantissa.
+    bytes[begin..].iter_mut().step_by(4).for_each(|b| *b ^= 1);
+    std::fs::write(other.join(file), bytes).unwrap();
+    let wrong = run(&["verify", "own.onnx", "--weights", "other"]);
+    let said = text(&wrong.stderr);
+    assert_eq!(wrong.status.code(), Some(6), "{said}");
+    assert!(
+        said.lines().count() <= 10 && said.contains("and 8 more"),
+        "{said}"
+    );
+    assert!(
+        said.contains("more are no tensors of the checkpoint's module"),
+        "{said}"
+    );
+}
+
+#[test]
+fn windows_alone_have_no_weights_to_compare() {
+    let folder = tempfile::tempdir().unwrap();
+    let case = fixtures::path("hybrid-pixart");
+    let model = fixtures::bytes("hybrid-pixart/model.onnx.gz").unwrap();
+    std::fs::write(folder.path().join("t.onnx"), model).unwrap();
+    let run = |args: &[&str]| linfusion(args, folder.path());
+    let made = run(&[
+        "t.onnx",
+        "--attention",
+        "window",
+        "--window",
+        "3",
+        "-o",
+        "w.onnx",
+    ]);
+    assert_eq!(made.status.code(), Some(0), "{}", text(&made.stderr));
+    let weights = case.join("linfusion");
+    let verified = run(&["verify", "w.onnx", "--weights", weights.to_str().unwrap()]);
+    let said = text(&verified.stderr);
+    assert_eq!(verified.status.code(), Some(6), "{said}");
+    assert!(
+        said.contains("it has none of the checkpoint's weights"),
+        "{said}"
+    );
+}
+
+/// Who names a library wants that one, and hears that it does not load.
+#[test]
+fn a_library_that_does_not_load_is_an_error_with_its_name() {
+    let folder = folder_with_model();
+    let made = linfusion(
+        &["unet.onnx", "--weights", "none", "-o", "c.onnx"],
+        folder.path(),
+    );
+    assert_eq!(made.status.code(), Some(0), "{}", text(&made.stderr));
+    for args in [
+        &["verify", "c.onnx"][..],
+        &["unet.onnx", "--weights", "none"],
+        &["unet.onnx", "--resize", "32x32", "--attention", "keep"],
+    ] {
+        let out = Command::new(env!("CARGO_BIN_EXE_linfusion-convert"))
+            .args(args)
+            .current_dir(folder.path())
+            .env("ORT_DYLIB_PATH", "/nowhere/libonnxruntime.so")
+            .output()
+            .unwrap();
+        let said = text(&out.stderr);
+        assert_eq!(out.status.code(), Some(1), "{args:?}: {said}");
+        assert!(
+            said.contains("/nowhere/libonnxruntime.so (from ORT_DYLIB_PATH)"),
+            "{said}"
+        );
+    }
+    assert_eq!(files(folder.path()), ["c.onnx", "unet.onnx"]);
+}
+
+#[test]
+fn what_changes_nothing_is_told() {
+    let folder = folder_with_model();
+    let said = |args: &[&str], code: i32| {
+        let out = linfusion(args, folder.path());
+        let both = text(&out.stdout) + &text(&out.stderr);
+        assert_eq!(out.status.code(), Some(code), "{args:?}: {both}");
+        both
+    };
+    let keep = said(&["unet.onnx", "--attention", "keep"], 2);
+    assert!(
+        keep.contains("leaves 'unet.onnx' as it is") && keep.contains("--resize"),
+        "{keep}"
+    );
+    let window = [
+        "unet.onnx",
+        "--window",
+        "8",
+        "--weights",
+        "none",
+        "--dry-run",
+    ];
+    let unused = "the window that was asked for is not used";
+    assert!(said(&window, 0).contains(unused));
+    assert!(said(&["inspect", "unet.onnx", "--window", "8"], 0).contains(unused));
+    assert!(!said(&["unet.onnx", "--weights", "none", "-o", "c.onnx"], 0).contains(unused));
+    let diff = said(&["diff", "unet.onnx", "c.onnx"], 0);
+    let last = diff.lines().last().unwrap();
+    assert!(
+        last.starts_with("16 converted sites: ") && last.ends_with("nothing else differs"),
+        "{last}"
+    );
+    let nothing = said(&["unet.onnx", "--keep", "*", "--weights", "none"], 4);
+    assert!(!nothing.contains("--allow-partial accepts"), "{nothing}");
+}
+
+/// What stands in the way is told once, with the file's and the field's name.
+#[test]
+fn no_error_repeats_itself() {
+    let folder = folder_with_model();
+    let write = |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
+    std::fs::create_dir(folder.path().join("w")).unwrap();
+    write("w/config.json", "{}");
+    let weights = fixtures::path("sd15-tiny/linfusion/diffusion_pytorch_model.safetensors");
+    std::fs::copy(
+        weights,
+        folder.path().join("w/diffusion_pytorch_model.safetensors"),
+    )
+    .unwrap();
+    std::fs::write(folder.path().join("damaged.onnx"), [0xff; 32]).unwrap();
+    write(
+        "spec.json",
+        r#"{"sample": {"uniform": {"min": 1}, "shape": [1, 4, 16, 16]}}"#,
+    );
+    write("odd.json", r#"{"sample": {"wide": {}}}"#);
+    std::fs::create_dir(folder.path().join("taken.onnx")).unwrap();
+    let spec = |name: &'static str| ["distill", "unet.onnx", "-o", "x", "--random", name];
+    for (args, says) in [
+        (
+            &["missing.onnx"][..],
+            "missing.onnx cannot be read: No such file",
+        ),
+        (&["damaged.onnx"], "damaged.onnx is not an ONNX model"),
+        (
+            &["unet.onnx", "--weights", "w"],
+            "w/config.json is unusable: field `modules_list` is missing",
+        ),
+        (
+            &["unet.onnx", "--weights", "none", "-o", "no/x.onnx"],
+            "cannot open the folder no: No such file",
+        ),
+        (
+            &["unet.onnx", "--weights", "none", "--keep", "["],
+            "--keep '['",
+        ),
+        #[cfg(feature = "distill")]
+        (
+            &spec("spec.json"),
+            "spec.json: 'sample': uniform: field `max` is missing",
+        ),
+        #[cfg(feature = "distill")]
+        (
+            &spec("odd.json"),
+            r#"odd.json: 'sample': is {"wide":{}}; expected an object with one of normal"#,
+        ),
+        #[cfg(feature = "distill")]
+        (
+            &spec("absent.json"),
+            "absent.json: cannot be read: No such file",
+        ),
+    ] {
+        let out = linfusion(args, folder.path());
+        let said = text(&out.stderr);
+        assert!(
+            !out.status.success() && said.contains(says),
+            "{args:?}: {said}"
+        );
+        let errors = [
+            "No such file",
+            "is missing",
+            "invalid",
+            "unclosed",
+            "os error",
+        ];
+        for words in errors
+            .into_iter()
+            .chain(said.lines().filter(|l| l.len() > 3))
+        {
+            assert!(
+                said.matches(words).count() <= 1,
+                "{args:?} says '{words}' twice: {said}"
+            );
+        }
+    }
 }
 
 #[test]
@@ -161,7 +398,7 @@ fn wrong_inputs_have_messages_and_codes() {
         (
             &["unet.onnx", "--keep", "[", "--weights", "none"],
             2,
-            "not a pattern",
+            "--keep '[' is no pattern",
         ),
         (
             &["unet.onnx", "--only", "nothing", "--weights", "none"],

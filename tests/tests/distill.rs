@@ -5,17 +5,18 @@ use std::path::{Path, PathBuf};
 use buffa::Message;
 use linfusion_convert::convert::{WeightsFrom, convert};
 use linfusion_convert::distill::{
-    Attention, Budget, DistillError, Mid, Progress, Refinement, Report, Request, Schedule, Source,
-    Together, run,
+    Attention, Budget, DistillError, Mid, Progress, Refinement, Report, Request, Schedule,
+    SiteReport, Source, Together, run,
 };
 use linfusion_convert::plan::{Method, Selection};
+use linfusion_convert::verify::compare_weights;
 use linfusion_models::checkpoint::{Checkpoint, MlpWidth, SiteAttention};
-use linfusion_models::onnx::ElementType;
 use linfusion_models::onnx::make::{
     Dim, int, ints, node, opset, tensor_f32, tensor_i64, value_info,
 };
 use linfusion_models::onnx::proto::{GraphProto, ModelProto, NodeProto, TensorProto};
 use linfusion_models::onnx::write::Overwrite;
+use linfusion_models::onnx::{ElementType, OnnxFile};
 use linfusion_models::random::SplitMix64;
 use linfusion_ops::schema::{Border, Window, WindowSpec};
 use linfusion_runtime::engine::{Engine, Operators};
@@ -427,6 +428,14 @@ fn local_attention_gets_a_window_and_other_attention_does_not() {
             WeightsFrom::Path(request.out.clone()),
         );
         assert_eq!(convert(&conversion, &mut |_| {}).unwrap().converted, 2);
+        // Windows alone have no weights, and nothing of them is compared.
+        let file = OnnxFile::open(&converted).unwrap();
+        let checkpoint = Checkpoint::open(&request.out).unwrap();
+        let stored = compare_weights(&file, &checkpoint).unwrap();
+        let is_window = |site: &&SiteReport| site.attention == Method::Window;
+        let windows = report.sites.iter().filter(is_window).count();
+        assert_eq!(stored.without.len(), windows, "{stored:?}");
+        assert_eq!(stored.equal.len(), 2 - windows, "{stored:?}");
     }
 }
 
@@ -564,7 +573,7 @@ fn what_cannot_be_done_is_said_before_work_begins() {
         "[1, 4, 9, 9]",
     );
     std::fs::write(folder.path().join("spec.json"), SPEC).unwrap();
-    let none = linfusion_convert::plan::globs(&["*".to_owned()]).unwrap();
+    let none = linfusion_convert::patterns::Patterns::new("--keep", &["*".to_owned()]).unwrap();
     refused(
         &|r| r.selection.keep = none.clone(),
         "no attention whose weights could be learned",

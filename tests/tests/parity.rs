@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use linfusion_convert::convert::{WeightsFrom, convert};
 use linfusion_convert::rewrite::Emit;
-use linfusion_convert::verify::weights_that_differ;
+use linfusion_convert::verify::compare_weights;
 use linfusion_models::checkpoint::{Checkpoint, MlpWidth};
 use linfusion_models::fixtures;
 use linfusion_models::onnx::OnnxFile;
@@ -99,8 +99,9 @@ fn transformers_equal_pytorch(
     let checkpoint = Checkpoint::open(case.join("linfusion")).unwrap();
     assert_eq!(report.converted, checkpoint.modules.len());
     let file = OnnxFile::open(&out).unwrap();
-    let strange = weights_that_differ(&file, &checkpoint).unwrap();
-    assert!(strange.is_empty(), "{strange:?}");
+    let stored = compare_weights(&file, &checkpoint).unwrap();
+    assert!(stored.different.is_empty(), "{stored}");
+    assert_eq!(stored.equal.len(), checkpoint.modules.len(), "{stored:?}");
 
     let inputs = npz::read(&case.join("inputs.npz")).unwrap();
     let expected = npz::read(&case.join("expected.npz")).unwrap();

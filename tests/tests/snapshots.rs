@@ -10,7 +10,8 @@ use std::path::{Path, PathBuf};
 
 use linfusion_convert::analysis::Analysis;
 use linfusion_convert::convert::{WeightsFrom, convert, inspect};
-use linfusion_convert::plan::{Selection, globs};
+use linfusion_convert::patterns::Patterns;
+use linfusion_convert::plan::Selection;
 use linfusion_convert::rewrite::{Emit, emit};
 use linfusion_models::checkpoint::synth::SynthOptions;
 use linfusion_models::checkpoint::{MlpWidth, SiteAttention};
@@ -177,7 +178,7 @@ fn rewrite(model: &Path, weights: WeightsFrom, emit: Emit) -> String {
     let module = site.module.clone().unwrap();
     let out = model.with_extension("converted.onnx");
     let mut job = request(model, &out, weights);
-    job.selection.only = Some(globs(std::slice::from_ref(&module)).unwrap());
+    job.selection.only = Some(Patterns::new("--only", std::slice::from_ref(&module)).unwrap());
     job.emit = emit;
     let report = convert(&job, &mut |_| {}).unwrap();
     assert_eq!(report.converted, 1);

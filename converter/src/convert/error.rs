@@ -6,7 +6,8 @@ use linfusion_models::onnx::write::WriteError;
 use linfusion_ops::body::BodyError;
 
 use crate::mapping::Ambiguous;
-use crate::plan::{Method, UnmatchedPattern};
+use crate::patterns::UnmatchedPattern;
+use crate::plan::Method;
 use crate::report::ModelReport;
 use crate::resize::{self, ResizeError};
 use crate::rewrite::SiteError;
@@ -85,7 +86,8 @@ pub enum ConvertError {
     },
     /// Nothing, or less than expected, can be converted.
     #[error(
-        "{converted} of {expected} attentions of '{model}' can be converted; --allow-partial accepts that\n{reasons}"
+        "{converted} of {expected} attentions of '{model}' can be converted{}\n{reasons}",
+        if *converted > 0 { "; --allow-partial accepts that" } else { "" }
     )]
     Fewer {
         /// The model.
@@ -99,6 +101,15 @@ pub enum ConvertError {
         /// The report so far.
         report: Box<ModelReport>,
     },
+    /// Nothing is to be done.
+    #[error(
+        "--attention keep leaves '{model}' as it is\n\
+         hint: with --resize HxW or --resize dynamic the model is resized and nothing else; without --attention keep it is converted"
+    )]
+    NothingToDo {
+        /// The model.
+        model: String,
+    },
     /// Opset or element type are outside what the operator can be written in.
     #[error(
         "'{model}' imports opset {opset}: {source}\nhint: --emit standard works from opset 11 up"
@@ -109,8 +120,7 @@ pub enum ConvertError {
         /// Its opset.
         opset: i64,
         /// Details.
-        #[source]
-        source: BodyError,
+        r#source: BodyError,
     },
     /// Sites and checkpoint cannot be brought together.
     #[error(transparent)]
@@ -149,7 +159,7 @@ pub enum ConvertError {
         /// The output.
         out: String,
         /// Why: usually the disk is full.
-        source: std::io::Error,
+        r#source: std::io::Error,
     },
     /// A pipeline's folder cannot be converted as a whole.
     #[error("'{path}' {fault}")]
@@ -165,7 +175,7 @@ pub enum ConvertError {
         /// The model.
         model: String,
         /// Why.
-        source: Box<ResizeError>,
+        r#source: Box<ResizeError>,
     },
     /// The resized model does something else.
     #[error("'{model}' was resized wrongly (a bug, please report it): {source}")]
@@ -173,7 +183,7 @@ pub enum ConvertError {
         /// The model.
         model: String,
         /// What was found.
-        source: Box<resize::verify::VerifyError>,
+        r#source: Box<resize::verify::VerifyError>,
     },
     /// The output cannot be written.
     #[error(transparent)]

@@ -28,7 +28,7 @@ use crate::plan::{Action, Method, Selection, plan};
 use crate::report::{ConvertReport, ModelReport};
 use crate::resize::ImageSize;
 use crate::rewrite::{Emit, apply, declare_operators};
-use crate::verify::{Converted, Verified, Verify, known_problems, verify};
+use crate::verify::{Converted, Verified, Verify, VerifyError, engine, known_problems, verify};
 
 pub use self::error::{ConvertError, PipelineFault};
 use self::patches::{of_module, patches};
@@ -105,12 +105,19 @@ pub fn convert(
     request: &Request,
     progress: &mut dyn FnMut(&str),
 ) -> Result<ConvertReport, ConvertError> {
+    if request.run == Run::Write && request.verify != Verify::Off {
+        // A library that was named and does not load is told of before the work, not after it.
+        engine().map_err(VerifyError::Library)?;
+    }
     progress("reading the model");
     let mut file = OnnxFile::open(&request.model)?;
     let name = request.model.display().to_string();
     refuse_converted(&file.model, &name)?;
     let mut warnings = Vec::new();
     let resized = match request.resize {
+        None if request.selection.keeps_all() => {
+            return Err(ConvertError::NothingToDo { model: name });
+        }
         None => None,
         Some(size) => {
             let resized = resize_first(request, &mut file, size, &mut warnings, progress)?;
@@ -175,6 +182,7 @@ pub fn convert(
     )?;
     refuse_fewer(&name, &analysis, &actions, request.partial)?;
 
+    warnings.extend(request.selection.unused_window(&actions));
     let mid = checkpoint.as_ref().map_or(0, mlp_width);
     let asked = request.selection.window.unwrap_or_default();
     let mut report = ConvertReport {
@@ -246,6 +254,7 @@ pub fn convert(
             request.verify,
             &mut tell,
         )?;
+        report.warnings.extend(verified.unchecked());
         report.verified = Some(verified);
     }
     publish(staged, &out, &mut report)?;
@@ -539,11 +548,13 @@ pub fn inspect(model: &Path, selection: &Selection) -> Result<ModelReport, Conve
     let analysis = Analysis::with_grid(&file, selection.grid);
     selection.check(&analysis.sites)?;
     let actions = plan(&analysis, selection, &[]);
-    Ok(ModelReport::new(
+    let mut report = ModelReport::new(
         &model.display().to_string(),
         &analysis,
         &actions,
         selection.window.unwrap_or_default(),
         0,
-    ))
+    );
+    report.notes.extend(selection.unused_window(&actions));
+    Ok(report)
 }

@@ -11,7 +11,7 @@ use crate::plan::plan;
 use crate::report::{ConvertReport, ModelReport};
 use crate::resize::verify::VerifyError;
 use crate::resize::{ImageSize, ResizeReport, resize};
-use crate::verify::{Verify, known_problems, verify};
+use crate::verify::{self, Verify, known_problems};
 
 /// Models with more bytes of weights are run only under [`Verify::Full`]: the original and the
 /// resized one are in memory together.
@@ -39,6 +39,9 @@ pub(super) fn resize_first(
                 Ok(verified) => resized.report.verified = Some(verified),
                 Err(VerifyError::Original(reason)) if request.verify != Verify::Full => {
                     warnings.push(format!("the resized model was not run: {reason}"));
+                }
+                Err(VerifyError::Library(error)) => {
+                    return Err(verify::VerifyError::Library(error).into());
                 }
                 Err(source) => {
                     let source = Box::new(source);
@@ -109,7 +112,7 @@ pub(super) fn write_resized(
     if request.verify != Verify::Off {
         let before = known_problems(&OnnxFile::open(&request.model)?);
         let written = staged.open()?;
-        let verified = verify(&written, &before, &[], None, request.verify, &mut |_| {})?;
+        let verified = verify::verify(&written, &before, &[], None, request.verify, &mut |_| {})?;
         report.verified = Some(verified);
     }
     publish(staged, &out, &mut report)?;

@@ -51,7 +51,7 @@ fn lesson(together: Together) -> Lesson {
     let teacher = Teacher {
         file: &file,
         shapes: &shapes,
-        engine: engine(),
+        engine: engine().unwrap(),
         options: &options,
     };
     let mut random = SplitMix64::new(22);

@@ -2,12 +2,14 @@
 
 use std::path::{Path, PathBuf};
 
+use linfusion_models::json;
 use linfusion_models::random::SplitMix64;
 use linfusion_runtime::engine::{Dim, Port};
 use linfusion_runtime::npz;
 use linfusion_runtime::tensor::Tensor;
 use ndarray::{ArrayD, IxDyn};
 use serde::Deserialize;
+use serde_json::Value;
 
 use super::error::DistillError;
 
@@ -41,17 +43,18 @@ pub struct Random {
     inputs: serde_json::Map<String, serde_json::Value>,
 }
 
-#[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Clone, Debug)]
 struct Drawn {
-    #[serde(flatten)]
     values: Distribution,
     /// Sizes, where the graph leaves them open.
     shape: Option<Vec<usize>>,
 }
 
+/// The names of [`Distribution`]s in the file.
+const DISTRIBUTIONS: [&str; 5] = ["normal", "uniform", "log-uniform", "integers", "constant"];
+
 #[derive(Clone, Debug, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
 enum Distribution {
     Normal {
         #[serde(default)]
@@ -210,12 +213,7 @@ pub fn random(
                 port.name, port.name
             ))
         })?;
-        let entry = Drawn::deserialize(entry).map_err(|e| {
-            fault(format!(
-                "'{}': {e}; expected normal, uniform, log-uniform, integers or constant, and perhaps shape",
-                port.name
-            ))
-        })?;
+        let entry = Drawn::read(entry).map_err(|e| fault(format!("'{}': {e}", port.name)))?;
         entry
             .values
             .check()
@@ -268,6 +266,34 @@ fn shape(port: &Port, stated: Option<&[usize]>) -> Result<Vec<usize>, String> {
         None => Err(format!(
             "'{name}' has shape {shape:?}: 1 to {MAX_ELEMENTS} elements are possible"
         )),
+    }
+}
+
+impl Drawn {
+    /// An object with one distribution, and perhaps a shape.
+    fn read(entry: &Value) -> Result<Self, String> {
+        let wrong = || {
+            format!(
+                "is {entry}; expected an object with one of {}, and perhaps shape",
+                DISTRIBUTIONS.join(", ")
+            )
+        };
+        let mut fields = entry.as_object().cloned().ok_or_else(wrong)?;
+        let shape = match fields.remove("shape") {
+            Some(shape) => Some(
+                serde_json::from_value(shape.clone())
+                    .map_err(|_| format!("shape is {shape}; expected sizes, as [1, 4, 64, 64]"))?,
+            ),
+            None => None,
+        };
+        let mut names = fields.keys().cloned();
+        let name = match (names.next(), names.next()) {
+            (Some(name), None) if DISTRIBUTIONS.contains(&name.as_str()) => name,
+            _ => return Err(wrong()),
+        };
+        let values = serde_json::from_value(Value::Object(fields))
+            .map_err(|e| format!("{name}: {}", json::problem(&e)))?;
+        Ok(Self { values, shape })
     }
 }
 

@@ -93,6 +93,19 @@ pub(super) struct Judged {
     pub end_to_end: EndToEnd,
 }
 
+impl Judged {
+    /// What serves the samples held out better; `notes` hear of it under the name of `what` made the other.
+    pub fn or_better(self, other: Self, what: &str, notes: &mut Vec<String>) -> Self {
+        let (before, after) = (self.end_to_end.psnr(), other.end_to_end.psnr());
+        let better = after > before;
+        notes.push(format!(
+            "{what}: {before:.2} dB before, {after:.2} dB after; {}",
+            if better { "kept" } else { "not kept" }
+        ));
+        if better { other } else { self }
+    }
+}
+
 /// How far `found` is from `expected`, sample by sample.
 pub(super) fn distance(expected: &Outputs, found: &Outputs) -> EndToEnd {
     let mut psnr_db = Vec::with_capacity(expected.len());

@@ -39,6 +39,7 @@ pub use self::error::DistillError;
 pub use self::inputs::Source;
 pub use self::report::{CostAt, EndToEnd, Report, SiteReport};
 pub use self::run::run;
+pub use self::state::unfinished;
 pub use self::train::{Error, Point, Schedule};
 use crate::plan::Selection;
 

@@ -84,6 +84,8 @@ pub struct Report {
     pub skipped: Vec<String>,
     /// The converted model with these weights.
     pub end_to_end: EndToEnd,
+    /// The same before anything was learned, with MLPs that give zero at all sites.
+    pub untrained: EndToEnd,
     /// The same if no site had been left to stay within a budget.
     pub all_sites: EndToEnd,
     /// Sites that keep softmax to stay within a budget.
@@ -100,6 +102,8 @@ pub struct Report {
     pub resumed: usize,
     /// What is to be known.
     pub notes: Vec<String>,
+    /// What makes the weights doubtful, and what to do about it.
+    pub warnings: Vec<String>,
 }
 
 impl Report {
@@ -145,11 +149,10 @@ impl Report {
             .map(|p| p.map_or("equal".to_owned(), |p| format!("{p:.1}")))
             .collect();
         text += &format!(
-            "the converted model against the original: PSNR {} dB ({})\n",
-            self.end_to_end
-                .mean_psnr_db
-                .map_or("∞".to_owned(), |p| format!("{p:.1}")),
-            psnr.join(", ")
+            "the converted model against the original: PSNR {} dB ({}); {} dB before anything was learned\n",
+            decibels(&self.end_to_end),
+            psnr.join(", "),
+            decibels(&self.untrained),
         );
         let reason = |line: &String| {
             line.split_once("]: ")
@@ -185,6 +188,53 @@ impl Report {
         text += "\n";
         text
     }
+}
+
+fn decibels(whole: &EndToEnd) -> String {
+    whole
+        .mean_psnr_db
+        .map_or("∞".to_owned(), |p| format!("{p:.1}"))
+}
+
+/// Below, outputs are off by more than a tenth of their range.
+const LOW_PSNR_DB: f64 = 20.0;
+/// As much of a site's variance as `--attention auto` leaves unexplained without being told.
+const MUCH_UNEXPLAINED: f64 = 0.15;
+
+/// What makes the weights doubtful, and what to do about it.
+pub(super) fn doubts(sites: &[SiteReport], whole: &EndToEnd) -> Vec<String> {
+    const SHOWN: usize = 3;
+    let mut doubts = Vec::new();
+    let psnr = whole.psnr();
+    if psnr < LOW_PSNR_DB {
+        doubts.push(format!(
+            "the converted model is off by more than a tenth of the output's range (PSNR {psnr:.1} dB, less than {LOW_PSNR_DB} dB): \
+             learn from more --samples or for more --steps, try --attention auto, or leave softmax where it is needed with \
+             --budget-db or --keep"
+        ));
+    }
+    let mut poor: Vec<&SiteReport> = sites
+        .iter()
+        .filter(|s| s.after.unexplained > MUCH_UNEXPLAINED)
+        .collect();
+    poor.sort_by(|a, b| b.after.unexplained.total_cmp(&a.after.unexplained));
+    if !poor.is_empty() {
+        let worst: Vec<String> = poor
+            .iter()
+            .take(SHOWN)
+            .map(|s| format!("{} ({})", s.module, percent(s.after.unexplained)))
+            .collect();
+        let more = if poor.len() > SHOWN { ", …" } else { "" };
+        doubts.push(format!(
+            "{} of {} sites leave more than {} of their output's variance unexplained: {}{more}; more --samples or --steps, \
+             --attention auto, or --keep for them",
+            poor.len(),
+            sites.len(),
+            percent(MUCH_UNEXPLAINED),
+            worst.join(", "),
+        ));
+    }
+    doubts
 }
 
 fn percent(share: f64) -> String {

@@ -3,22 +3,24 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use candle_core::Device;
 use linfusion_models::onnx::OnnxFile;
 use linfusion_models::shapes::Shapes;
-use linfusion_runtime::engine::{Engine, Session, SessionOptions};
+use linfusion_runtime::engine::{Engine, EngineError, Session, SessionOptions};
 use linfusion_runtime::memory;
 use linfusion_runtime::pipeline::{Folder, Place};
 
 use super::capture::Teacher;
 use super::choose;
 use super::end_to_end::Whole;
-use super::error::DistillError;
+use super::error::{DistillError, learning};
 use super::inputs::{self, Sample, Source};
-use super::learn::{Work, modules};
+use super::learn::{Learned, Work, modules};
 use super::output;
 use super::pipeline;
-use super::report::{Report, SiteReport, mean};
-use super::state::State;
+use super::report::{Report, SiteReport, doubts, mean};
+use super::state::{State, unfinished};
+use super::student::{Beginning, Student};
 use super::target::Target;
 use super::{Attention, Progress, Refinement, Request};
 use crate::analysis::Analysis;
@@ -48,7 +50,7 @@ pub fn run(
     let analysis = Analysis::with_grid(&file, request.selection.grid);
     request.selection.check(&analysis.sites)?;
 
-    let engine = engine();
+    let engine = engine().map_err(EngineError::from)?;
     let options = SessionOptions::default();
     progress(Progress::Note(format!("the original runs on {engine}")));
     let samples = samples(request, &path, engine, &options, progress)?;
@@ -74,34 +76,42 @@ pub fn run(
         progress,
         outputs: Default::default(),
     };
-    let (learned, resumed) = work.learn(&targets)?;
     let mut notes = Vec::new();
+    let kept = unfinished(&request.out);
+    if kept.is_dir() {
+        let done = targets.iter().filter(|t| work.state.has(t.site)).count();
+        let note = match done {
+            0 => format!(
+                "{} is of an interrupted run with another request; all sites are learned anew",
+                kept.display()
+            ),
+            _ => format!(
+                "{done} of {} sites are taken over from an interrupted run ({})",
+                targets.len(),
+                kept.display()
+            ),
+        };
+        progress(Progress::Note(note.clone()));
+        notes.push(note);
+    }
+    let (learned, resumed) = work.learn(&targets)?;
+    if request.schedule.steps == 0 {
+        notes.push("nothing was learned: --steps 0 leaves the graph's own projections, with MLPs that give zero".to_owned());
+    }
     let expected = work.expected()?;
+    let untrained = work
+        .judged(untrained(&learned, request.seed)?, &expected)?
+        .end_to_end;
     let mut best = work.judged(learned, &expected)?;
     if request.refinement == Refinement::IfBetter {
         let refined = work.refine(&best.sites)?;
         let refined = work.judged(refined, &expected)?;
-        let (before, after) = (best.end_to_end.psnr(), refined.end_to_end.psnr());
-        let better = after > before;
-        notes.push(format!(
-            "refinement on the converted model's own activations: {before:.2} dB before, {after:.2} dB after; {}",
-            if better { "kept" } else { "not kept" }
-        ));
-        if better {
-            best = refined;
-        }
+        let what = "refinement on the converted model's own activations";
+        best = best.or_better(refined, what, &mut notes);
     }
     if let Some(whole) = whole {
         let together = work.judged(whole.refine(&work, &best.sites)?, &expected)?;
-        let (before, after) = (best.end_to_end.psnr(), together.end_to_end.psnr());
-        let better = after > before;
-        notes.push(format!(
-            "end to end: {before:.2} dB before, {after:.2} dB after; {}",
-            if better { "kept" } else { "not kept" }
-        ));
-        if better {
-            best = together;
-        }
+        best = best.or_better(together, "end to end", &mut notes);
     }
     let unlimited = best.end_to_end.clone();
     if let Some(budget) = request.budget {
@@ -116,6 +126,7 @@ pub fn run(
         .into_iter()
         .map(|site| site.done.report)
         .collect();
+    let warnings = doubts(&sites, &best.end_to_end);
     let report = Report {
         model,
         output: request.out.display().to_string(),
@@ -126,6 +137,7 @@ pub fn run(
         sites,
         skipped,
         end_to_end: best.end_to_end,
+        untrained,
         all_sites: unlimited,
         kept: best.kept,
         costs,
@@ -133,11 +145,34 @@ pub fn run(
         peak_bytes: memory::peak(),
         resumed,
         notes,
+        warnings,
     };
     if let Some(path) = &request.plot {
         super::plot::write(&report, path)?;
     }
     Ok(report)
+}
+
+/// The sites as they are before anything is learned: the graph's projections, MLPs that give zero, both halves of a mixture
+/// equal.
+fn untrained(learned: &[Learned], seed: u64) -> Result<Vec<Learned>, DistillError> {
+    let begin = |site: &Learned| {
+        let report = &site.done.report;
+        let mut site = site.clone();
+        if report.attention != Method::Window {
+            let failed = learning(&site.target.module);
+            let beginning = Beginning {
+                projections: &site.layers.projections,
+                mid: report.mid,
+                mixed: report.attention == Method::Hybrid,
+                seed,
+            };
+            let student = Student::new(site.target.shape, &beginning, &Device::Cpu);
+            site.done.weights = student.and_then(|s| s.weights()).map_err(failed)?;
+        }
+        Ok(site)
+    };
+    learned.iter().map(begin).collect()
 }
 
 /// The model's file: of a pipeline's folder, that of its denoiser.

@@ -11,7 +11,15 @@ use super::error::DistillError;
 use super::report::SiteReport;
 use super::student::Weights;
 
-/// The folder `<output>.unfinished`.
+/// Where the sites that are done are kept while the checkpoint `output` is not: `<output>.unfinished`.
+#[must_use]
+pub fn unfinished(output: &Path) -> PathBuf {
+    let mut name = output.file_name().unwrap_or_default().to_owned();
+    name.push(".unfinished");
+    output.with_file_name(name)
+}
+
+/// The folder [`unfinished`].
 pub(super) struct State {
     folder: PathBuf,
     key: String,
@@ -31,11 +39,9 @@ impl State {
     /// The state of a distillation into `output`, which is the same only for the same `request`: everything that the
     /// weights depend on, as text.
     pub fn of(output: &Path, request: &str) -> Self {
-        let mut name = output.file_name().unwrap_or_default().to_owned();
-        name.push(".unfinished");
         let digest = Sha256::digest(request.as_bytes());
         Self {
-            folder: output.with_file_name(name),
+            folder: unfinished(output),
             key: digest.iter().map(|b| format!("{b:02x}")).collect(),
         }
     }
@@ -71,6 +77,17 @@ impl State {
         Some(Done {
             weights: Weights(parts),
             report,
+        })
+    }
+
+    /// Whether an earlier run with the same request finished a phase of the site.
+    pub fn has(&self, site: usize) -> bool {
+        let files = std::fs::read_dir(&self.folder).into_iter().flatten();
+        files.flatten().any(|file| {
+            let name = file.file_name();
+            let stem = Path::new(&name).file_stem().and_then(|s| s.to_str());
+            let phase = stem.and_then(|s| s.strip_suffix(&format!("-{site:04}")));
+            phase.is_some_and(|phase| self.load(phase, site).is_some())
         })
     }
 

@@ -226,6 +226,6 @@ impl Resized {
             any_size: self.any_size.as_ref().unwrap_or(&self.model),
             one_size: (self.any_size.is_some() && self.runs_at_its_size()).then_some(&self.model),
         };
-        verify::verify(file, models, &self.expected, engine())
+        verify::verify(file, models, &self.expected, engine()?)
     }
 }

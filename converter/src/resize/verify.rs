@@ -3,6 +3,7 @@
 use buffa::Message;
 use linfusion_models::onnx::proto::{ModelProto, TensorProto};
 use linfusion_models::onnx::{OnnxFile, is_external};
+use linfusion_runtime::engine::library::LibraryError;
 use linfusion_runtime::engine::{Engine, EngineError, Optimization, Session, SessionOptions};
 use linfusion_runtime::inputs::{InputsError, Request, make};
 use linfusion_runtime::tensor::{DType, Tensor};
@@ -63,11 +64,14 @@ pub enum VerifyError {
         /// Columns.
         width: i64,
         /// What the engine said.
-        source: EngineError,
+        r#source: EngineError,
     },
     /// The resized model does not run at the size of the export.
     #[error("the resized model does not run: {0}")]
     Run(EngineError),
+    /// The ONNX Runtime library that was named does not load.
+    #[error(transparent)]
+    Library(#[from] LibraryError),
     /// The original does not run here.
     #[error(transparent)]
     Original(#[from] Original),
@@ -81,7 +85,7 @@ pub enum Original {
     Run(EngineError),
     /// No inputs for it.
     #[error("the original model cannot be fed: {0}")]
-    Inputs(#[from] InputsError),
+    Inputs(InputsError),
     /// Weights that cannot be read.
     #[error("tensor '{0}' cannot be read")]
     Weights(String),

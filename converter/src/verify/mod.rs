@@ -8,14 +8,17 @@ use buffa::Message;
 use linfusion_models::checkpoint::Checkpoint;
 use linfusion_models::onnx::{ElementType, OnnxFile, check_model};
 use linfusion_ops::schema::DOMAIN;
-use linfusion_runtime::engine::{Engine, EngineError, Operators, Session, SessionOptions, library};
+use linfusion_runtime::engine::library::LibraryError;
+use linfusion_runtime::engine::{
+    Engine, EngineError, Operators, Session, SessionOptions, load_library,
+};
 use serde::Serialize;
 
 use self::cut::cut;
 pub use self::cut::{CutInput, Feed};
 use self::judge::SiteRun;
 pub use self::readback::converted_sites;
-pub use self::stored::weights_that_differ;
+pub use self::stored::{Difference, StoredWeights, compare_weights};
 use crate::plan::Method;
 use crate::rewrite::site::LinearPart;
 use crate::rewrite::window::WindowPart;
@@ -69,14 +72,39 @@ pub struct Verified {
     pub sites: usize,
     /// Sites that were not, and why.
     pub skipped: Vec<String>,
+    /// Those among them that the engine could not run.
+    #[serde(skip)]
+    pub not_run: Vec<String>,
     /// The largest error of an attention output, relative to the largest
     /// magnitude in it.
     pub max_relative_error: f64,
 }
 
+impl Verified {
+    /// What to tell of sites whose numbers nobody looked at because no engine ran them; `None` where there are none.
+    #[must_use]
+    pub fn unchecked(&self) -> Option<String> {
+        let first = self.not_run.first()?;
+        let engine = match self.engine.as_deref() {
+            Some("tract") => {
+                "tract, as no ONNX Runtime library was found (ORT_DYLIB_PATH names one)".to_owned()
+            }
+            engine => engine.unwrap_or("any engine").to_owned(),
+        };
+        Some(format!(
+            "{} of {} sites were not run, and only their structure is checked: not on {engine}; {first}",
+            self.not_run.len(),
+            self.sites + self.skipped.len(),
+        ))
+    }
+}
+
 /// Why a written model must not be published.
 #[derive(Debug, thiserror::Error)]
 pub enum VerifyError {
+    /// The ONNX Runtime library that was named does not load.
+    #[error(transparent)]
+    Library(#[from] LibraryError),
     /// The structure is broken.
     #[error("the written model is not valid (a bug in the rewrite, please report it):\n  {}", .0.join("\n  "))]
     Structure(Vec<String>),
@@ -135,7 +163,7 @@ pub fn verify(
     }
     structure(file, before)?;
     let mut verified = Verified::default();
-    let engine = engine();
+    let engine = engine()?;
     verified.engine = Some(engine.to_string());
     for site in sites {
         progress(&site.module);
@@ -160,7 +188,9 @@ pub fn verify(
                 });
             }
             Err(Failure::CannotRun(reason)) => {
-                verified.skipped.push(format!("{}: {reason}", site.module))
+                let line = format!("{}: {reason}", site.module);
+                verified.not_run.push(line.clone());
+                verified.skipped.push(line);
             }
         }
     }
@@ -195,13 +225,14 @@ fn structure(file: &OnnxFile, before: &HashSet<String>) -> Result<(), VerifyErro
 }
 
 /// ONNX Runtime if it is there, else tract.
-pub(crate) fn engine() -> Engine {
-    // A library that was named and does not load is to be heard of.
-    let loads = || linfusion_runtime::engine::load_library(None).is_ok();
-    if library::is_named() || (!library::find(None).is_empty() && loads()) {
-        Engine::Ort
-    } else {
-        Engine::Tract
+///
+/// # Errors
+/// A library was named, and does not load: another engine is not what was asked for.
+pub(crate) fn engine() -> Result<Engine, LibraryError> {
+    match load_library(None) {
+        Ok(_) => Ok(Engine::Ort),
+        Err(LibraryError::NotFound { .. }) => Ok(Engine::Tract),
+        Err(error) => Err(error),
     }
 }
 

@@ -2,14 +2,14 @@
 
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Mutex, OnceLock};
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use linfusion_convert::convert::{WeightsFrom, default_output};
 use linfusion_convert::distill::{
     Attention, Budget, DistillError, Mid, Progress, Refinement, Report, Request, Schedule, Source,
-    Together, run,
+    Together, run, unfinished,
 };
 use linfusion_convert::plan::Selection;
 use linfusion_models::onnx::write::Overwrite;
@@ -65,7 +65,7 @@ pub struct HowArgs {
     #[arg(long, value_name = "N", default_value_t = 8)]
     pub holdout: usize,
     /// Steps of AdamW for each site.
-    #[arg(long, value_name = "N", default_value_t = Schedule::default().steps)]
+    #[arg(long, value_name = "N", default_value_t = Schedule::default().steps, value_parser = steps)]
     pub steps: usize,
     /// Learning rate at the first step; it falls to zero as a cosine.
     #[arg(long, value_name = "RATE", default_value_t = Schedule::default().learning_rate)]
@@ -121,6 +121,14 @@ fn mid(text: &str) -> Result<Mid, String> {
         _ => Err(format!(
             "'{text}' is none of auto, -1 and a width of 1 or more"
         )),
+    }
+}
+
+fn steps(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) => Err("without a step nothing is learned; `linfusion-convert MODEL --weights none` writes an untrained model".to_owned()),
+        Ok(steps) => Ok(steps),
+        Err(_) => Err(format!("'{text}' is no number of steps")),
     }
 }
 
@@ -278,13 +286,37 @@ fn bytes(gib: f64) -> Result<u64, Failure> {
     }
 }
 
+/// Where an interrupted run keeps what it has learned so far.
+static KEPT: OnceLock<PathBuf> = OnceLock::new();
+
+/// Says what an interruption leaves behind, if weights were being learned.
+pub fn tell_what_is_kept() {
+    let Some(folder) = KEPT.get() else { return };
+    let is_empty = |folder: &Path| {
+        folder
+            .read_dir()
+            .map_or(true, |mut files| files.next().is_none())
+    };
+    if is_empty(folder) {
+        eprintln!("\ninterrupted before the first site was learned; nothing is kept");
+    } else {
+        eprintln!(
+            "\ninterrupted; the sites that are learned are kept in {}, and the same command goes on from there",
+            folder.display()
+        );
+    }
+}
+
 /// Runs with a progress bar.
 fn watched(request: &Request) -> Result<Report, Failure> {
+    // Nobody set it before: a process learns once.
+    let _ = KEPT.set(unfinished(&request.out));
     let bar: Mutex<ProgressBar> = Mutex::new(spinner());
     let show = |progress: Progress| {
         let Ok(mut bar) = bar.lock() else { return };
         match progress {
             Progress::Advance(steps) => bar.inc(steps),
+            Progress::Note(note) if bar.is_hidden() => eprintln!("{note}"),
             Progress::Note(note) => bar.println(note),
             Progress::Begin { stage, steps } => {
                 bar.finish_and_clear();
@@ -305,7 +337,11 @@ fn watched(request: &Request) -> Result<Report, Failure> {
     if let Ok(bar) = bar.lock() {
         bar.finish_and_clear();
     }
-    Ok(result?)
+    let report = result?;
+    for warning in &report.warnings {
+        eprintln!("warning: {warning}");
+    }
+    Ok(report)
 }
 
 impl From<DistillError> for Failure {
@@ -314,6 +350,7 @@ impl From<DistillError> for Failure {
             DistillError::Setting { .. } | DistillError::Pattern(_) => 2,
             DistillError::NoSites { .. } => 4,
             DistillError::AlreadyConverted { .. } => 5,
+            DistillError::Pipeline(error) if error.is_usage() => 2,
             _ => 1,
         };
         Failure::new(code, error)

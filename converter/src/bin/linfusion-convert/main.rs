@@ -20,8 +20,10 @@ use linfusion_convert::convert::{
     ConvertError, Partial, Request, Run, WeightsFrom, convert, convert_pipeline, inspect,
 };
 use linfusion_convert::grid::GridSize;
-use linfusion_convert::plan::{BadPattern, MethodRule, Selection, globs};
+use linfusion_convert::patterns::{BadPattern, Patterns};
+use linfusion_convert::plan::{MethodRule, Selection};
 use linfusion_convert::report::ConvertReport;
+use linfusion_convert::verify::{StoredWeights, Verified, VerifyError};
 use linfusion_convert::{diff, verify};
 use linfusion_models::checkpoint::Checkpoint;
 use linfusion_models::onnx::text::{Elided, PrintOptions, print_model};
@@ -37,10 +39,13 @@ fn main() -> ExitCode {
         .init();
     let cli = Cli::parse();
     // Runs on a thread of its own. Without it a signal would still leave no output,
-    // but perhaps a hidden scratch file.
+    // but perhaps a hidden scratch file. The exit runs no destructors: those of ONNX Runtime
+    // would take from its threads what they still use. Reports are flushed as they are printed.
     let handler = ctrlc::set_handler(|| {
         clean_up_unfinished();
-        std::process::exit(INTERRUPTED);
+        #[cfg(feature = "distill")]
+        distill::tell_what_is_kept();
+        signal_hook::low_level::exit(INTERRUPTED);
     });
     if let Err(error) = handler {
         tracing::warn!("signals are not handled: {error}");
@@ -103,8 +108,12 @@ impl From<ConvertError> for Failure {
             ConvertError::NoWeights { .. } | ConvertError::ManyWeights { .. } => 3,
             ConvertError::Fewer { .. } => 4,
             ConvertError::AlreadyConverted { .. } => 5,
+            // Nothing was verified.
+            ConvertError::Verify(VerifyError::Library(_)) => 1,
             ConvertError::Verify(_) | ConvertError::ResizedWrong { .. } => 6,
-            ConvertError::Pattern(_) | ConvertError::OtherAttention { .. } => 2,
+            ConvertError::Pattern(_)
+            | ConvertError::OtherAttention { .. }
+            | ConvertError::NothingToDo { .. } => 2,
             _ => 1,
         };
         Failure::new(code, error)
@@ -114,6 +123,12 @@ impl From<ConvertError> for Failure {
 impl From<ReadError> for Failure {
     fn from(error: ReadError) -> Self {
         Failure::new(1, error)
+    }
+}
+
+impl From<VerifyError> for Failure {
+    fn from(error: VerifyError) -> Self {
+        ConvertError::from(error).into()
     }
 }
 
@@ -143,7 +158,7 @@ fn selection(args: &SelectionArgs) -> Result<Selection, Failure> {
     for rule in &args.attention {
         attention.push(MethodRule {
             sites: match &rule.glob {
-                Some(glob) => Some(globs(std::slice::from_ref(glob))?),
+                Some(glob) => Some(Patterns::new("--attention", std::slice::from_ref(glob))?),
                 None => None,
             },
             method: match rule.method {
@@ -165,11 +180,11 @@ fn selection(args: &SelectionArgs) -> Result<Selection, Failure> {
             rows: i64::from(rows),
             cols: i64::from(cols),
         }),
-        keep: globs(&args.keep)?,
+        keep: Patterns::new("--keep", &args.keep)?,
         only: if args.only.is_empty() {
             None
         } else {
-            Some(globs(&args.only)?)
+            Some(Patterns::new("--only", &args.only)?)
         },
         keep_every: args.keep_every.and_then(|n| usize::try_from(n).ok()),
         min_tokens: i64::from(args.min_tokens),
@@ -247,7 +262,7 @@ fn run_convert(args: &ConvertArgs) -> Result<(), Failure> {
     }
     match args.report {
         ReportAs::Json => print_json(&report),
-        ReportAs::Table => print_bytes(summary(&report, args.explain).as_bytes()),
+        ReportAs::Table => print_bytes(summary(&report, &request.weights, args.explain).as_bytes()),
     }
 }
 
@@ -265,7 +280,7 @@ fn learned(_: &ConvertArgs, _: &Path) -> Result<(WeightsFrom, Selection), Failur
     ))
 }
 
-fn summary(report: &ConvertReport, explain: bool) -> String {
+fn summary(report: &ConvertReport, weights: &WeightsFrom, explain: bool) -> String {
     let mut text = if explain {
         report.model.table()
     } else {
@@ -284,6 +299,13 @@ fn summary(report: &ConvertReport, explain: bool) -> String {
             .model
             .count(linfusion_convert::attention::kind::Kind::Cross),
     );
+    if let Some(checkpoint) = &report.checkpoint {
+        let how = match weights {
+            WeightsFrom::Search => "weights found: ",
+            _ => "weights: ",
+        };
+        text += &format!("{how}{checkpoint}\n");
+    }
     match &report.output {
         None => text += "dry run: nothing written\n",
         Some(output) => {
@@ -325,34 +347,35 @@ fn run_verify(args: &VerifyArgs) -> Result<(), Failure> {
     let file = OnnxFile::open(&args.model)?;
     let (sites, unread) = verify::converted_sites(&file);
     let total = sites.len() + unread.len();
-    if total == 0 {
-        let converted = file
-            .model
-            .metadata_props
-            .iter()
-            .any(|p| p.key.as_deref() == Some(METADATA_KEY));
-        let name = args.model.display();
-        return Err(Failure::new(
-            1,
-            if converted {
-                format!(
-                    "'{name}' was converted with --emit standard: there is no operator left in it to check (it was verified when it was converted, unless that was off)"
-                )
-            } else {
+    let converted = file
+        .model
+        .metadata_props
+        .iter()
+        .any(|p| p.key.as_deref() == Some(METADATA_KEY));
+    let name = args.model.display();
+    match (total, converted, &args.weights) {
+        (0, false, _) => {
+            return Err(Failure::new(
+                1,
                 format!(
                     "'{name}' was not converted: it holds no LinFusionAttention and no WindowAttention node"
-                )
-            },
-        ));
-    }
-    if let Some(weights) = &args.weights {
-        let checkpoint = Checkpoint::open(weights).map_err(|e| Failure::new(1, e))?;
-        let different =
-            verify::weights_that_differ(&file, &checkpoint).map_err(|e| Failure::new(1, e))?;
-        if !different.is_empty() {
-            return Err(Failure::new(6, different.join("\n")));
+                ),
+            ));
         }
+        (0, true, None) => {
+            return Err(Failure::new(
+                1,
+                format!(
+                    "'{name}' was converted with --emit standard: there is no operator left in it to check (it was verified when it was converted, unless that was off)\nhint: --weights CHECKPOINT compares its weights"
+                ),
+            ));
+        }
+        _ => {}
     }
+    let weights = match &args.weights {
+        Some(checkpoint) => Some(same_weights(&file, checkpoint)?),
+        None => None,
+    };
     let mut verified = verify::verify(
         &file,
         &Default::default(),
@@ -360,29 +383,97 @@ fn run_verify(args: &VerifyArgs) -> Result<(), Failure> {
         None,
         verify::Verify::Auto,
         &mut |_| {},
-    )
-    .map_err(|e| Failure::new(6, e))?;
-    let unread = unread.into_iter();
-    verified
-        .skipped
-        .extend(unread.map(|node| format!("{node}: its input cannot be told from the graph")));
+    )?;
+    let unread = unread
+        .into_iter()
+        .map(|node| format!("{node}: its input cannot be told from the graph"));
+    for line in unread {
+        verified.not_run.push(line.clone());
+        verified.skipped.push(line);
+    }
+    if let Some(warning) = verified.unchecked() {
+        eprintln!("warning: {warning}");
+    }
+    let report = VerifyReport { verified, weights };
     match args.report {
-        ReportAs::Json => print_json(&verified),
-        ReportAs::Table => print_bytes(
+        ReportAs::Json => print_json(&report),
+        ReportAs::Table => print_bytes(report.text(total).as_bytes()),
+    }
+}
+
+/// What `verify` found.
+#[derive(serde::Serialize)]
+struct VerifyReport {
+    #[serde(flatten)]
+    verified: Verified,
+    /// The comparison that `--weights` asks for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    weights: Option<SameWeights>,
+}
+
+/// Weights that were found to be a checkpoint's.
+#[derive(serde::Serialize)]
+struct SameWeights {
+    checkpoint: String,
+    #[serde(flatten)]
+    stored: StoredWeights,
+}
+
+/// Compares the weights in `file` with those of the checkpoint at `path`.
+fn same_weights(file: &OnnxFile, path: &Path) -> Result<SameWeights, Failure> {
+    let checkpoint = Checkpoint::open(path).map_err(|e| Failure::new(1, e))?;
+    let stored = verify::compare_weights(file, &checkpoint).map_err(|e| Failure::new(1, e))?;
+    let checkpoint = checkpoint.path.display().to_string();
+    if !stored.different.is_empty() {
+        return Err(Failure::new(
+            6,
+            format!("the weights in the file are not those of {checkpoint}: {stored}"),
+        ));
+    }
+    if stored.equal.is_empty() {
+        return Err(Failure::new(
+            6,
             format!(
-                "structure ok; {} of {} sites run on {}, within {:.1e} of the reference\n{}",
-                verified.sites,
-                total,
+                "nothing was compared with {checkpoint}: the {} converted sites of the file are window attention, which has no weights of a checkpoint",
+                stored.without.len()
+            ),
+        ));
+    }
+    Ok(SameWeights { checkpoint, stored })
+}
+
+impl VerifyReport {
+    /// For people; the file has so many converted sites.
+    fn text(&self, sites: usize) -> String {
+        let Self { verified, weights } = self;
+        let mut text = match (sites, verified.sites) {
+            (0, _) => "structure ok; no operator is left to run (--emit standard)\n".to_owned(),
+            (_, 0) => format!("structure ok; 0 of {sites} sites run\n"),
+            (_, run) => format!(
+                "structure ok; {run} of {sites} sites run on {}, within {:.1e} of the reference\n",
                 verified.engine.as_deref().unwrap_or("nothing"),
                 verified.max_relative_error,
-                verified
-                    .skipped
-                    .iter()
-                    .map(|s| format!("  not run: {s}\n"))
-                    .collect::<String>()
-            )
-            .as_bytes(),
-        ),
+            ),
+        };
+        for skipped in &verified.skipped {
+            text += &format!("  not run: {skipped}\n");
+        }
+        match weights {
+            None => text += "weights not compared (--weights CHECKPOINT does)\n",
+            Some(SameWeights { checkpoint, stored }) => {
+                text += &format!(
+                    "weights of {} sites compared with {checkpoint}: equal\n",
+                    stored.equal.len()
+                );
+                if !stored.without.is_empty() {
+                    text += &format!(
+                        "  {} sites of window attention have no weights of a checkpoint\n",
+                        stored.without.len()
+                    );
+                }
+            }
+        }
+        text
     }
 }
 

@@ -106,7 +106,7 @@ fn a_program_computes_what_the_engine_does(#[case] name: &str) {
     let options = SessionOptions::default();
     agree(
         &file,
-        &mut Session::from_file(engine(), &path, &options).unwrap(),
+        &mut Session::from_file(engine().unwrap(), &path, &options).unwrap(),
     );
 }
 
@@ -131,7 +131,7 @@ fn a_converted_model_too() {
     let file = OnnxFile::open(&path).unwrap();
     agree(
         &file,
-        &mut Session::from_file(engine(), &path, &options).unwrap(),
+        &mut Session::from_file(engine().unwrap(), &path, &options).unwrap(),
     );
 }
 
@@ -353,6 +353,6 @@ fn the_network_is_what_the_engine_computes() {
     let options = SessionOptions::default();
     agree(
         &file,
-        &mut Session::from_file(engine(), &path, &options).unwrap(),
+        &mut Session::from_file(engine().unwrap(), &path, &options).unwrap(),
     );
 }

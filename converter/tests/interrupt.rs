@@ -1,0 +1,145 @@
+//! Ctrl-C while weights are learned.
+#![cfg(feature = "distill")]
+
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use linfusion_models::fixtures;
+
+const SPEC: &str = r#"{"sample": {"normal": {}, "shape": [1, 4, 16, 16]},
+    "timestep": {"integers": {"min": 0, "max": 999}},
+    "encoder_hidden_states": {"normal": {}, "shape": [1, 7, 12]}}"#;
+
+fn distill(folder: &Path, steps: &str) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_linfusion-convert"));
+    command
+        .args(["distill", "unet.onnx", "-o", "w", "--random", "spec.json"])
+        .args([
+            "--samples",
+            "2",
+            "--holdout",
+            "1",
+            "--no-refine",
+            "--steps",
+            steps,
+        ])
+        .current_dir(folder);
+    command
+}
+
+fn said(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// Runs until the condition holds, then sends SIGINT.
+fn interrupted(command: &mut Command, holds: impl Fn() -> bool) -> Output {
+    let child = command
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let begin = Instant::now();
+    while !holds() {
+        assert!(
+            begin.elapsed() < Duration::from_secs(120),
+            "it did not get so far"
+        );
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let pid = child.id().to_string();
+    assert!(
+        Command::new("kill")
+            .args(["-INT", &pid])
+            .status()
+            .unwrap()
+            .success()
+    );
+    child.wait_with_output().unwrap()
+}
+
+/// A library like ONNX Runtime's has destructors that must not run beside its threads; this one's ends the process.
+fn library_with_destructor(folder: &Path) -> std::path::PathBuf {
+    let source = folder.join("destructor.c");
+    let code =
+        "#include <stdlib.h>\n__attribute__((destructor)) static void end(void) { abort(); }\n";
+    std::fs::write(&source, code).unwrap();
+    let library = folder.join("destructor.so");
+    let compiled = Command::new("cc")
+        .args(["-shared", "-fPIC", "-o"])
+        .args([&library, &source])
+        .status()
+        .expect("a C compiler");
+    assert!(compiled.success());
+    library
+}
+
+#[test]
+fn an_interruption_runs_no_destructors_and_says_what_is_kept() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path();
+    std::fs::copy(
+        fixtures::path("sd15-tiny/unet.onnx"),
+        root.join("unet.onnx"),
+    )
+    .unwrap();
+    std::fs::write(root.join("spec.json"), SPEC).unwrap();
+    let library = library_with_destructor(root);
+    let kept = root.join("w.unfinished");
+    let sites = || kept.read_dir().map_or(0, |files| files.count());
+
+    let output = interrupted(distill(root, "400").env("LD_PRELOAD", &library), || {
+        sites() > 0
+    });
+    assert_eq!(
+        output.status.code(),
+        Some(130),
+        "{:?} {}",
+        output.status,
+        said(&output)
+    );
+    assert!(
+        said(&output).contains("w.unfinished, and the same command goes on"),
+        "{}",
+        said(&output)
+    );
+    assert!(sites() > 0 && !root.join("w").exists());
+
+    let output = distill(root, "400").output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", said(&output));
+    assert!(
+        said(&output).contains("of 16 sites are taken over"),
+        "{}",
+        said(&output)
+    );
+    let report = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(report.contains("of 16 sites are taken over"), "{report}");
+    assert!(
+        report.contains("dB before anything was learned"),
+        "{report}"
+    );
+    assert!(!kept.exists());
+}
+
+#[test]
+fn weights_that_are_no_good_are_warned_of_and_no_steps_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path();
+    std::fs::copy(
+        fixtures::path("sd15-tiny/unet.onnx"),
+        root.join("unet.onnx"),
+    )
+    .unwrap();
+    std::fs::write(root.join("spec.json"), SPEC).unwrap();
+    let none = distill(root, "0").output().unwrap();
+    assert_eq!(none.status.code(), Some(2), "{}", said(&none));
+    assert!(
+        said(&none).contains("nothing is learned"),
+        "{}",
+        said(&none)
+    );
+    let few = distill(root, "1").output().unwrap();
+    assert_eq!(few.status.code(), Some(0), "{}", said(&few));
+    let warning = "of 16 sites leave more than 15.00 % of their output's variance unexplained";
+    assert!(said(&few).contains(warning), "{}", said(&few));
+}
