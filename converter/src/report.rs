@@ -302,7 +302,9 @@ impl ModelReport {
                     format!("{:.1}×", c.before.flops / c.after.flops.max(1.0)),
                 ]);
             }
-            text += &format!("attention, one step at batch 1, counted (not measured):\n{costs}\n");
+            text += &format!(
+                "attention, one step at batch 1, counted (not measured; the MLPs of linear attention only with a checkpoint, which tells their width):\n{costs}\n"
+            );
         }
         text
     }

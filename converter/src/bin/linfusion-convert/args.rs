@@ -37,7 +37,7 @@ const EXIT_CODES: &str = "Exit codes:\n  \
 /// The other commands.
 #[derive(Subcommand, Debug)]
 pub enum Command {
-    /// Show every attention site and what would be done with it.
+    /// Show every attention site, what would be done with it, and what attention costs (without a checkpoint's MLPs).
     Inspect(InspectArgs),
     /// Learn the weights of linear attention from the model itself.
     #[cfg(feature = "distill")]
@@ -230,10 +230,6 @@ pub struct ConvertArgs {
     /// Sites.
     #[command(flatten)]
     pub selection: SelectionArgs,
-    /// Learning weights.
-    #[cfg(feature = "distill")]
-    #[command(flatten, next_help_heading = "With --weights distill")]
-    pub how: crate::distill::HowArgs,
     /// What becomes of weights in external data files.
     #[arg(long, value_enum, default_value_t)]
     pub external_data: External,
@@ -255,6 +251,11 @@ pub struct ConvertArgs {
     /// How to report on stdout.
     #[arg(long, value_enum, default_value_t)]
     pub report: ReportAs,
+    /// Learning weights.
+    // Last: the heading is that of all arguments after it.
+    #[cfg(feature = "distill")]
+    #[command(flatten, next_help_heading = "With --weights distill")]
+    pub how: crate::distill::HowArgs,
 }
 
 /// What becomes of external data.
@@ -311,7 +312,7 @@ pub struct InspectArgs {
 pub struct VerifyArgs {
     /// A converted model.
     pub model: PathBuf,
-    /// Also compare its weights with those of this LinFusion checkpoint.
+    /// Also compare its weights, site by site, with those of this LinFusion checkpoint; others fail (exit code 6).
     #[arg(long, value_name = "PATH")]
     pub weights: Option<PathBuf>,
     /// How to report on stdout.

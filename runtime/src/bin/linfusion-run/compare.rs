@@ -41,17 +41,18 @@ pub struct CompareArgs {
     /// Also each replaced attention, alone, on the first one's own activations
     #[arg(long)]
     pub sites: bool,
-    #[command(flatten, next_help_heading = "Of pipelines")]
-    pub prompts: PromptArgs,
-    #[command(flatten, next_help_heading = "Of pipelines")]
-    pub sampler: SamplerArgs,
-    /// Pipelines: where both images and their difference go, side by side
-    #[arg(short, long, value_name = "OUT.png", default_value = "compare.png")]
-    pub output: PathBuf,
     #[command(flatten)]
     pub shape: Shape,
     #[command(flatten)]
     pub place: Where,
+    // The heading is that of all arguments after it.
+    #[command(flatten, next_help_heading = "Of pipelines")]
+    pub prompts: PromptArgs,
+    #[command(flatten)]
+    pub sampler: SamplerArgs,
+    /// Where both images and their difference go, side by side
+    #[arg(short, long, value_name = "OUT.png", default_value = "compare.png")]
+    pub output: PathBuf,
 }
 
 pub fn run(args: &CompareArgs) -> miette::Result<ExitCode> {
