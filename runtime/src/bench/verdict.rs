@@ -32,15 +32,12 @@ pub(super) fn speedup(ratio: f64, first: &[f64], this: &[f64]) -> Speedup {
     let left_out = outside(ratios.len());
     let low = ratios.get(left_out).copied().unwrap_or(ratio);
     let high = ratios.iter().rev().nth(left_out).copied().unwrap_or(ratio);
-    let verdict = (ratios.len() > 1).then(|| {
-        if low > 1.0 {
-            Verdict::Faster
-        } else if high < 1.0 {
-            Verdict::Slower
-        } else {
-            Verdict::Equal
-        }
-    });
+    let verdict = match ratios.len() {
+        0 | 1 => None,
+        _ if low > 1.0 => Some(Verdict::Faster),
+        _ if high < 1.0 => Some(Verdict::Slower),
+        _ => Some(Verdict::Equal),
+    };
     Speedup {
         ratio,
         range: [low, high],
