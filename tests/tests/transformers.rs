@@ -346,7 +346,11 @@ fn two_forms_of_window_in_one_file() {
         report.warnings
     );
     let (standard, report) = convert_as("standard.onnx", Emit::Standard);
-    assert!(report.warnings.is_empty(), "{:?}", report.warnings);
+    assert!(
+        !report.warnings.iter().any(|w| w.contains("another form")),
+        "{:?}",
+        report.warnings
+    );
     if !has_ort() {
         eprintln!("skipped: no libonnxruntime (make test fetches one)");
         return;
