@@ -249,3 +249,26 @@ pub(super) fn mean(errors: impl ExactSizeIterator<Item = Error>) -> Error {
         unexplained: mean.unexplained + e.unexplained / n,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_model_far_from_the_original_is_warned_of() {
+        let told = |psnr: Option<f64>| {
+            let whole = EndToEnd {
+                psnr_db: vec![psnr],
+                mean_psnr_db: psnr,
+            };
+            doubts(&[], &whole)
+        };
+        assert!(told(None).is_empty() && told(Some(20.0)).is_empty());
+        let [low] = &told(Some(19.9))[..] else {
+            panic!("one warning");
+        };
+        for what in ["19.9 dB", "--samples", "--attention auto", "--keep"] {
+            assert!(low.contains(what), "{low}");
+        }
+    }
+}
