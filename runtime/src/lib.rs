@@ -1,4 +1,5 @@
 //! Runs original and converted diffusion graphs on ONNX Runtime or tract, compares and measures them.
+pub mod arithmetic;
 pub mod bench;
 pub mod compare;
 pub mod doctor;

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use linfusion_models::fixtures;
-use linfusion_runtime::engine::{Engine, SessionOptions, load_library};
+use linfusion_runtime::engine::{Engine, Location, SessionOptions, load_library};
 use linfusion_runtime::image::{Metadata, read};
 use linfusion_runtime::npz;
 use linfusion_runtime::pipeline::{
@@ -39,14 +39,17 @@ impl Observer for Notes {
     }
 }
 
-fn place() -> Option<Place> {
+fn place(shared: Location) -> Option<Place> {
     if load_library(None).is_err() {
         println!("skipped: no ONNX Runtime library");
         return None;
     }
     Some(Place {
         engine: Engine::Ort,
-        options: SessionOptions::default(),
+        options: SessionOptions {
+            shared: Some(shared),
+            ..SessionOptions::default()
+        },
     })
 }
 
@@ -92,8 +95,9 @@ fn images_are_those_of_diffusers(
     #[values("sd15", "sd21", "sdxl", "pixart")] name: &str,
     #[values("t2i", "two", "plain", "i2i")] case: &str,
     #[values(Guidance::Together, Guidance::Split)] batching: Guidance,
+    #[values(Location::Host, Location::Device)] shared: Location,
 ) {
-    let Some(place) = place() else { return };
+    let Some(place) = place(shared) else { return };
     let scratch = tempfile::tempdir().unwrap();
     let root = scratch.path().join(name);
     fixtures::pipeline(name, &root).unwrap();

@@ -265,12 +265,16 @@ impl Observer for Watch<'_> {
         self.samples.len() < self.wanted && (0..self.wanted).any(|sample| place(sample) == step)
     }
 
+    fn wants_latents(&self, _: usize, _: usize) -> bool {
+        true
+    }
+
     fn evaluated(&mut self, evaluated: Evaluated<'_>) {
-        self.latents.push(Latents {
+        self.latents.extend(evaluated.latents.map(|values| Latents {
             stage: evaluated.stage.to_owned(),
             step: evaluated.step,
-            values: evaluated.latents.clone(),
-        });
+            values: values.clone(),
+        }));
         if let Some(inputs) = evaluated.inputs {
             self.samples.push(inputs);
         }

@@ -8,6 +8,7 @@ mod tract;
 #[cfg(not(feature = "tract"))]
 #[path = "without_tract.rs"]
 mod tract;
+mod value;
 
 use std::fmt;
 use std::num::NonZeroUsize;
@@ -15,6 +16,7 @@ use std::path::{Path, PathBuf};
 
 pub use self::device::{Chosen, Device, DeviceChoice};
 pub use self::ort::{execution_providers, load_library};
+pub use self::value::{Location, Value};
 
 use crate::tensor::{DType, Tensor};
 
@@ -93,6 +95,9 @@ pub struct SessionOptions {
     pub device: Device,
     /// Bytes that ONNX Runtime may take of a GPU's memory; `None` for all.
     pub device_memory: Option<usize>,
+    /// Where tensors stay that several runs of models share; `None` leaves them on the device where that is a GPU and on
+    /// the host otherwise. tract has the host only.
+    pub shared: Option<Location>,
     /// Begin of the name of a file for ONNX Runtime's profile; `None` for no profile.
     pub profile: Option<PathBuf>,
 }
@@ -182,6 +187,22 @@ pub enum EngineError {
         /// Its type.
         found: String,
     },
+    /// A tensor is where the engine cannot reach it.
+    #[error("{engine} cannot take `{name}`, which ONNX Runtime holds")]
+    Unreachable {
+        /// The engine.
+        engine: Engine,
+        /// The input.
+        name: String,
+    },
+    /// Tensors do not go together.
+    #[error("cannot {operation} {operands}")]
+    Operands {
+        /// What was to be done with them.
+        operation: &'static str,
+        /// Their types and shapes.
+        operands: String,
+    },
     /// A graph input was not given.
     #[error("the graph's input `{name}` was not given (given: {given:?})")]
     MissingInput {
@@ -230,6 +251,14 @@ pub struct Session {
 trait Backend: Send {
     /// `inputs` are in the order of the graph's, and fit them.
     fn run(&mut self, inputs: &[(&str, &Tensor)]) -> Result<Vec<(String, Tensor)>, EngineError>;
+
+    /// The same on values wherever they are, with the outputs left at `outputs`. An engine that has nothing but the
+    /// host leaves them there.
+    fn run_bound(
+        &mut self,
+        inputs: &[(&str, &Value)],
+        outputs: Location,
+    ) -> Result<Vec<(String, Value)>, EngineError>;
 
     /// Ends profiling; gives the profile's file if there is one.
     fn end_profiling(&mut self) -> Result<Option<PathBuf>, EngineError> {
@@ -335,35 +364,103 @@ impl Session {
         &mut self,
         inputs: &[(impl AsRef<str>, Tensor)],
     ) -> Result<Vec<(String, Tensor)>, EngineError> {
-        for (name, _) in inputs {
-            if !self.inputs.iter().any(|port| port.name == name.as_ref()) {
-                return Err(EngineError::UnknownInput {
-                    name: name.as_ref().to_owned(),
-                    inputs: self.inputs.iter().map(|p| p.name.clone()).collect(),
-                });
-            }
-        }
-        let ordered = self
-            .inputs
-            .iter()
-            .map(|port| {
-                let (_, tensor) = inputs
-                    .iter()
-                    .find(|(name, _)| name.as_ref() == port.name)
-                    .ok_or_else(|| EngineError::MissingInput {
-                        name: port.name.clone(),
-                        given: inputs.iter().map(|(n, _)| n.as_ref().to_owned()).collect(),
-                    })?;
-                port.check(tensor)?;
-                Ok((port.name.as_str(), tensor))
-            })
-            .collect::<Result<Vec<_>, EngineError>>()?;
+        let ordered = ordered(&self.inputs, inputs)?;
         self.backend.run(&ordered)
+    }
+
+    /// A tensor in the engine's keeping, without a copy, in the memory that it is in; an input that needs no copy on the host.
+    ///
+    /// # Errors
+    /// ONNX Runtime refuses it.
+    pub fn adopt(&self, tensor: Tensor) -> Result<Value, EngineError> {
+        match self.engine {
+            Engine::Ort => ort::Bound::owning(tensor).map(Value::bound),
+            Engine::Tract => Ok(tensor.into()),
+        }
+    }
+
+    /// Runs the graph on values wherever they are, and leaves its outputs at `outputs`; tract leaves them on the host.
+    ///
+    /// # Errors
+    /// The inputs do not fit the graph, or the engine fails.
+    pub fn run_values(
+        &mut self,
+        inputs: &[(impl AsRef<str>, Value)],
+        outputs: Location,
+    ) -> Result<Vec<(String, Value)>, EngineError> {
+        let ordered = ordered(&self.inputs, inputs)?;
+        let on_host: Option<Vec<(&str, &Tensor)>> = ordered
+            .iter()
+            .map(|(name, value)| Some((*name, value.host()?)))
+            .collect();
+        match (on_host, outputs) {
+            // Needs no copies.
+            (Some(tensors), Location::Host) => {
+                let given = self.backend.run(&tensors)?;
+                Ok(given.into_iter().map(|(n, t)| (n, t.into())).collect())
+            }
+            _ => self.backend.run_bound(&ordered, outputs),
+        }
     }
 }
 
+/// What an input is checked by.
+trait Described {
+    fn dtype(&self) -> DType;
+    fn shape(&self) -> &[usize];
+}
+
+impl Described for Tensor {
+    fn dtype(&self) -> DType {
+        self.dtype()
+    }
+
+    fn shape(&self) -> &[usize] {
+        self.shape()
+    }
+}
+
+impl Described for Value {
+    fn dtype(&self) -> DType {
+        self.dtype()
+    }
+
+    fn shape(&self) -> &[usize] {
+        self.shape()
+    }
+}
+
+/// The inputs in the order of the ports, which they fit.
+fn ordered<'a, T: Described>(
+    ports: &'a [Port],
+    inputs: &'a [(impl AsRef<str>, T)],
+) -> Result<Vec<(&'a str, &'a T)>, EngineError> {
+    for (name, _) in inputs {
+        if !ports.iter().any(|port| port.name == name.as_ref()) {
+            return Err(EngineError::UnknownInput {
+                name: name.as_ref().to_owned(),
+                inputs: ports.iter().map(|p| p.name.clone()).collect(),
+            });
+        }
+    }
+    ports
+        .iter()
+        .map(|port| {
+            let (_, given) = inputs
+                .iter()
+                .find(|(name, _)| name.as_ref() == port.name)
+                .ok_or_else(|| EngineError::MissingInput {
+                    name: port.name.clone(),
+                    given: inputs.iter().map(|(n, _)| n.as_ref().to_owned()).collect(),
+                })?;
+            port.check(given)?;
+            Ok((port.name.as_str(), given))
+        })
+        .collect()
+}
+
 impl Port {
-    fn check(&self, tensor: &Tensor) -> Result<(), EngineError> {
+    fn check(&self, tensor: &impl Described) -> Result<(), EngineError> {
         let shape_fits = self.shape.as_ref().is_none_or(|dims| {
             dims.len() == tensor.shape().len()
                 && dims

@@ -7,14 +7,16 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use ort::AsPointer;
 use ort::environment::Environment;
 use ort::logging::LogLevel;
+use ort::memory::{AllocationDevice, AllocatorType, MemoryInfo, MemoryType};
 use ort::session::SessionInputValue;
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 use ort::value::{DynValue, TensorElementType, TensorRef, ValueType};
 
 use super::library::{self, Candidate, LibraryError};
+use super::value::Held;
 use super::{
-    Backend, Device, Dim, Engine, EngineError, Loaded, Operators, Optimization, Port,
-    SessionOptions,
+    Backend, Device, Dim, Engine, EngineError, Loaded, Location, Operators, Optimization, Port,
+    SessionOptions, Value,
 };
 use crate::tensor::{DType, Tensor, each};
 
@@ -155,10 +157,7 @@ pub(super) fn load_file(path: &Path, options: &SessionOptions) -> Result<Loaded,
         source,
     })?;
     let mut builder = builder(options, refused)?;
-    finish(
-        builder.commit_from_file(path).map_err(refused)?,
-        options.profile.is_some(),
-    )
+    finish(builder.commit_from_file(path).map_err(refused)?, options)
 }
 
 pub(super) fn load_bytes(
@@ -174,10 +173,7 @@ pub(super) fn load_bytes(
             .with_external_initializer(name, value)
             .map_err(|e| refused(e.into()))?;
     }
-    finish(
-        builder.commit_from_memory(bytes).map_err(refused)?,
-        options.profile.is_some(),
-    )
+    finish(builder.commit_from_memory(bytes).map_err(refused)?, options)
 }
 
 fn refused(model: String, error: &ort::Error) -> EngineError {
@@ -249,7 +245,7 @@ fn absolute(path: &Path) -> PathBuf {
     std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
 }
 
-fn finish(session: ort::session::Session, profiled: bool) -> Result<Loaded, EngineError> {
+fn finish(session: ort::session::Session, options: &SessionOptions) -> Result<Loaded, EngineError> {
     let ports = |outlets: &[ort::value::Outlet]| {
         outlets
             .iter()
@@ -259,7 +255,11 @@ fn finish(session: ort::session::Session, profiled: bool) -> Result<Loaded, Engi
     Ok(Loaded {
         inputs: ports(session.inputs())?,
         outputs: ports(session.outputs())?,
-        backend: Box::new(OrtSession { session, profiled }),
+        backend: Box::new(OrtSession {
+            session,
+            device: options.device,
+            profiled: options.profile.is_some(),
+        }),
     })
 }
 
@@ -309,9 +309,74 @@ fn dtype(element: TensorElementType) -> Option<DType> {
     })
 }
 
+/// A tensor that ONNX Runtime holds.
+pub(super) struct Bound {
+    value: DynValue,
+    dtype: DType,
+    shape: Vec<usize>,
+}
+
+impl Bound {
+    /// `tensor`, in the memory that it is in.
+    pub(super) fn owning(tensor: Tensor) -> Result<Self, EngineError> {
+        let (dtype, shape) = (tensor.dtype(), tensor.shape().to_vec());
+        let tensor = match row_major(&tensor) {
+            Cow::Owned(rows) => rows,
+            Cow::Borrowed(_) => tensor,
+        };
+        let value = owned_value(tensor).map_err(failed)?;
+        Ok(Self {
+            value,
+            dtype,
+            shape,
+        })
+    }
+
+    fn output(name: &str, value: DynValue) -> Result<Self, EngineError> {
+        let Port { dtype, shape, .. } = port(name, value.dtype())?;
+        let sizes = shape.iter().flatten().map(|dim| match dim {
+            Dim::Fixed(size) => *size,
+            // A tensor that is there has only sizes.
+            Dim::Symbol(_) | Dim::Any => 0,
+        });
+        Ok(Self {
+            dtype,
+            shape: sizes.collect(),
+            value,
+        })
+    }
+
+    pub(super) fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    pub(super) fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+}
+
+fn failed(error: ort::Error) -> EngineError {
+    EngineError::Run {
+        engine: Engine::Ort,
+        message: error.to_string(),
+    }
+}
+
 struct OrtSession {
     session: ort::session::Session,
+    device: Device,
     profiled: bool,
+}
+
+impl OrtSession {
+    fn memory(&self, location: Location) -> Result<MemoryInfo<'static>, EngineError> {
+        let (device, number) = match (location, self.device) {
+            (Location::Device, Device::Cuda(number)) => (AllocationDevice::CUDA, number),
+            _ => (AllocationDevice::CPU, 0),
+        };
+        let number = i32::try_from(number).unwrap_or(i32::MAX);
+        MemoryInfo::new(device, number, AllocatorType::Device, MemoryType::Default).map_err(failed)
+    }
 }
 
 impl Backend for OrtSession {
@@ -319,18 +384,11 @@ impl Backend for OrtSession {
         if !std::mem::take(&mut self.profiled) {
             return Ok(None);
         }
-        let file = self.session.end_profiling().map_err(|e| EngineError::Run {
-            engine: Engine::Ort,
-            message: e.to_string(),
-        })?;
+        let file = self.session.end_profiling().map_err(failed)?;
         Ok(Some(file.into()))
     }
 
     fn run(&mut self, inputs: &[(&str, &Tensor)]) -> Result<Vec<(String, Tensor)>, EngineError> {
-        let failed = |e: ort::Error| EngineError::Run {
-            engine: Engine::Ort,
-            message: e.to_string(),
-        };
         // Arrays in another than row-major order are copied; they must outlive the run.
         let rows: Vec<(&str, Cow<'_, Tensor>)> = inputs
             .iter()
@@ -345,6 +403,44 @@ impl Backend for OrtSession {
         outputs
             .iter()
             .map(|(name, value)| Ok((name.to_owned(), output_tensor(name, &value)?)))
+            .collect()
+    }
+
+    /// With a binding of its own, so that the outputs of earlier runs stay what they are.
+    fn run_bound(
+        &mut self,
+        inputs: &[(&str, &Value)],
+        outputs: Location,
+    ) -> Result<Vec<(String, Value)>, EngineError> {
+        let mut binding = self.session.create_binding().map_err(failed)?;
+        for (name, value) in inputs {
+            match value.held() {
+                Held::Host(tensor) => {
+                    let owned = owned_value(row_major(tensor).into_owned()).map_err(failed)?;
+                    binding.bind_input(*name, &owned)
+                }
+                Held::Ort(bound) => binding.bind_input(*name, &bound.value),
+            }
+            .map_err(failed)?;
+        }
+        let memory = self.memory(outputs)?;
+        for output in self.session.outputs() {
+            binding
+                .bind_output_to_device(output.name(), &memory)
+                .map_err(failed)?;
+        }
+        // Inputs may still be on their way to the device.
+        binding.synchronize_inputs().map_err(failed)?;
+        let given = self.session.run_binding(&binding).map_err(failed)?;
+        given
+            .into_iter()
+            .map(|(name, value)| {
+                let value = match outputs {
+                    Location::Host => Value::from(output_tensor(name, &value)?),
+                    Location::Device => Value::bound(Bound::output(name, value)?),
+                };
+                Ok((name.to_owned(), value))
+            })
             .collect()
     }
 }

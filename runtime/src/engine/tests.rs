@@ -189,3 +189,74 @@ fn the_cpu_provider_is_always_there() {
         assert!(providers.contains(&"CPUExecutionProvider".to_owned()));
     }
 }
+
+#[test]
+fn values_run_wherever_they_are() {
+    for engine in engines() {
+        let mut session = open(engine);
+        let inputs = inputs(&session);
+        let expected = session.run(&inputs).unwrap();
+        let on_host: Vec<(String, Value)> = inputs
+            .iter()
+            .map(|(name, tensor)| (name.clone(), tensor.clone().into()))
+            .collect();
+        // Each input in the engine's keeping, and the timestep on the host.
+        let adopted: Vec<(String, Value)> = inputs
+            .iter()
+            .map(|(name, tensor)| match name.as_str() {
+                "timestep" => (name.clone(), tensor.clone().into()),
+                _ => (name.clone(), session.adopt(tensor.clone()).unwrap()),
+            })
+            .collect();
+        for given in [&on_host, &adopted] {
+            let outputs = session.run_values(given, Location::Host).unwrap();
+            assert_eq!(outputs[0].0, expected[0].0);
+            assert_eq!(outputs[0].1.host(), Some(&expected[0].1), "{engine}");
+            let first = session.run_values(given, Location::Device).unwrap();
+            let mut other = given.clone();
+            other[0].1 = Tensor::from(ndarray::Array4::<f32>::zeros((2, 4, 8, 8))).into();
+            let second = session.run_values(&other, Location::Device).unwrap();
+            let (first, second) = (&first[0].1, &second[0].1);
+            assert_eq!(first.dtype(), DType::F32);
+            assert_eq!(
+                (first.shape(), second.shape()),
+                (&[2, 4, 16, 16][..], &[2, 4, 8, 8][..])
+            );
+            assert_eq!(first.host().is_some(), engine == Engine::Tract);
+            // A result is an input like any other, and no later run changes it.
+            let again = [
+                (given[0].0.clone(), first.clone()),
+                given[1].clone(),
+                given[2].clone(),
+            ];
+            let mut as_tensors = inputs.clone();
+            as_tensors[0].1 = expected[0].1.clone();
+            let outputs = session.run_values(&again, Location::Host).unwrap();
+            let expected = session.run(&as_tensors).unwrap();
+            assert_eq!(outputs[0].1.host(), Some(&expected[0].1), "{engine}");
+        }
+        let mut wrong = adopted.clone();
+        wrong[0].1 = session.adopt(inputs[0].1.cast(DType::F64)).unwrap();
+        let error = session.run_values(&wrong, Location::Device).err().unwrap();
+        let message = error.to_string();
+        assert!(
+            message.contains("input `sample` is f64[2, 4, 16, 16]"),
+            "{message}"
+        );
+    }
+}
+
+#[test]
+fn tract_cannot_reach_what_onnx_runtime_holds() {
+    if !engines().contains(&Engine::Ort) {
+        return;
+    }
+    let held = open(Engine::Ort);
+    let mut session = open(Engine::Tract);
+    let inputs: Vec<(String, Value)> = inputs(&held)
+        .into_iter()
+        .map(|(name, tensor)| (name, held.adopt(tensor).unwrap()))
+        .collect();
+    let error = session.run_values(&inputs, Location::Host).err().unwrap();
+    assert!(error.to_string().contains("`sample`"), "{error}");
+}

@@ -9,7 +9,7 @@ use tract_onnx::pb;
 use tract_onnx::prelude::*;
 use tract_onnx::tract_hir::internal::{TractErrorContext, bail};
 
-use super::{Backend, Dim, Engine, EngineError, Loaded, Port};
+use super::{Backend, Dim, Engine, EngineError, Loaded, Location, Port, Value};
 use crate::tensor::{DType, Tensor as OurTensor};
 
 pub(super) fn load_file(path: &Path) -> Result<Loaded, EngineError> {
@@ -183,6 +183,25 @@ impl Backend for TractSession {
             .zip(values)
             .map(|(name, value)| Ok((name.clone(), from_tract(name, &value)?)))
             .collect()
+    }
+
+    fn run_bound(
+        &mut self,
+        inputs: &[(&str, &Value)],
+        _: Location,
+    ) -> Result<Vec<(String, Value)>, EngineError> {
+        let tensors = inputs
+            .iter()
+            .map(|(name, value)| {
+                let unreachable = || EngineError::Unreachable {
+                    engine: Engine::Tract,
+                    name: (*name).to_owned(),
+                };
+                Ok((*name, value.host().ok_or_else(unreachable)?))
+            })
+            .collect::<Result<Vec<_>, EngineError>>()?;
+        let given = self.run(&tensors)?;
+        Ok(given.into_iter().map(|(n, t)| (n, t.into())).collect())
     }
 }
 

@@ -3,24 +3,29 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use ndarray::{Array4, ArrayView3, Axis};
+use ndarray::{Array4, ArrayView3, Axis, Ix4};
 use serde::Serialize;
 
-use super::denoiser::{Conditions, Control, Denoiser};
+use super::conditions::{Conditions, Control};
+use super::denoiser::Denoiser;
 use super::error::PipelineError;
 use super::files::{beside, bytes, finite, numbered, planes, unused};
 use super::folder::{DenoiserConfig, Folder, VaeConfig};
 use super::ladder::Size;
-use super::memory::{Counting, StageMemory};
+use super::memory::StageMemory;
 use super::model::Place;
+use super::opened::{Opened, scheduler};
 use super::plan::Plan;
 use super::prompt::{Encoded, Texts, encode};
 use super::request::{Evaluated, Init, Observer, Progress, Request};
 use super::start::Start;
 use super::vae::Decoder;
+use crate::arithmetic::{Arithmetic, arithmetic};
+use crate::engine::{EngineError, Value};
 use crate::image::{Metadata, Rgb, RowWriter, resize};
 use crate::memory;
-use crate::scheduler::{self, Run, Scheduler};
+use crate::scheduler::{Evaluation, Scheduler, Slot, State};
+use crate::tensor::Tensor;
 use crate::torch_random::TorchRandom;
 
 /// What came of a request.
@@ -84,19 +89,10 @@ pub fn generate(
     metadata: &dyn Fn(Size) -> Metadata,
     observer: &mut dyn Observer,
 ) -> Result<Generated, PipelineError> {
-    let vae: VaeConfig = folder.json("vae_decoder", "config.json")?;
-    let config: DenoiserConfig = folder.json(folder.denoiser(), "config.json")?;
-    let plan = Plan::new(folder, request, &vae, &config)?;
-    let sizes = plan.sizes.clone();
-    let wanted = plan.wanted();
-    let counting = Counting {
-        folder,
-        place,
-        request,
-        plan: &plan,
-        vae: &vae,
-    };
-    let memory = counting.stages()?;
+    let opened = Opened::new(folder, place, request)?;
+    let sizes = opened.plan.sizes.clone();
+    let wanted = opened.plan.wanted();
+    let memory = opened.stages()?;
     if let (Init::Image { image, .. } | Init::Inpaint { image, .. }, None) =
         (&request.init, request.size)
         && (image.width() as usize, image.height() as usize) != (wanted.width, wanted.height)
@@ -107,15 +103,15 @@ pub fn generate(
         )));
     }
     observer.progress(Progress::Memory(memory.clone()));
-    counting.check(&memory)?;
+    opened.check(&memory)?;
     let mut work = Work {
         folder,
         place,
         request,
         observer,
-        vae,
-        config,
-        plan,
+        vae: opened.vae,
+        config: opened.config,
+        plan: opened.plan,
         memory,
         random: TorchRandom::new(request.seed),
         reports: Vec::new(),
@@ -158,17 +154,7 @@ pub fn expected(
     place: &Place,
     request: &Request,
 ) -> Result<Vec<StageMemory>, PipelineError> {
-    let vae: VaeConfig = folder.json("vae_decoder", "config.json")?;
-    let config: DenoiserConfig = folder.json(folder.denoiser(), "config.json")?;
-    let plan = Plan::new(folder, request, &vae, &config)?;
-    let counting = Counting {
-        folder,
-        place,
-        request,
-        plan: &plan,
-        vae: &vae,
-    };
-    counting.stages()
+    Opened::new(folder, place, request)?.stages()
 }
 
 impl Work<'_> {
@@ -232,7 +218,7 @@ impl Work<'_> {
                 Some(image) => self.noised_image(image, *size, self.plan.upscale_strength(rung))?,
             };
             let conditions = self.conditions(&encoded, *size)?;
-            latents = self.denoise(init, &conditions, *size)?;
+            latents = self.denoise(init, conditions, *size)?;
             if rung + 1 < sizes.len() {
                 last = Some(self.intermediate(&latents, *size)?);
             }
@@ -281,7 +267,7 @@ impl Work<'_> {
                 .negative
                 .as_ref()
                 .map(|text| text.repeated(self.request.images)),
-            scale: self.request.guidance as f32,
+            scale: self.request.guidance,
             sizes: {
                 let mut hints = self.request.sizes;
                 if !matches!(self.request.init, Init::Noise | Init::Latents(_)) {
@@ -293,7 +279,7 @@ impl Work<'_> {
             control: match &self.request.control {
                 Some(image) => Some(Control {
                     hint: hint(image)?,
-                    scale: self.request.control_scale as f32,
+                    scale: self.request.control_scale,
                 }),
                 None => None,
             },
@@ -302,84 +288,84 @@ impl Work<'_> {
     }
 
     pub(super) fn scheduler(&self, size: Size) -> Result<Box<dyn Scheduler>, PipelineError> {
-        let text = self.folder.text("scheduler", "scheduler_config.json")?;
-        let token = self.plan.token;
-        let run = Run {
-            steps: self.request.steps,
-            image_tokens: Some(size.width / token * (size.height / token)),
-            eta: self.request.eta,
-        };
-        scheduler::from_config(&text, self.request.scheduler.as_deref(), &run).map_err(|source| {
-            PipelineError::Scheduler {
-                path: self
-                    .folder
-                    .component("scheduler")
-                    .join("scheduler_config.json"),
-                source,
-            }
-        })
+        scheduler(self.folder, self.request, &self.plan, size)
     }
 
+    /// Takes the sampler's steps. Everything that they read and write is where the arithmetic is; to the host come what
+    /// the observer wants, previews, and the last latents.
     fn denoise(
         &mut self,
         start: Start,
-        conditions: &Conditions,
+        conditions: Conditions,
         size: Size,
     ) -> Result<Array4<f32>, PipelineError> {
         let Start {
-            mut latents,
-            mut scheduler,
+            latents,
+            scheduler,
             first,
             inpaint,
         } = start;
-        let conditions = &Conditions {
-            positive: conditions.positive.clone(),
-            negative: conditions.negative.clone(),
-            control: conditions.control.as_ref().map(|c| Control {
-                hint: c.hint.clone(),
-                scale: c.scale,
-            }),
+        let conditions = Conditions {
             inpaint,
-            ..*conditions
+            ..conditions
         };
+        let (shape, elements) = (latents.dim(), latents.len());
         let timesteps: Vec<f64> = scheduler.timesteps().to_vec();
         let count = timesteps.len() - first;
         let stage = format!("denoise {size}");
         self.timed(stage.clone(), count, |work| {
+            let sampler = |step: usize| format!("{stage}, the sampler's step {step}");
+            let failed = |step: usize| {
+                move |source: EngineError| PipelineError::Engine {
+                    stage: format!("denoise {size}, the sampler's step {step}"),
+                    source,
+                }
+            };
+            let mut arithmetic = arithmetic(work.place.engine, &work.place.options);
+            let arithmetic = arithmetic.as_mut();
             let mut denoiser = Denoiser::load(
                 work.folder,
-                work.config.clone(),
                 work.place,
+                &work.config,
                 work.request.batching,
+                conditions,
+                arithmetic,
             )?;
+            let latents = arithmetic.upload(latents.into()).map_err(failed(0))?;
+            let mut state = State::new(latents);
             for (index, timestep) in timesteps.iter().enumerate().skip(first) {
                 work.stopped()?;
                 let started = Instant::now();
-                let mut input = latents.clone();
-                if let Some(values) = input.as_slice_mut() {
-                    scheduler.scale_model_input(values, index);
-                }
                 let step = index + 1 - first;
                 let keeps = work.observer.wants_inputs(step, count);
                 denoiser.model().keep(keeps);
+                let scale = scheduler.input_scale(index);
                 let predicted = denoiser
-                    .predict(&input, *timestep, conditions)
+                    .predict(state.sample(), scale, *timestep, arithmetic)
                     .map_err(|e| e.within(&format!("{stage}, step {step} of {count}")))?;
-                let predicted = predicted.as_standard_layout();
-                let random = &mut work.random;
-                if let (Some(output), Some(sample)) = (predicted.as_slice(), latents.as_slice_mut())
-                {
-                    scheduler.step(output, index, sample, &mut |n| random.normal(n));
+                let recipe = scheduler.step(Evaluation { index, first });
+                let noise = recipe.reads(Slot::Noise).then(|| {
+                    let noise = Array4::from_shape_vec(shape, work.random.normal(elements));
+                    arithmetic.upload(noise.unwrap_or_else(|_| Array4::zeros(shape)).into())
+                });
+                let noise = noise.transpose().map_err(failed(step))?;
+                state
+                    .step(&recipe, predicted, noise, arithmetic)
+                    .map_err(failed(step))?;
+                let sound = arithmetic.finite(&[state.sample()]);
+                if !sound.map_err(failed(step))? {
+                    let latents = downloaded(state.sample(), arithmetic).map_err(failed(step))?;
+                    finite(latents.iter(), || sampler(step))?;
                 }
-                finite(latents.iter(), || {
-                    format!("{stage}, the sampler's step {step}")
-                })?;
                 work.step_seconds.push(started.elapsed().as_secs_f64());
                 work.observer.progress(Progress::Step);
+                let wanted = work.observer.wants_latents(step, count);
+                let latents = wanted.then(|| downloaded(state.sample(), arithmetic));
+                let latents = latents.transpose().map_err(failed(step))?;
                 work.observer.evaluated(Evaluated {
                     stage: &stage,
                     step,
-                    latents: &latents,
+                    latents: latents.as_ref(),
                     inputs: denoiser.model().kept(),
                 });
                 if work
@@ -387,28 +373,17 @@ impl Work<'_> {
                     .preview
                     .is_some_and(|every| every > 0 && step.is_multiple_of(every))
                 {
-                    work.preview(scheduler.as_ref(), &latents, size)?;
+                    let clean = state.clean().unwrap_or(state.sample());
+                    let clean = downloaded(clean, arithmetic).map_err(failed(step))?;
+                    work.preview(&clean, size)?;
                 }
             }
-            Ok(())
-        })?;
-        Ok(latents)
+            downloaded(state.sample(), arithmetic).map_err(failed(count))
+        })
     }
 
     /// Writes what the sampler thinks that the first image will be.
-    fn preview(
-        &mut self,
-        scheduler: &dyn Scheduler,
-        latents: &Array4<f32>,
-        size: Size,
-    ) -> Result<(), PipelineError> {
-        let mut clean = latents.clone();
-        if let (Some(values), Some(predicted)) =
-            (clean.as_slice_mut(), scheduler.predicted_original())
-            && values.len() == predicted.len()
-        {
-            values.copy_from_slice(predicted);
-        }
+    fn preview(&mut self, clean: &Array4<f32>, size: Size) -> Result<(), PipelineError> {
         let path = beside(&self.request.output, "preview");
         self.decode(
             clean.index_axis(Axis(0), 0),
@@ -477,4 +452,17 @@ impl Work<'_> {
             Ok(paths)
         })
     }
+}
+
+/// Latents on the host.
+fn downloaded(value: &Value, arithmetic: &mut dyn Arithmetic) -> Result<Array4<f32>, EngineError> {
+    let shape = value.shape().to_vec();
+    match arithmetic.download(value)? {
+        Tensor::F32(array) => array.into_dimensionality::<Ix4>().ok(),
+        _ => None,
+    }
+    .ok_or_else(|| EngineError::Operands {
+        operation: "take as latents",
+        operands: format!("{}{shape:?}", value.dtype()),
+    })
 }

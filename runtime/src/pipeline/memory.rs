@@ -3,20 +3,21 @@
 use std::path::Path;
 
 use linfusion_models::onnx::proto::ModelProto;
-use linfusion_models::onnx::{OnnxFile, make};
+use linfusion_models::onnx::{ElementType, OnnxFile, make};
 use linfusion_models::shapes::{Footprint, Probe, Shapes, operations};
 use serde::Serialize;
 
-use super::denoiser::{Guidance, is_residual};
+use super::conditions::is_residual;
+use super::denoiser::Guidance;
 use super::error::PipelineError;
-use super::folder::{Family, Folder, VaeConfig};
+use super::folder::{Family, Folder};
 use super::ladder::Size;
-use super::model::Place;
-use super::plan::Plan;
-use super::request::{Init, Request};
+use super::opened::{Opened, scheduler};
+use super::request::Init;
 use super::vae;
 use crate::engine::{Device, Operators, memory_of};
 use crate::memory::{resident, shown};
+use crate::scheduler::kept;
 
 /// What a stage will take.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -50,15 +51,7 @@ fn text_tokens(folder: &Folder) -> i64 {
     }
 }
 
-pub(super) struct Counting<'a> {
-    pub folder: &'a Folder,
-    pub place: &'a Place,
-    pub request: &'a Request,
-    pub plan: &'a Plan,
-    pub vae: &'a VaeConfig,
-}
-
-impl Counting<'_> {
+impl Opened<'_> {
     /// All stages in order, under the names of the report.
     pub fn stages(&self) -> Result<Vec<StageMemory>, PipelineError> {
         let mut stages = vec![self.text()?];
@@ -142,9 +135,16 @@ impl Counting<'_> {
         let mut footprint = Footprint::of(model, &shapes, kernels);
         // While ONNX Runtime makes its tensors of those in the model's file, it holds the file's as well.
         footprint.weights = footprint.weights.saturating_add(inline(model));
+        let outputs = model.graph.output.iter().filter_map(|value| {
+            let fact = shapes.fact(value.name.as_deref()?);
+            let element = ElementType::from_onnx(fact.element?)?;
+            let bytes = element.byte_len(fact.shape.as_deref()?).ok()??;
+            u64::try_from(bytes).ok()
+        });
         Ok(Counted {
             footprint,
             operations: operations(model, &shapes),
+            outputs: outputs.collect(),
         })
     }
 
@@ -169,6 +169,7 @@ impl Counting<'_> {
         let models = [Counted {
             footprint: largest,
             operations,
+            outputs: Vec::new(),
         }];
         Ok(stage("text".to_owned(), &models, 0, 1.0))
     }
@@ -185,11 +186,12 @@ impl Counting<'_> {
             text: text_tokens(self.folder),
         };
         let mut models = vec![self.count(self.folder.denoiser(), &probe)?];
+        let mut beside = self.between_steps(size, sides)?;
         if self.request.control.is_some() && self.folder.has("controlnet") {
-            models.push(self.count("controlnet", &probe)?);
+            let control = self.count("controlnet", &probe)?;
+            beside = beside.saturating_add(self.residuals(size, images * sides, &control.outputs));
+            models.push(control);
         }
-        // Latents, both predictions, and what a sampler keeps of earlier steps.
-        let latents = 8 * 4 * images * channels * height * width;
         if self.request.preview.is_some() {
             // Previews are decoded while the model stays loaded.
             models.push(self.count("vae_decoder", &self.tile_of_latents(size))?);
@@ -198,9 +200,38 @@ impl Counting<'_> {
         Ok(stage(
             format!("denoise {size}"),
             &models,
-            latents as u64,
+            beside,
             evaluations as f64,
         ))
+    }
+
+    /// Latents and what is computed from them, in single precision, while the model runs or beside it.
+    fn between_steps(&self, size: Size, sides: usize) -> Result<u64, PipelineError> {
+        let (images, channels, height, width) = self.plan.latent_shape(size);
+        let scheduler = scheduler(self.folder, self.request, &self.plan, size)?;
+        // What the sampler keeps; the prediction, noise, the sum that is being computed and the scaled latents; and of each
+        // side the batch, the model's input and output, and the check of these.
+        let tensors = kept(scheduler.as_ref(), 0) + 4 + 4 * sides;
+        // An inpainting mask and image, alone and in each input.
+        let told = match self.request.init {
+            Init::Inpaint { .. } => (channels + 1) * (2 + 2 * sides),
+            _ => 0,
+        };
+        Ok((4 * images * (tensors * channels + told) * height * width) as u64)
+    }
+
+    /// A ControlNet's hint in a batch of so many, and what it gives, which stays while the model runs.
+    fn residuals(&self, size: Size, batch: usize, outputs: &[u64]) -> u64 {
+        let hint = 3 * 4 * size.width * size.height * (batch + 1);
+        let copies = match self.request.control_scale {
+            1.0 => 1,
+            _ => 2,
+        };
+        // Each is multiplied in single precision, and checked, alone.
+        let largest = outputs.iter().max().copied().unwrap_or(0);
+        let all = outputs.iter().sum::<u64>().saturating_mul(copies);
+        all.saturating_add(largest.saturating_mul(2))
+            .saturating_add(hint as u64)
     }
 
     fn decode(&self, size: Size) -> Result<StageMemory, PipelineError> {
@@ -266,19 +297,22 @@ fn signed(size: usize) -> i64 {
 struct Counted {
     footprint: Footprint,
     operations: f64,
+    /// Bytes of each output.
+    outputs: Vec<u64>,
 }
 
 /// A stage that runs `models` so many times, with so many bytes beside them.
 fn stage(stage: String, models: &[Counted], beside: u64, times: f64) -> StageMemory {
     let operations: f64 = models.iter().map(|m| m.operations).sum();
     let models = || models.iter().map(|m| &m.footprint);
-    // One model runs at a time; the weights of all are there.
+    // One model runs at a time, but each session keeps the memory that it took.
     let most = models().max_by_key(|m| m.values);
+    let values = models().map(|m| m.values).fold(0, u64::saturating_add);
     StageMemory {
         stage,
         operations: operations * times,
         weights: models().map(|m| m.weights).sum(),
-        values: most.map_or(0, |m| m.values).saturating_add(beside),
+        values: values.saturating_add(beside),
         node: most.map(|m| m.node.clone()).unwrap_or_default(),
         unknown: models().map(|m| m.unknown).sum(),
     }

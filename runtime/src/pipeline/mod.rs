@@ -1,5 +1,6 @@
 //! Pipelines: from a folder and a prompt to an image, of any size.
 
+mod conditions;
 mod denoiser;
 mod error;
 mod files;
@@ -8,15 +9,18 @@ mod generate;
 mod ladder;
 mod memory;
 mod model;
+mod opened;
 mod plan;
 mod prompt;
 mod request;
+mod sizes;
 mod start;
 mod suspect;
 mod tokenizer;
 mod vae;
 
-pub use denoiser::{Control, Guidance, SizeHints, Sizes};
+pub use conditions::Control;
+pub use denoiser::Guidance;
 pub use error::PipelineError;
 pub use files::outputs;
 pub use folder::{DenoiserConfig, Family, Folder, VaeConfig};
@@ -26,3 +30,4 @@ pub use memory::StageMemory;
 pub use model::Place;
 pub use plan::MAX_IMAGES;
 pub use request::{Evaluated, Init, Observer, Progress, Request};
+pub use sizes::{SizeHints, Sizes};

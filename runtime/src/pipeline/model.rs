@@ -7,7 +7,8 @@ use ndarray::{ArrayD, Ix3, Ix4};
 use super::error::PipelineError;
 use super::folder::Folder;
 use super::suspect::first_not_finite;
-use crate::engine::{Engine, Port, Session, SessionOptions};
+use crate::arithmetic::{Arithmetic, Host};
+use crate::engine::{Engine, EngineError, Port, Session, SessionOptions, Value};
 use crate::tensor::Tensor;
 
 /// Where models run.
@@ -76,56 +77,96 @@ impl Model {
     /// Runs it on named tensors, which are cast to the types that it takes.
     ///
     /// # Errors
-    /// They don't fit, or the engine fails.
+    /// They don't fit, the engine fails, or an output isn't finite.
     pub fn run(&mut self, inputs: Vec<(String, Tensor)>) -> Result<Outputs, PipelineError> {
-        let cast: Vec<(String, Tensor)> = inputs
+        let cast: Vec<(String, Value)> = inputs
             .into_iter()
             .map(|(name, tensor)| {
-                let dtype = self
-                    .inputs()
-                    .iter()
-                    .find(|port| port.name == name)
-                    .map_or(tensor.dtype(), |port| port.dtype);
+                let port = self.inputs().iter().find(|port| port.name == name);
+                let dtype = port.map_or(tensor.dtype(), |port| port.dtype);
                 let tensor = if tensor.dtype() == dtype {
                     tensor
                 } else {
                     tensor.cast(dtype)
                 };
-                (name, tensor)
+                (name, tensor.into())
             })
             .collect();
-        let outputs = self
-            .session
-            .run(&cast)
-            .map_err(|source| PipelineError::Engine {
-                stage: self.stage.clone(),
-                source,
-            })?;
-        self.all_finite(&outputs, &cast)?;
-        if self.keeps {
-            self.kept = Some(cast);
-        }
+        let values = self.run_values(cast, &mut Host)?;
+        let tensors = values.into_iter();
         Ok(Outputs {
             path: self.path.clone(),
-            outputs,
+            outputs: tensors
+                .filter_map(|(name, value)| Some((name, value.into_host()?)))
+                .collect(),
         })
+    }
+
+    /// Runs it on named values of the types that it takes, and leaves its outputs, in the graph's order, where `arithmetic`
+    /// is.
+    ///
+    /// # Errors
+    /// They don't fit, the engine fails, or an output isn't finite.
+    pub fn run_values(
+        &mut self,
+        inputs: Vec<(String, Value)>,
+        arithmetic: &mut dyn Arithmetic,
+    ) -> Result<Vec<(String, Value)>, PipelineError> {
+        let outputs = self
+            .session
+            .run_values(&inputs, arithmetic.location())
+            .map_err(|source| self.failed(source))?;
+        self.all_finite(&outputs, &inputs, arithmetic)?;
+        if self.keeps {
+            self.kept = Some(self.downloaded(&inputs, arithmetic)?);
+        }
+        Ok(outputs)
     }
 
     fn all_finite(
         &self,
-        outputs: &[(String, Tensor)],
-        inputs: &[(String, Tensor)],
+        outputs: &[(String, Value)],
+        inputs: &[(String, Value)],
+        arithmetic: &mut dyn Arithmetic,
     ) -> Result<(), PipelineError> {
+        let values: Vec<&Value> = outputs.iter().map(|(_, value)| value).collect();
+        let all = arithmetic.finite(&values);
+        if all.map_err(|source| self.failed(source))? {
+            return Ok(());
+        }
+        let outputs = self.downloaded(outputs, arithmetic)?;
         let Some((name, bad)) = outputs.iter().find(|(_, tensor)| !tensor.is_finite()) else {
             return Ok(());
         };
+        let inputs = self.downloaded(inputs, arithmetic)?;
         let values = bad.to_f64();
         Err(PipelineError::NotFinite {
             stage: format!("{}, output `{name}`", self.stage),
             count: values.iter().filter(|v| !v.is_finite()).count(),
             total: values.len(),
-            place: format!("; {}", first_not_finite(&self.path, &self.place, inputs)),
+            place: format!("; {}", first_not_finite(&self.path, &self.place, &inputs)),
         })
+    }
+
+    fn downloaded(
+        &self,
+        values: &[(String, Value)],
+        arithmetic: &mut dyn Arithmetic,
+    ) -> Result<Vec<(String, Tensor)>, PipelineError> {
+        let tensors = values
+            .iter()
+            .map(|(name, value)| Ok((name.clone(), arithmetic.download(value)?)));
+        tensors
+            .collect::<Result<_, EngineError>>()
+            .map_err(|source| self.failed(source))
+    }
+
+    /// An error of the engine while it works for this model.
+    pub fn failed(&self, source: EngineError) -> PipelineError {
+        PipelineError::Engine {
+            stage: self.stage.clone(),
+            source,
+        }
     }
 
     /// An error about its inputs or outputs.
@@ -209,11 +250,6 @@ impl Outputs {
         self.named(&format!("hidden_states.{place}"))?
             .into_dimensionality::<Ix3>()
             .map_err(|e| self.missing(&e.to_string()))
-    }
-
-    /// All outputs, in single precision.
-    pub fn all(self) -> Vec<ArrayD<f32>> {
-        self.outputs.into_iter().map(|(_, t)| single(t)).collect()
     }
 
     fn missing(&self, what: &str) -> PipelineError {

@@ -2,12 +2,13 @@
 
 use linfusion_models::onnx::OnnxFile;
 
-use super::denoiser::{SizeHints, is_residual};
+use super::conditions::is_residual;
 use super::error::PipelineError;
 use super::files::outputs;
 use super::folder::{DenoiserConfig, Folder, VaeConfig};
 use super::ladder::{Size, stages};
 use super::request::{Init, Request};
+use super::sizes::SizeHints;
 use crate::image::{MAX_PIXELS, check_output};
 
 /// A request that was found possible.

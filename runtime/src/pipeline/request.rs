@@ -5,9 +5,10 @@ use std::path::PathBuf;
 use linfusion_models::onnx::write::Overwrite;
 use ndarray::Array4;
 
-use super::denoiser::{Guidance, SizeHints};
+use super::denoiser::Guidance;
 use super::ladder::Size;
 use super::memory::StageMemory;
+use super::sizes::SizeHints;
 use crate::image::Rgb;
 use crate::tensor::Tensor;
 
@@ -143,8 +144,8 @@ pub struct Evaluated<'a> {
     pub stage: &'a str,
     /// The step, from 1.
     pub step: usize,
-    /// The latents after it.
-    pub latents: &'a Array4<f32>,
+    /// The latents after it, if they were wanted.
+    pub latents: Option<&'a Array4<f32>>,
     /// What the model was given, if it was wanted: the last evaluation of the step.
     pub inputs: Option<Vec<(String, Tensor)>>,
 }
@@ -156,6 +157,12 @@ pub trait Observer {
 
     /// Whether to keep the model's inputs at this step, of so many, from 1.
     fn wants_inputs(&self, step: usize, steps: usize) -> bool {
+        let _ = (step, steps);
+        false
+    }
+
+    /// Whether to bring the latents to the host at this step, of so many, from 1.
+    fn wants_latents(&self, step: usize, steps: usize) -> bool {
         let _ = (step, steps);
         false
     }

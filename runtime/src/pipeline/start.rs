@@ -54,7 +54,7 @@ impl Work<'_> {
 
     pub(super) fn first_latents(&mut self, size: Size) -> Result<Start, PipelineError> {
         let request = self.request;
-        let mut scheduler = self.scheduler(size)?;
+        let scheduler = self.scheduler(size)?;
         match &request.init {
             Init::Noise | Init::Latents(_) => {
                 let mut latents = match &request.init {
@@ -69,14 +69,12 @@ impl Work<'_> {
                                 ),
                             });
                         }
-                        // Samplers take them as one slice, in this order.
                         latents.as_standard_layout().into_owned()
                     }
                     _ => self.noise(size),
                 };
                 let sigma = scheduler.init_noise_sigma() as f32;
                 latents.mapv_inplace(|v| v * sigma);
-                scheduler.begin(0);
                 Ok(Start {
                     latents,
                     scheduler,
@@ -96,7 +94,6 @@ impl Work<'_> {
                         let mut latents = self.noise(size);
                         let sigma = scheduler.init_noise_sigma() as f32;
                         latents.mapv_inplace(|v| v * sigma);
-                        scheduler.begin(0);
                         Start {
                             latents,
                             scheduler,
@@ -159,16 +156,14 @@ impl Work<'_> {
         size: Size,
         strength: f64,
     ) -> Result<Start, PipelineError> {
-        let mut scheduler = self.scheduler(size)?;
+        let scheduler = self.scheduler(size)?;
         let first = self.first_evaluation(scheduler.as_ref(), strength, "--strength")?;
         let image = planes(&resize(image, size.width as u32, size.height as u32)?)?;
         let encoded = self.encode_image(image.view(), &size.to_string())?;
         let mut latents = repeat(&encoded, self.request.images);
         let noise = self.noise(size);
-        scheduler.begin(first);
-        if let (Some(latents), Some(noise)) = (latents.as_slice_mut(), noise.as_slice()) {
-            scheduler.add_noise(latents, noise, first);
-        }
+        let [signal, level] = scheduler.noising(first).map(|v| v as f32);
+        latents.zip_mut_with(&noise, |x, noise| *x = signal * *x + level * noise);
         Ok(Start {
             latents,
             scheduler,

@@ -1,11 +1,10 @@
 //! DPM-Solver++, multistep, deterministic and as a stochastic equation (Lu et al. 2022).
 
-use std::collections::VecDeque;
-
 use super::fields::{Fields, SchedulerError};
 use super::path::Path;
-use super::schedule::{Prediction, mix};
-use super::{Run, Scheduler};
+use super::recipe::{Recipe, Slot};
+use super::schedule::Prediction;
+use super::{Evaluation, Run, Scheduler};
 
 #[derive(Clone, Copy, PartialEq)]
 enum Algorithm {
@@ -27,8 +26,6 @@ pub(super) struct DpmSolver {
     order: usize,
     lower_order_final: bool,
     euler_at_final: bool,
-    /// Clean samples, the newest first.
-    history: VecDeque<Vec<f32>>,
 }
 
 /// Few steps end with lower orders, where the solver would not be stable.
@@ -74,19 +71,19 @@ impl DpmSolver {
             order,
             lower_order_final: fields.flag("lower_order_final", true)?,
             euler_at_final: fields.flag("euler_at_final", false)?,
-            history: VecDeque::new(),
         })
     }
 
-    fn order_at(&self, index: usize) -> usize {
+    /// `known` clean samples are there, this evaluation's among them.
+    fn order_at(&self, index: usize, known: usize) -> usize {
         let count = self.path.timesteps.len();
         let few = self.lower_order_final && count < FEW;
         let last = index + 1 == count && (self.euler_at_final || few || self.path.ends_clean);
         let second = index + 2 == count && few;
-        match self.history.len() {
-            _ if last => 1,
-            known if second => known.min(2).min(self.order),
-            known => known.min(self.order),
+        match (last, second) {
+            (true, _) => 1,
+            (_, true) => known.min(2).min(self.order),
+            _ => known.min(self.order),
         }
     }
 }
@@ -99,14 +96,14 @@ struct Update {
 }
 
 impl DpmSolver {
-    fn update(&self, index: usize) -> Update {
+    fn update(&self, index: usize, known: usize) -> Update {
         let [signal, noise] = self.path.parts(index + 1);
         let [_, noise_before] = self.path.parts(index);
         let lambda = |back: usize| self.path.lambda(index.saturating_sub(back));
         let h = self.path.lambda(index + 1) - lambda(0);
         let decay = (-h).exp();
         let ratio = noise / noise_before;
-        let order = self.order_at(index);
+        let order = self.order_at(index, known);
         let r0 = (lambda(0) - lambda(1)) / h;
         // Factors of D0, D1 and D2, the differences of clean samples.
         let (keep, d0, d1, d2, noise) = match self.algorithm {
@@ -154,51 +151,28 @@ impl Scheduler for DpmSolver {
         &self.path.timesteps
     }
 
-    fn init_noise_sigma(&self) -> f64 {
-        1.0
-    }
-
-    fn scale_model_input(&self, _: &mut [f32], _: usize) {}
-
-    fn begin(&mut self, _: usize) {
-        self.history.clear();
-    }
-
-    fn step(
-        &mut self,
-        model_output: &[f32],
-        index: usize,
-        sample: &mut [f32],
-        noise: &mut dyn FnMut(usize) -> Vec<f32>,
-    ) {
-        self.history.push_front(
-            self.path
-                .clean(self.prediction, model_output, sample, index),
-        );
-        self.history.truncate(self.order);
-        let update = self.update(index);
-        let keep = update.keep as f32;
-        sample.iter_mut().for_each(|x| *x *= keep);
-        for (clean, weight) in self.history.iter().zip(update.weights) {
+    fn step(&self, at: Evaluation) -> Recipe {
+        let mut recipe = Recipe::default();
+        let [signal, level] = self.path.parts(at.index);
+        let [clean, _] = self.prediction.split(Slot::Output, signal, level);
+        recipe.set(Slot::Clean, clean);
+        // Clean samples, the newest first.
+        recipe.remember(Slot::Clean, at.done(), self.order);
+        let update = self.update(at.index, at.done() + 1);
+        let mut next = Slot::Sample * update.keep;
+        for (back, weight) in update.weights.into_iter().enumerate() {
             if weight != 0.0 {
-                for (x, clean) in sample.iter_mut().zip(clean) {
-                    *x += weight as f32 * clean;
-                }
+                next = next + Slot::Memory(back) * weight;
             }
         }
         if self.algorithm == Algorithm::Stochastic {
-            for (x, noise) in sample.iter_mut().zip(noise(model_output.len())) {
-                *x += update.noise as f32 * noise;
-            }
+            next = next + Slot::Noise * update.noise;
         }
+        recipe.set(Slot::Sample, next);
+        recipe
     }
 
-    fn add_noise(&self, original: &mut [f32], noise: &[f32], index: usize) {
-        let [signal, level] = self.path.parts(index);
-        mix(original, noise, signal, level);
-    }
-
-    fn predicted_original(&self) -> Option<&[f32]> {
-        self.history.front().map(Vec::as_slice)
+    fn noising(&self, index: usize) -> [f64; 2] {
+        self.path.parts(index)
     }
 }

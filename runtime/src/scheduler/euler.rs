@@ -1,10 +1,9 @@
 //! Euler steps over noise levels, plain and ancestral (Karras et al. 2022, algorithm 1 without churn).
 
 use super::fields::{Fields, SchedulerError};
-use super::schedule::{
-    Levels, Prediction, Spacing, Training, interpolate, linspace, mix, timestep_of,
-};
-use super::{Run, Scheduler};
+use super::recipe::{Recipe, Slot};
+use super::schedule::{Levels, Prediction, Spacing, Training, interpolate, linspace, timestep_of};
+use super::{Evaluation, Run, Scheduler};
 
 pub(super) struct Euler {
     prediction: Prediction,
@@ -13,7 +12,6 @@ pub(super) struct Euler {
     sigmas: Vec<f64>,
     timesteps: Vec<f64>,
     init_noise_sigma: f64,
-    clean: Vec<f32>,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -112,7 +110,6 @@ impl Euler {
             },
             sigmas,
             timesteps,
-            clean: Vec::new(),
         })
     }
 
@@ -130,46 +127,32 @@ impl Scheduler for Euler {
         self.init_noise_sigma
     }
 
-    fn scale_model_input(&self, sample: &mut [f32], index: usize) {
+    fn input_scale(&self, index: usize) -> f64 {
         let sigma = self.sigma(index);
-        let scale = (sigma * sigma + 1.0).sqrt() as f32;
-        sample.iter_mut().for_each(|x| *x /= scale);
+        1.0 / (sigma * sigma + 1.0).sqrt()
     }
 
-    fn begin(&mut self, _: usize) {}
-
-    fn step(
-        &mut self,
-        model_output: &[f32],
-        index: usize,
-        sample: &mut [f32],
-        noise: &mut dyn FnMut(usize) -> Vec<f32>,
-    ) {
-        let (from, to) = (self.sigma(index), self.sigma(index + 1));
+    fn step(&self, at: Evaluation) -> Recipe {
+        let (from, to) = (self.sigma(at.index), self.sigma(at.index + 1));
         let (up, down) = if self.ancestral {
             let up = (to * to * (from * from - to * to) / (from * from)).sqrt();
             (up, (to * to - up * up).max(0.0).sqrt())
         } else {
             (0.0, to)
         };
-        let (sigma, change) = (from as f32, (down - from) as f32);
-        self.clean.resize(sample.len(), 0.0);
-        for ((x, output), clean) in sample.iter_mut().zip(model_output).zip(&mut self.clean) {
-            *clean = self.prediction.clean(*output, *x, sigma);
-            *x += (*x - *clean) / sigma * change;
-        }
+        let clean = self.prediction.clean(from);
+        let slope = (Slot::Sample * 1.0 - clean.clone()) * (1.0 / from);
+        let mut next = Slot::Sample * 1.0 + slope * (down - from);
         if self.ancestral {
-            for (x, noise) in sample.iter_mut().zip(noise(model_output.len())) {
-                *x += up as f32 * noise;
-            }
+            next = next + Slot::Noise * up;
         }
+        let mut recipe = Recipe::default();
+        recipe.set(Slot::Clean, clean);
+        recipe.set(Slot::Sample, next);
+        recipe
     }
 
-    fn add_noise(&self, original: &mut [f32], noise: &[f32], index: usize) {
-        mix(original, noise, 1.0, self.sigma(index));
-    }
-
-    fn predicted_original(&self) -> Option<&[f32]> {
-        (!self.clean.is_empty()).then_some(&self.clean)
+    fn noising(&self, index: usize) -> [f64; 2] {
+        [1.0, self.sigma(index)]
     }
 }

@@ -1,8 +1,9 @@
 //! Euler steps along a straight flow from noise to image (Esser et al. 2024).
 
 use super::fields::{Fields, SchedulerError};
-use super::schedule::{Levels, check_steps, linspace, mix};
-use super::{Run, Scheduler};
+use super::recipe::{Recipe, Slot};
+use super::schedule::{Levels, check_steps, linspace};
+use super::{Evaluation, Run, Scheduler};
 
 #[derive(Clone, Copy, PartialEq)]
 enum Shift {
@@ -13,7 +14,6 @@ enum Shift {
 pub(super) struct FlowEuler {
     sigmas: Vec<f64>,
     timesteps: Vec<f64>,
-    clean: Vec<f32>,
 }
 
 impl FlowEuler {
@@ -80,11 +80,7 @@ impl FlowEuler {
             .map(|s| f64::from((s * total) as f32))
             .collect();
         sigmas.push(0.0);
-        Ok(Self {
-            sigmas,
-            timesteps,
-            clean: Vec::new(),
-        })
+        Ok(Self { sigmas, timesteps })
     }
 
     fn sigma(&self, index: usize) -> f64 {
@@ -97,35 +93,17 @@ impl Scheduler for FlowEuler {
         &self.timesteps
     }
 
-    fn init_noise_sigma(&self) -> f64 {
-        1.0
+    fn step(&self, at: Evaluation) -> Recipe {
+        let (sigma, next) = (self.sigma(at.index), self.sigma(at.index + 1));
+        let (x, output) = (Slot::Sample, Slot::Output);
+        let mut recipe = Recipe::default();
+        recipe.set(Slot::Clean, x * 1.0 - output * sigma);
+        recipe.set(Slot::Sample, x * 1.0 + output * (next - sigma));
+        recipe
     }
 
-    fn scale_model_input(&self, _: &mut [f32], _: usize) {}
-
-    fn begin(&mut self, _: usize) {}
-
-    fn step(
-        &mut self,
-        model_output: &[f32],
-        index: usize,
-        sample: &mut [f32],
-        _: &mut dyn FnMut(usize) -> Vec<f32>,
-    ) {
-        let (sigma, next) = (self.sigma(index) as f32, self.sigma(index + 1) as f32);
-        self.clean.resize(sample.len(), 0.0);
-        for ((x, output), clean) in sample.iter_mut().zip(model_output).zip(&mut self.clean) {
-            *clean = *x - sigma * output;
-            *x += (next - sigma) * output;
-        }
-    }
-
-    fn add_noise(&self, original: &mut [f32], noise: &[f32], index: usize) {
+    fn noising(&self, index: usize) -> [f64; 2] {
         let sigma = self.sigma(index);
-        mix(original, noise, 1.0 - sigma, sigma);
-    }
-
-    fn predicted_original(&self) -> Option<&[f32]> {
-        (!self.clean.is_empty()).then_some(&self.clean)
+        [1.0 - sigma, sigma]
     }
 }

@@ -2,8 +2,9 @@
 
 use super::ddim::{clip, last_alpha};
 use super::fields::{Fields, SchedulerError};
-use super::schedule::{Prediction, Spacing, Training, mix};
-use super::{Run, Scheduler};
+use super::recipe::{Recipe, Slot};
+use super::schedule::{Prediction, Spacing, Training};
+use super::{Evaluation, Run, Scheduler};
 
 /// Deviation of the data, in the boundary condition of consistency models.
 const DATA: f64 = 0.5;
@@ -11,11 +12,10 @@ const DATA: f64 = 0.5;
 pub(super) struct Lcm {
     training: Training,
     prediction: Prediction,
-    clip: Option<f32>,
+    clip: Option<f64>,
     last_alpha: f64,
     timestep_scaling: f64,
     timesteps: Vec<f64>,
-    clean: Vec<f32>,
 }
 
 impl Lcm {
@@ -45,7 +45,6 @@ impl Lcm {
             timesteps: (0..run.steps)
                 .filter_map(|i| distilled.get(place(i)).copied())
                 .collect(),
-            clean: Vec::new(),
             training,
         })
     }
@@ -56,56 +55,31 @@ impl Scheduler for Lcm {
         &self.timesteps
     }
 
-    fn init_noise_sigma(&self) -> f64 {
-        1.0
-    }
-
-    fn scale_model_input(&self, _: &mut [f32], _: usize) {}
-
-    fn begin(&mut self, _: usize) {}
-
-    fn step(
-        &mut self,
-        model_output: &[f32],
-        index: usize,
-        sample: &mut [f32],
-        noise: &mut dyn FnMut(usize) -> Vec<f32>,
-    ) {
-        let Some(timestep) = self.timesteps.get(index).copied() else {
-            return;
+    fn step(&self, at: Evaluation) -> Recipe {
+        let mut recipe = Recipe::default();
+        let Some(timestep) = self.timesteps.get(at.index).copied() else {
+            return recipe;
         };
         let alpha = self.training.alpha(timestep as i64, self.last_alpha);
-        let (signal, level) = (alpha.sqrt() as f32, (1.0 - alpha).sqrt() as f32);
+        let (signal, level) = (alpha.sqrt(), (1.0 - alpha).sqrt());
         let scaled = timestep * self.timestep_scaling;
-        let keep = (DATA * DATA / (scaled * scaled + DATA * DATA)) as f32;
-        let take = (scaled / (scaled * scaled + DATA * DATA).sqrt()) as f32;
-        self.clean.resize(sample.len(), 0.0);
-        for ((x, output), clean) in sample.iter_mut().zip(model_output).zip(&mut self.clean) {
-            let [mut x0, _] = self.prediction.split(*output, *x, signal, level);
-            if let Some(range) = self.clip {
-                x0 = x0.clamp(-range, range);
+        let keep = DATA * DATA / (scaled * scaled + DATA * DATA);
+        let take = scaled / (scaled * scaled + DATA * DATA).sqrt();
+        let [clean, _] = self.prediction.split(Slot::Output, signal, level);
+        recipe.set_within(Slot::Clean, clean, self.clip);
+        recipe.set(Slot::Clean, Slot::Clean * take + Slot::Sample * keep);
+        match self.timesteps.get(at.index + 1) {
+            Some(next) => {
+                let alpha = self.training.alpha(*next as i64, self.last_alpha);
+                let noised = Slot::Clean * alpha.sqrt() + Slot::Noise * (1.0 - alpha).sqrt();
+                recipe.set(Slot::Sample, noised);
             }
-            *clean = take * x0 + keep * *x;
-            *x = *clean;
+            None => recipe.set(Slot::Sample, Slot::Clean),
         }
-        if let Some(next) = self.timesteps.get(index + 1) {
-            let alpha = self.training.alpha(*next as i64, self.last_alpha);
-            mix(
-                sample,
-                &noise(model_output.len()),
-                alpha.sqrt(),
-                (1.0 - alpha).sqrt(),
-            );
-        }
+        recipe
     }
 
-    fn add_noise(&self, original: &mut [f32], noise: &[f32], index: usize) {
-        let timestep = self.timesteps.get(index).map_or(0, |t| *t as i64);
-        let alpha = self.training.alpha(timestep, 1.0);
-        mix(original, noise, alpha.sqrt(), (1.0 - alpha).sqrt());
-    }
-
-    fn predicted_original(&self) -> Option<&[f32]> {
-        (!self.clean.is_empty()).then_some(&self.clean)
+    fn noising(&self, index: usize) -> [f64; 2] {
+        self.training.noising(self.timesteps.get(index))
     }
 }

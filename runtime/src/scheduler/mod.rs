@@ -8,16 +8,20 @@ mod flow;
 mod lcm;
 mod path;
 mod pndm;
+mod recipe;
 mod schedule;
+mod state;
 #[cfg(test)]
 mod tests;
 mod unipc;
 
 pub use fields::SchedulerError;
+pub use recipe::{Assignment, Combination, Recipe, Slot};
+pub use state::State;
 
 use fields::Fields;
 
-/// One sampler with its time steps chosen. Tensors are flat: every rule here is element by element.
+/// One sampler with its time steps chosen. It computes coefficients; [`State`] applies them, on whatever device.
 pub trait Scheduler: Send {
     /// What the model is given as its `timestep`, one value per evaluation, from noise to image. Whole numbers
     /// where the sampler was trained on them.
@@ -29,29 +33,48 @@ pub trait Scheduler: Send {
     }
 
     /// Standard deviation of the noise that a generation begins with.
-    fn init_noise_sigma(&self) -> f64;
+    fn init_noise_sigma(&self) -> f64 {
+        1.0
+    }
 
-    /// Prepares `sample` as the model's input at evaluation `index`.
-    fn scale_model_input(&self, sample: &mut [f32], index: usize);
+    /// What the sample is multiplied by to be the model's input at evaluation `index`.
+    fn input_scale(&self, index: usize) -> f64 {
+        let _ = index;
+        1.0
+    }
 
-    /// Begins a run at evaluation `index`, forgetting earlier model outputs.
-    fn begin(&mut self, index: usize);
+    /// What moves the sample on to the next evaluation.
+    fn step(&self, at: Evaluation) -> Recipe;
 
-    /// Takes the model's output at evaluation `index` and moves `sample` on to the next; `noise` gives standard normal
-    /// values, as many as asked for, and is called only by samplers that need them.
-    fn step(
-        &mut self,
-        model_output: &[f32],
-        index: usize,
-        sample: &mut [f32],
-        noise: &mut dyn FnMut(usize) -> Vec<f32>,
-    );
+    /// Factors of the clean sample and of noise in what is noised to the level of evaluation `index`.
+    fn noising(&self, index: usize) -> [f64; 2];
+}
 
-    /// Noises the clean `original` in place to the level of evaluation `index`.
-    fn add_noise(&self, original: &mut [f32], noise: &[f32], index: usize);
+/// An evaluation of the model within a run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Evaluation {
+    /// Its place in [`Scheduler::timesteps`].
+    pub index: usize,
+    /// That of the run's first, before which nothing is remembered.
+    pub first: usize,
+}
 
-    /// The clean sample that the last step predicted, for previews; `None` before the first.
-    fn predicted_original(&self) -> Option<&[f32]>;
+impl Evaluation {
+    /// Evaluations before it in the run.
+    fn done(self) -> usize {
+        self.index.saturating_sub(self.first)
+    }
+}
+
+/// Tensors of the latents' shape that a run keeps from step to step, the latents and the clean sample among them.
+pub fn kept(scheduler: &dyn Scheduler, first: usize) -> usize {
+    let steps = first..scheduler.timesteps().len();
+    let assigned = steps.flat_map(|index| {
+        let recipe = scheduler.step(Evaluation { index, first });
+        let slots: Vec<Slot> = recipe.assignments().iter().map(|a| a.to).collect();
+        slots
+    });
+    assigned.collect::<std::collections::BTreeSet<Slot>>().len()
 }
 
 /// What samplers have to know beside their configuration.

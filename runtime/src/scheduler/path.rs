@@ -2,8 +2,7 @@
 
 use super::fields::{Fields, SchedulerError};
 use super::schedule::{
-    Levels, Prediction, Spacing, Training, check_steps, interpolate, linspace, timestep_of,
-    trailing,
+    Levels, Spacing, Training, check_steps, interpolate, linspace, timestep_of, trailing,
 };
 
 /// Noise levels of the steps, the last behind them, with the time steps that the model is told.
@@ -100,18 +99,5 @@ impl Path {
     pub(super) fn lambda(&self, index: usize) -> f64 {
         let [signal, noise] = self.parts(index);
         signal.ln() - noise.ln()
-    }
-
-    /// The clean sample that an output means.
-    pub(super) fn clean(
-        &self,
-        prediction: Prediction,
-        output: &[f32],
-        sample: &[f32],
-        index: usize,
-    ) -> Vec<f32> {
-        let [signal, noise] = self.parts(index).map(|v| v as f32);
-        let split = |(output, x): (&f32, &f32)| prediction.split(*output, *x, signal, noise)[0];
-        output.iter().zip(sample).map(split).collect()
     }
 }

@@ -2,8 +2,9 @@
 
 use super::ddim::last_alpha;
 use super::fields::{Fields, SchedulerError};
-use super::schedule::{Prediction, Spacing, Training, check_steps, linspace, mix, trailing};
-use super::{Run, Scheduler};
+use super::recipe::{Combination, Recipe, Slot};
+use super::schedule::{Prediction, Spacing, Training, check_steps, linspace, trailing};
+use super::{Evaluation, Run, Scheduler};
 
 pub(super) struct Pndm {
     training: Training,
@@ -13,13 +14,14 @@ pub(super) struct Pndm {
     timesteps: Vec<f64>,
     /// Evaluations at the begin that are of Runge-Kutta.
     runge_kutta: usize,
-    counter: usize,
-    /// Earlier outputs, the newest last.
-    outputs: Vec<Vec<f32>>,
-    kept_sample: Option<Vec<f32>>,
-    gathered: Vec<f32>,
-    clean: Vec<f32>,
 }
+
+/// Outputs that the multistep rule uses, in the first memories, the newest first.
+const OUTPUTS: usize = 4;
+/// The sample that a step of several evaluations began with.
+const BEGIN: Slot = Slot::Memory(OUTPUTS);
+/// The weighted outputs of a Runge-Kutta step.
+const GATHERED: Slot = Slot::Memory(OUTPUTS + 1);
 
 impl Pndm {
     pub(super) fn new(fields: &mut Fields, run: &Run) -> Result<Self, SchedulerError> {
@@ -61,103 +63,78 @@ impl Pndm {
             prediction,
             timesteps,
             runge_kutta,
-            counter: 0,
-            outputs: Vec::new(),
-            kept_sample: None,
-            gathered: Vec::new(),
-            clean: Vec::new(),
             training,
         })
     }
 
     /// Equation 9 of the paper, from step `from` to `to`.
-    fn transfer(&mut self, sample: &mut [f32], output: &[f32], from: i64, to: i64) {
+    fn transfer(&self, recipe: &mut Recipe, output: Combination, from: i64, to: i64) {
         let (a, b) = (
             self.training.alpha(from, self.last_alpha),
             self.training.alpha(to, self.last_alpha),
         );
-        let (signal, level) = (a.sqrt() as f32, (1.0 - a).sqrt() as f32);
-        let keep = (b / a).sqrt() as f32;
-        let take = ((b - a) / (a * (1.0 - b).sqrt() + (a * (1.0 - a) * b).sqrt())) as f32;
-        self.clean.resize(sample.len(), 0.0);
-        for ((x, output), clean) in sample.iter_mut().zip(output).zip(&mut self.clean) {
-            let [x0, epsilon] = self.prediction.split(*output, *x, signal, level);
-            *clean = x0;
-            *x = keep * *x - take * epsilon;
-        }
+        let (signal, level) = (a.sqrt(), (1.0 - a).sqrt());
+        let keep = (b / a).sqrt();
+        let take = (b - a) / (a * (1.0 - b).sqrt() + (a * (1.0 - a) * b).sqrt());
+        let [clean, epsilon] = self.prediction.split(output, signal, level);
+        recipe.set(Slot::Clean, clean);
+        recipe.set(Slot::Sample, Slot::Sample * keep - epsilon * take);
     }
 
-    fn multistep(&mut self, output: &[f32], timestep: i64, sample: &mut [f32]) {
+    fn multistep(&self, recipe: &mut Recipe, counter: usize, timestep: i64) {
         let (mut from, mut to) = (timestep, timestep - self.stride);
-        if self.counter == 1 {
+        // Outputs of Runge-Kutta steps, and since; that of the step that is taken twice counts once.
+        let before = match self.runge_kutta {
+            0 => counter - usize::from(counter > 1),
+            steps => steps.div_ceil(4) + counter - steps,
+        };
+        if counter == 1 {
             // The first step is taken again, from its begin.
             (from, to) = (timestep + self.stride, timestep);
         } else {
-            let excess = self.outputs.len().saturating_sub(3);
-            self.outputs.drain(..excess);
-            self.outputs.push(output.to_vec());
+            recipe.remember(Slot::Output, before, OUTPUTS);
         }
-        let combined: Vec<f32> = match (self.outputs.as_slice(), self.counter) {
-            ([_], 0) => {
-                self.kept_sample = Some(sample.to_vec());
-                output.to_vec()
+        let m = Slot::Memory;
+        let combined = match (counter, before) {
+            (0, _) => {
+                recipe.set(BEGIN, Slot::Sample);
+                m(0).into()
             }
-            ([before], 1) => {
-                if let Some(kept) = self.kept_sample.take() {
-                    sample.copy_from_slice(&kept);
-                }
-                output
-                    .iter()
-                    .zip(before)
-                    .map(|(a, b)| (a + b) / 2.0)
-                    .collect()
+            (1, _) => {
+                recipe.set(Slot::Sample, BEGIN);
+                Slot::Output * 0.5 + m(0) * 0.5
             }
-            ([.., b, a], _) if self.outputs.len() == 2 => {
-                a.iter().zip(b).map(|(a, b)| (3.0 * a - b) / 2.0).collect()
-            }
-            ([c, b, a], _) => (0..a.len())
-                .map(|i| (23.0 * a[i] - 16.0 * b[i] + 5.0 * c[i]) / 12.0)
-                .collect(),
-            ([d, c, b, a], _) => {
-                let term = |i: usize| 55.0 * a[i] - 59.0 * b[i] + 37.0 * c[i] - 9.0 * d[i];
-                (0..a.len()).map(|i| term(i) / 24.0).collect()
-            }
-            _ => output.to_vec(),
+            (_, 0) => m(0).into(),
+            (_, 1) => (m(0) * 3.0 - m(1) * 1.0) * 0.5,
+            (_, 2) => (m(0) * 23.0 - m(1) * 16.0 + m(2) * 5.0) * (1.0 / 12.0),
+            _ => (m(0) * 55.0 - m(1) * 59.0 + m(2) * 37.0 - m(3) * 9.0) * (1.0 / 24.0),
         };
-        self.transfer(sample, &combined, from, to);
+        self.transfer(recipe, combined, from, to);
     }
 
-    fn runge_kutta(&mut self, output: &[f32], timestep: i64, sample: &mut [f32]) {
-        let to = timestep
-            - if self.counter % 2 == 1 {
-                0
-            } else {
-                self.stride / 2
-            };
-        let first = self.counter / 4 * 4;
+    fn runge_kutta(&self, recipe: &mut Recipe, counter: usize, timestep: i64) {
+        let to = timestep - if counter % 2 == 1 { 0 } else { self.stride / 2 };
+        let first = counter / 4 * 4;
         let from = self.timesteps.get(first).map_or(timestep, |t| *t as i64);
-        self.gathered.resize(output.len(), 0.0);
-        let weight = if matches!(self.counter % 4, 1 | 2) {
-            1.0 / 3.0
-        } else {
-            1.0 / 6.0
-        };
-        for (sum, output) in self.gathered.iter_mut().zip(output) {
-            *sum += weight * output;
-        }
-        let combined = match self.counter % 4 {
+        let output = Slot::Output;
+        let combined = match counter % 4 {
             0 => {
-                self.outputs.push(output.to_vec());
-                self.kept_sample = Some(sample.to_vec());
-                output.to_vec()
+                recipe.remember(output, counter / 4, OUTPUTS);
+                recipe.set(BEGIN, Slot::Sample);
+                recipe.set(GATHERED, output * (1.0 / 6.0));
+                output.into()
             }
-            3 => std::mem::take(&mut self.gathered),
-            _ => output.to_vec(),
+            3 => {
+                recipe.set(Slot::Sample, BEGIN);
+                GATHERED * 1.0 + output * (1.0 / 6.0)
+            }
+            _ => {
+                recipe.set(Slot::Sample, BEGIN);
+                recipe.set(GATHERED, GATHERED * 1.0 + output * (1.0 / 3.0));
+                output.into()
+            }
         };
-        if let Some(kept) = &self.kept_sample {
-            sample.copy_from_slice(kept);
-        }
-        self.transfer(sample, &combined, from, to);
+        self.transfer(recipe, combined, from, to);
     }
 }
 
@@ -199,44 +176,20 @@ impl Scheduler for Pndm {
         &self.timesteps
     }
 
-    fn init_noise_sigma(&self) -> f64 {
-        1.0
-    }
-
-    fn scale_model_input(&self, _: &mut [f32], _: usize) {}
-
-    fn begin(&mut self, _: usize) {
-        self.counter = 0;
-        self.outputs.clear();
-        self.kept_sample = None;
-        self.gathered.clear();
-    }
-
-    fn step(
-        &mut self,
-        model_output: &[f32],
-        index: usize,
-        sample: &mut [f32],
-        _: &mut dyn FnMut(usize) -> Vec<f32>,
-    ) {
-        let Some(timestep) = self.timesteps.get(index).map(|t| *t as i64) else {
-            return;
+    fn step(&self, at: Evaluation) -> Recipe {
+        let mut recipe = Recipe::default();
+        let Some(timestep) = self.timesteps.get(at.index).map(|t| *t as i64) else {
+            return recipe;
         };
-        if self.counter < self.runge_kutta {
-            self.runge_kutta(model_output, timestep, sample);
+        if at.done() < self.runge_kutta {
+            self.runge_kutta(&mut recipe, at.done(), timestep);
         } else {
-            self.multistep(model_output, timestep, sample);
+            self.multistep(&mut recipe, at.done(), timestep);
         }
-        self.counter += 1;
+        recipe
     }
 
-    fn add_noise(&self, original: &mut [f32], noise: &[f32], index: usize) {
-        let timestep = self.timesteps.get(index).map_or(0, |t| *t as i64);
-        let alpha = self.training.alpha(timestep, 1.0);
-        mix(original, noise, alpha.sqrt(), (1.0 - alpha).sqrt());
-    }
-
-    fn predicted_original(&self) -> Option<&[f32]> {
-        (!self.clean.is_empty()).then_some(&self.clean)
+    fn noising(&self, index: usize) -> [f64; 2] {
+        self.training.noising(self.timesteps.get(index))
     }
 }

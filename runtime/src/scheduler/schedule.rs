@@ -1,6 +1,7 @@
 //! What samplers share: the noise that a model was trained with, and where on it the steps lie.
 
 use super::fields::{Fields, SchedulerError};
+use super::recipe::{Combination, Slot};
 
 /// The training schedule: ᾱ of every step, in single precision as the models' makers computed it.
 #[derive(Debug, Clone)]
@@ -95,6 +96,12 @@ impl Training {
                 .unwrap_or(before),
             Err(_) => before,
         }
+    }
+
+    /// √ᾱ and √(1 − ᾱ) at a time step.
+    pub(super) fn noising(&self, timestep: Option<&f64>) -> [f64; 2] {
+        let alpha = self.alpha(timestep.map_or(0, |t| *t as i64), 1.0);
+        [alpha.sqrt(), (1.0 - alpha).sqrt()]
     }
 
     /// σ = √((1 − ᾱ) / ᾱ) of every training step, in single precision.
@@ -210,22 +217,33 @@ impl Prediction {
         )
     }
 
-    /// The clean sample and the noise in x = √ᾱ·x₀ + √(1 − ᾱ)·ε.
-    pub(super) fn split(self, output: f32, x: f32, signal: f32, noise: f32) -> [f32; 2] {
+    /// The clean sample and the noise in x = √ᾱ·x₀ + √(1 − ᾱ)·ε, for a model's output at the sample x.
+    pub(super) fn split(
+        self,
+        output: impl Into<Combination>,
+        signal: f64,
+        noise: f64,
+    ) -> [Combination; 2] {
+        let output = output.into();
+        let x = Slot::Sample;
         match self {
-            Self::Epsilon => [(x - noise * output) / signal, output],
-            Self::Sample => [output, (x - signal * output) / noise],
-            Self::V => [signal * x - noise * output, signal * output + noise * x],
+            Self::Epsilon => [(x * 1.0 - output.clone() * noise) * (1.0 / signal), output],
+            Self::Sample => [output.clone(), (x * 1.0 - output * signal) * (1.0 / noise)],
+            Self::V => [
+                x * signal - output.clone() * noise,
+                output * signal + x * noise,
+            ],
         }
     }
 
     /// The clean sample in x = x₀ + σ·ε.
-    pub(super) fn clean(self, output: f32, x: f32, sigma: f32) -> f32 {
+    pub(super) fn clean(self, sigma: f64) -> Combination {
         let variance = sigma * sigma + 1.0;
+        let (x, output) = (Slot::Sample, Slot::Output);
         match self {
-            Self::Epsilon => x - sigma * output,
-            Self::Sample => output,
-            Self::V => output * (-sigma / variance.sqrt()) + x / variance,
+            Self::Epsilon => x * 1.0 - output * sigma,
+            Self::Sample => output.into(),
+            Self::V => output * (-sigma / variance.sqrt()) + x * (1.0 / variance),
         }
     }
 }
@@ -362,13 +380,5 @@ impl Levels {
                 .map(|l| l.exp())
                 .collect(),
         }
-    }
-}
-
-/// Adds noise: x ← signal·x + noise·ε.
-pub(super) fn mix(x: &mut [f32], noise: &[f32], signal: f64, level: f64) {
-    let (signal, level) = (signal as f32, level as f32);
-    for (x, noise) in x.iter_mut().zip(noise) {
-        *x = signal * *x + level * noise;
     }
 }

@@ -3,13 +3,15 @@
 use std::path::Path;
 
 use serde::Deserialize;
-use serde_json::Value;
 
-use super::{NAMES, Run, SchedulerError, from_config};
+use super::{Evaluation, NAMES, Run, SchedulerError, Slot, State, from_config, kept};
+use crate::arithmetic::{Arithmetic, Form, Graphs, Host};
+use crate::engine::{EngineError, Location, SessionOptions, Value, load_library};
+use crate::tensor::{DType, Tensor};
 
 #[derive(Deserialize)]
 struct Case {
-    scheduler: Value,
+    scheduler: serde_json::Value,
     steps: usize,
     first: usize,
     eta: f64,
@@ -20,11 +22,11 @@ struct Case {
     noise: Vec<f32>,
     noised: Vec<f32>,
     sample: Vec<f32>,
-    evaluations: Vec<Evaluation>,
+    evaluations: Vec<Recorded>,
 }
 
 #[derive(Deserialize)]
-struct Evaluation {
+struct Recorded {
     input: Vec<f32>,
     output: Vec<f32>,
     noise: Vec<f32>,
@@ -60,14 +62,19 @@ fn compare_after(
     Err(format!("{what}: {found:?}, expected {expected:?}"))
 }
 
-fn replay(case: &Case) -> Result<(), String> {
+fn tensor(values: &[f32]) -> Tensor {
+    Tensor::from(ndarray::arr1(values))
+}
+
+fn replay(case: &Case, arithmetic: &mut dyn Arithmetic) -> Result<(), String> {
+    let failed = |e: EngineError| e.to_string();
     let run = Run {
         steps: case.steps,
         image_tokens: case.image_tokens,
         eta: case.eta,
     };
     let config = case.scheduler.to_string();
-    let mut scheduler = from_config(&config, None, &run).map_err(|e| e.to_string())?;
+    let scheduler = from_config(&config, None, &run).map_err(|e| e.to_string())?;
     let found: Vec<f32> = scheduler.timesteps().iter().map(|t| *t as f32).collect();
     let expected: Vec<f32> = case.timesteps.iter().map(|t| *t as f32).collect();
     compare("timesteps", &found, &expected)?;
@@ -76,49 +83,79 @@ fn replay(case: &Case) -> Result<(), String> {
         &[scheduler.init_noise_sigma() as f32],
         &[case.init_noise_sigma as f32],
     )?;
-    scheduler.begin(case.first);
-    let mut noised = case.original.clone();
-    scheduler.add_noise(&mut noised, &case.noise, case.first);
-    compare("add_noise", &noised, &case.noised)?;
+    let values = |value: &Value, arithmetic: &mut dyn Arithmetic| {
+        let tensor = arithmetic.download(value).map_err(failed)?;
+        Ok::<Vec<f32>, String>(tensor.to_f64().iter().map(|v| *v as f32).collect())
+    };
+    let [signal, level] = scheduler.noising(case.first);
+    let original = arithmetic.upload(tensor(&case.original)).map_err(failed)?;
+    let noise = arithmetic.upload(tensor(&case.noise)).map_err(failed)?;
+    let noised = arithmetic
+        .sum(
+            &[(signal, &original), (level, &noise)],
+            Form::of(DType::F32),
+        )
+        .map_err(failed)?;
+    compare("add_noise", &values(&noised, arithmetic)?, &case.noised)?;
+    let mut state = State::new(arithmetic.upload(tensor(&case.sample)).map_err(failed)?);
+    let mut before = &case.sample;
     for (index, evaluation) in case.evaluations.iter().enumerate() {
         let index = case.first + index;
         // From the recorded sample each time, so that each step is judged alone.
-        let before = index
-            .checked_sub(case.first + 1)
-            .and_then(|i| case.evaluations.get(i));
-        let mut sample = before.map_or_else(|| case.sample.clone(), |e| e.sample.clone());
-        let mut input = sample.clone();
-        scheduler.scale_model_input(&mut input, index);
-        compare(&format!("input {index}"), &input, &evaluation.input)?;
-        let noise = evaluation.noise.clone();
-        scheduler.step(&evaluation.output, index, &mut sample, &mut |_| {
-            noise.clone()
+        state.restart(arithmetic.upload(tensor(before)).map_err(failed)?);
+        let scale = scheduler.input_scale(index);
+        let input = arithmetic
+            .sum(&[(scale, state.sample())], Form::of(DType::F32))
+            .map_err(failed)?;
+        compare(
+            &format!("input {index}"),
+            &values(&input, arithmetic)?,
+            &evaluation.input,
+        )?;
+        let output = arithmetic
+            .upload(tensor(&evaluation.output))
+            .map_err(failed)?;
+        let recipe = scheduler.step(Evaluation {
+            index,
+            first: case.first,
         });
-        let start = before.map_or(&case.sample, |e| &e.sample);
+        let noise = match recipe.reads(Slot::Noise) {
+            true => Some(
+                arithmetic
+                    .upload(tensor(&evaluation.noise))
+                    .map_err(failed)?,
+            ),
+            false => None,
+        };
+        state
+            .step(&recipe, output, noise, arithmetic)
+            .map_err(failed)?;
         compare_after(
             &format!("sample after {index}"),
-            &sample,
+            &values(state.sample(), arithmetic)?,
             &evaluation.sample,
-            start,
+            before,
         )?;
-        if scheduler
-            .predicted_original()
-            .is_none_or(|clean| clean.len() != sample.len())
-        {
-            return Err("no clean sample".to_owned());
+        let clean = state.clean().ok_or("no clean sample")?;
+        if clean.shape() != state.sample().shape() {
+            return Err("a clean sample of another shape".to_owned());
         }
+        before = &evaluation.sample;
     }
     Ok(())
 }
 
-#[test]
-fn samplers_step_as_those_of_diffusers() {
+fn cases() -> Vec<Case> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/fixtures/schedules.json");
-    let cases: Vec<Case> = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+    serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
+}
+
+fn replay_all(arithmetic: &mut dyn Arithmetic) {
+    let cases = cases();
     let failures: Vec<String> = cases
         .iter()
         .filter_map(|case| {
-            replay(case)
+            replay(case, arithmetic)
                 .err()
                 .map(|e| format!("{} steps {}: {e}", case.scheduler, case.steps))
         })
@@ -130,6 +167,120 @@ fn samplers_step_as_those_of_diffusers() {
         cases.len(),
         failures.join("\n")
     );
+}
+
+#[test]
+fn samplers_step_as_those_of_diffusers() {
+    replay_all(&mut Host);
+}
+
+/// Sums in graphs, each beside the one on the host.
+struct Both {
+    graphs: Graphs,
+    sums: usize,
+}
+
+impl Arithmetic for Both {
+    fn location(&self) -> Location {
+        self.graphs.location()
+    }
+
+    fn upload(&mut self, tensor: Tensor) -> Result<Value, EngineError> {
+        self.graphs.upload(tensor)
+    }
+
+    fn download(&mut self, value: &Value) -> Result<Tensor, EngineError> {
+        self.graphs.download(value)
+    }
+
+    fn sum(&mut self, terms: &[(f64, &Value)], form: Form) -> Result<Value, EngineError> {
+        self.sums += 1;
+        let found = self.graphs.sum(terms, form)?;
+        let on_host = terms
+            .iter()
+            .map(|(factor, value)| Ok((*factor, Value::from(self.download(value)?))))
+            .collect::<Result<Vec<_>, EngineError>>()?;
+        let on_host: Vec<(f64, &Value)> = on_host.iter().map(|(f, v)| (*f, v)).collect();
+        let expected = Host.sum(&on_host, form)?;
+        // Each coefficient, product and partial sum, and the result on the host, is rounded once in single precision.
+        let roundings = terms.len() as f64 + 3.0;
+        let magnitudes: Vec<_> = on_host
+            .iter()
+            .map(|(factor, value)| value.host().unwrap().to_f64().mapv(|v| (factor * v).abs()))
+            .collect();
+        let found_values = self.download(&found)?.to_f64();
+        let differences = found_values - expected.host().unwrap().to_f64();
+        for (place, difference) in differences.indexed_iter() {
+            let sum: f64 = magnitudes.iter().map(|m| m[&place]).sum();
+            let tolerance = roundings * sum * f64::from(f32::EPSILON) / 2.0;
+            assert!(
+                difference.abs() <= tolerance,
+                "{difference:e} above {tolerance:e}"
+            );
+        }
+        Ok(found)
+    }
+
+    fn join(&mut self, axis: usize, parts: &[&Value]) -> Result<Value, EngineError> {
+        self.graphs.join(axis, parts)
+    }
+
+    fn part(
+        &mut self,
+        value: &Value,
+        axis: usize,
+        range: std::ops::Range<usize>,
+    ) -> Result<Value, EngineError> {
+        self.graphs.part(value, axis, range)
+    }
+
+    fn finite(&mut self, values: &[&Value]) -> Result<bool, EngineError> {
+        self.graphs.finite(values)
+    }
+}
+
+#[test]
+fn samplers_step_in_graphs_as_on_the_host() {
+    if load_library(None).is_err() {
+        println!("skipped: no ONNX Runtime library");
+        return;
+    }
+    let mut both = Both {
+        graphs: Graphs::new(&SessionOptions::default()),
+        sums: 0,
+    };
+    replay_all(&mut both);
+    assert!(both.sums > 500, "{}", both.sums);
+}
+
+#[test]
+fn a_step_that_reads_what_is_not_there_is_an_error() {
+    let scheduler = from_config(r#"{"_class_name": "LCMScheduler"}"#, None, &RUN).unwrap();
+    let recipe = scheduler.step(Evaluation { index: 0, first: 0 });
+    assert!(recipe.reads(Slot::Noise));
+    let value = || Value::from(tensor(&[1.0, 2.0]));
+    let mut state = State::new(value());
+    let error = state.step(&recipe, value(), None, &mut Host).unwrap_err();
+    assert!(error.to_string().contains("`noise`"), "{error}");
+}
+
+#[test]
+fn what_a_run_keeps_is_counted() {
+    let count = |name: &str| {
+        let config = format!(r#"{{"_class_name": "{name}", "solver_order": 3}}"#);
+        kept(
+            from_config(&config, None, &Run { steps: 6, ..RUN })
+                .unwrap()
+                .as_ref(),
+            0,
+        )
+    };
+    // Sample and clean sample; three clean samples; these and the sample before; four outputs, the sample before and the
+    // outputs gathered.
+    assert_eq!(count("DDIMScheduler"), 2);
+    assert_eq!(count("DPMSolverMultistepScheduler"), 2 + 3);
+    assert_eq!(count("UniPCMultistepScheduler"), 2 + 3 + 1);
+    assert_eq!(count("PNDMScheduler"), 2 + 4 + 2);
 }
 
 const RUN: Run = Run {

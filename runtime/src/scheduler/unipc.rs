@@ -1,11 +1,10 @@
 //! UniPC (Zhao et al. 2023), multistep with its corrector, on predictions of the clean sample.
 
-use std::collections::VecDeque;
-
 use super::fields::{Fields, SchedulerError};
 use super::path::Path;
-use super::schedule::{Prediction, mix};
-use super::{Run, Scheduler};
+use super::recipe::{Combination, Recipe, Slot};
+use super::schedule::Prediction;
+use super::{Evaluation, Run, Scheduler};
 
 /// B(h) of the paper.
 #[derive(Clone, Copy, PartialEq)]
@@ -22,21 +21,21 @@ pub(super) struct UniPc {
     lower_order_final: bool,
     /// Steps after which nothing is corrected.
     uncorrected: Vec<usize>,
-    /// Clean samples, the newest first.
-    history: VecDeque<Vec<f32>>,
-    /// The sample before the last step and the order of that step.
-    last: Option<(Vec<f32>, usize)>,
-    steps_done: usize,
 }
+
+/// The highest order, of as many clean samples in the first memories, the newest first.
+const MOST: usize = 3;
+/// The sample before the last step.
+const BEGIN: Slot = Slot::Memory(MOST);
 
 impl UniPc {
     pub(super) fn new(fields: &mut Fields, run: &Run) -> Result<Self, SchedulerError> {
         let order = fields.count("solver_order", 2)?;
-        if !(1..=3).contains(&order) {
+        if !(1..=MOST).contains(&order) {
             return Err(SchedulerError::Field {
                 field: "solver_order".to_owned(),
                 found: order.to_string(),
-                expected: "1 to 3".to_owned(),
+                expected: format!("1 to {MOST}"),
             });
         }
         if !fields.flag("predict_x0", true)? {
@@ -59,22 +58,23 @@ impl UniPc {
             order,
             lower_order_final: fields.flag("lower_order_final", true)?,
             uncorrected: uncorrected.iter().map(|v| *v as usize).collect(),
-            history: VecDeque::new(),
-            last: None,
-            steps_done: 0,
         })
     }
 
-    /// Moves `x` from step `from` to the next, with the clean samples from `history` on and, for the corrector, that of
+    /// Order of the step at an evaluation.
+    fn order_at(&self, index: usize, done: usize) -> usize {
+        let left = self.path.timesteps.len().saturating_sub(index);
+        let most = if self.lower_order_final {
+            self.order.min(left)
+        } else {
+            self.order
+        };
+        most.min(done + 1).max(1)
+    }
+
+    /// `x` moved from step `from` to the next, with the clean samples that are remembered and, for the corrector, that of
     /// the target.
-    fn transfer(
-        &self,
-        x: &mut [f32],
-        from: usize,
-        order: usize,
-        history: &[&Vec<f32>],
-        target: Option<&[f32]>,
-    ) {
+    fn transfer(&self, x: Slot, from: usize, order: usize, target: Option<Slot>) -> Combination {
         let [signal, noise] = self.path.parts(from + 1);
         let [_, noise_before] = self.path.parts(from);
         let h = self.path.lambda(from + 1) - self.path.lambda(from);
@@ -88,26 +88,16 @@ impl UniPc {
             Kind::Bh2 => phi,
         };
         let weights = weights(&ratios, -h, bh, target.is_some());
-        let Some(newest) = history.first() else {
-            return;
-        };
-        let keep = (noise / noise_before) as f32;
-        let base = (-signal * phi) as f32;
-        for (i, x) in x.iter_mut().enumerate() {
-            let m0 = newest[i];
-            let mut sum = 0.0_f64;
-            let older = history.iter().take(order).skip(1);
-            for ((older, ratio), weight) in older.zip(&ratios).zip(&weights) {
-                sum += weight * f64::from(older[i] - m0) / ratio;
-            }
-            if let (Some(target), Some(weight)) = (target, weights.last()) {
-                sum += weight * f64::from(target[i] - m0);
-            }
-            *x = keep * *x + base * m0;
-            if sum != 0.0 {
-                *x -= (signal * bh * sum) as f32;
-            }
+        let newest = Slot::Memory(0);
+        let mut next = x * (noise / noise_before) - newest * (signal * phi);
+        let difference = |of: Slot, weight: f64| (of * 1.0 - newest * 1.0) * (signal * bh * weight);
+        for (older, (ratio, weight)) in (1..order).zip(ratios.iter().zip(&weights)) {
+            next = next - difference(Slot::Memory(older), weight / ratio);
         }
+        if let (Some(target), Some(weight)) = (target, weights.last()) {
+            next = next - difference(target, *weight);
+        }
+        next
     }
 }
 
@@ -162,55 +152,30 @@ impl Scheduler for UniPc {
         &self.path.timesteps
     }
 
-    fn init_noise_sigma(&self) -> f64 {
-        1.0
-    }
-
-    fn scale_model_input(&self, _: &mut [f32], _: usize) {}
-
-    fn begin(&mut self, _: usize) {
-        self.history.clear();
-        self.last = None;
-        self.steps_done = 0;
-    }
-
-    fn step(
-        &mut self,
-        model_output: &[f32],
-        index: usize,
-        sample: &mut [f32],
-        _: &mut dyn FnMut(usize) -> Vec<f32>,
-    ) {
-        let clean = self
-            .path
-            .clean(self.prediction, model_output, sample, index);
-        let corrected = index > 0 && !self.uncorrected.contains(&(index - 1));
-        if let (true, Some((last, order))) = (corrected, self.last.take()) {
-            sample.copy_from_slice(&last);
-            let history: Vec<&Vec<f32>> = self.history.iter().collect();
-            self.transfer(sample, index - 1, order, &history, Some(&clean));
-        }
-        self.history.push_front(clean);
-        self.history.truncate(self.order);
-        let left = self.path.timesteps.len().saturating_sub(index);
-        let most = if self.lower_order_final {
-            self.order.min(left)
-        } else {
-            self.order
-        };
-        let order = most.min(self.steps_done + 1).max(1);
-        self.last = Some((sample.to_vec(), order));
-        let history: Vec<&Vec<f32>> = self.history.iter().collect();
-        self.transfer(sample, index, order, &history, None);
-        self.steps_done = (self.steps_done + 1).min(self.order);
-    }
-
-    fn add_noise(&self, original: &mut [f32], noise: &[f32], index: usize) {
+    fn step(&self, at: Evaluation) -> Recipe {
+        let Evaluation { index, .. } = at;
+        let mut recipe = Recipe::default();
         let [signal, level] = self.path.parts(index);
-        mix(original, noise, signal, level);
+        let [clean, _] = self.prediction.split(Slot::Output, signal, level);
+        recipe.set(Slot::Clean, clean);
+        if let (Some(done), Some(last)) = (at.done().checked_sub(1), index.checked_sub(1))
+            && !self.uncorrected.contains(&last)
+        {
+            let order = self.order_at(last, done);
+            let corrected = self.transfer(BEGIN, last, order, Some(Slot::Clean));
+            recipe.set(Slot::Sample, corrected);
+        }
+        recipe.remember(Slot::Clean, at.done(), self.order);
+        recipe.set(BEGIN, Slot::Sample);
+        let order = self.order_at(index, at.done());
+        recipe.set(
+            Slot::Sample,
+            self.transfer(Slot::Sample, index, order, None),
+        );
+        recipe
     }
 
-    fn predicted_original(&self) -> Option<&[f32]> {
-        self.history.front().map(Vec::as_slice)
+    fn noising(&self, index: usize) -> [f64; 2] {
+        self.path.parts(index)
     }
 }
