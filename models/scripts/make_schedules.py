@@ -62,6 +62,7 @@ CASES = [
     ("UniPCMultistepScheduler", {"final_sigmas_type": "sigma_min", "timestep_spacing": "leading", "steps_offset": 1}, 4, 0),
     ("LCMScheduler", {**SD}, 4, 0),
     ("LCMScheduler", {**SD, "original_inference_steps": 25, "set_alpha_to_one": False, **V}, 3, 0),
+    ("LCMScheduler", {**SD, "strength": 0.6}, 4, 0),
     ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, 6, 0),
     ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, 6, 2),
     ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15,
@@ -79,9 +80,11 @@ def numbers(tensor):
 
 def run(name, config, steps, first):
     config = dict(config)
-    eta, tokens = config.pop("eta", 0.0), config.pop("image_tokens", None)
+    eta, tokens, strength = config.pop("eta", 0.0), config.pop("image_tokens", None), config.pop("strength", 1.0)
     scheduler = getattr(diffusers, name)(**config)
-    if tokens is None:
+    if strength < 1:
+        scheduler.set_timesteps(steps, strength=strength)
+    elif tokens is None:
         scheduler.set_timesteps(steps)
     else:
         c = scheduler.config
@@ -99,9 +102,10 @@ def run(name, config, steps, first):
     at = timesteps[first * order : first * order + 1]
     noised = scheduler.scale_noise(start, at, noise) if hasattr(scheduler, "scale_noise") else scheduler.add_noise(start, noise, at)
     sigma = float(getattr(scheduler, "init_noise_sigma", 1.0))
-    sample = noised if first else sample * sigma
+    sample = noised if first or strength < 1 else sample * sigma
     case = dict(
-        scheduler=dict(_class_name=name, **config), steps=steps, first=first * order, eta=eta, image_tokens=tokens,
+        scheduler=dict(_class_name=name, **config), steps=steps, first=first * order, eta=eta, strength=strength,
+        image_tokens=tokens,
         timesteps=[float(t) for t in timesteps], init_noise_sigma=sigma, original=numbers(start), noise=numbers(noise),
         noised=numbers(noised), sample=numbers(sample), evaluations=[],
     )

@@ -7,8 +7,10 @@ use std::path::Path;
 
 use linfusion_models::onnx::proto::{GraphProto, ModelProto, TensorProto};
 use linfusion_models::onnx::{ElementType, make};
+use linfusion_runtime::engine::{Device, Engine, Operators, SessionOptions};
 use linfusion_runtime::image::{Metadata, RowWriter, read};
-use support::{Bench, edit, said};
+use linfusion_runtime::pipeline::{Folder, Guidance, Init, Place, Request, expected};
+use support::{Bench, LATENTS, apart, edit, latents, said};
 
 /// Makes an image of two steps and reads it.
 fn image(bench: &Bench, arguments: &[&str]) -> Vec<u8> {
@@ -115,6 +117,30 @@ fn an_inpainting_model_is_told_mask_and_image() {
     inpainting(&bench, 0.5);
     assert_eq!(image(&bench, &with_mask("black.png")), plain);
     assert_ne!(image(&bench, &with_mask("white.png")), plain);
+    for batching in [Guidance::Together, Guidance::Split] {
+        for strength in [0.5, 1.0] {
+            let with = |mask: &str| Request {
+                batching,
+                init: Init::Inpaint {
+                    image: read(&bench.path("picture.png")).unwrap(),
+                    mask: read(&bench.path(mask)).unwrap(),
+                    strength,
+                },
+                ..two_steps(&bench)
+            };
+            let [black, white] = ["black.png", "white.png"]
+                .map(|mask| latents(&bench.pipeline, &with(mask), LATENTS));
+            assert!(apart(&black, &white) > 0.01);
+        }
+    }
+}
+
+fn two_steps(bench: &Bench) -> Request {
+    Request {
+        steps: 2,
+        scheduler: Some("ddim".to_owned()),
+        ..Request::new("x".to_owned(), bench.path("out.png"))
+    }
 }
 
 /// Adds what a ControlNet gives to the middle block of the UNet, and puts a ControlNet beside it whose only residual is the mean of
@@ -198,6 +224,58 @@ fn a_controlnet_is_shown_the_image_and_its_residuals_are_scaled() {
     assert_eq!(image(&bench, &scaled("0")), plain);
     assert_eq!(image(&bench, &scaled("1")), full);
     assert_ne!(image(&bench, &scaled("0.5")), full);
+    for batching in [Guidance::Together, Guidance::Split] {
+        let [none, half, whole] = [0.0, 0.5, 1.0].map(|scale| {
+            let asked = Request {
+                batching,
+                control: Some(read(&bench.path("white.png")).unwrap()),
+                control_scale: scale,
+                ..two_steps(&bench)
+            };
+            latents(&bench.pipeline, &asked, LATENTS)
+        });
+        assert!(apart(&none, &half) > LATENTS && apart(&half, &whole) > LATENTS);
+    }
+}
+
+/// What is counted for a GPU has nothing in it that changes from run to run.
+#[test]
+fn what_stays_between_steps_is_counted() {
+    let Some(bench) = Bench::new("sd15") else {
+        return;
+    };
+    controlled(&bench);
+    grey(&bench.path("white.png"), 255);
+    let folder = Folder::open(&bench.pipeline).unwrap();
+    let place = Place {
+        engine: Engine::Ort,
+        options: SessionOptions {
+            device: Device::Cuda(0),
+            operators: Operators::None,
+            ..SessionOptions::default()
+        },
+    };
+    let counted = |change: &dyn Fn(&mut Request)| {
+        let mut asked = Request {
+            control: Some(read(&bench.path("white.png")).unwrap()),
+            ..two_steps(&bench)
+        };
+        change(&mut asked);
+        let stages = expected(&folder, &place, &asked).unwrap();
+        let denoise = stages.iter().find(|s| s.stage.starts_with("denoise"));
+        denoise.unwrap().values
+    };
+    let usual = counted(&|_| ());
+    let latents = 4 * 4 * 16 * 16;
+    // UniPC keeps two clean samples and the sample before more than DDIM.
+    let unipc = counted(&|asked| asked.scheduler = Some("unipc".to_owned()));
+    assert_eq!(unipc - usual, 3 * latents);
+    // Residuals that are multiplied are there twice; the ControlNet's only one is a number.
+    let scaled = counted(&|asked| asked.control_scale = 0.5);
+    assert_eq!(scaled - usual, 4);
+    let hint = 3 * 4 * 128 * 128;
+    let without = counted(&|asked| asked.control = None);
+    assert!(usual - without > 3 * hint, "{usual} {without}");
 }
 
 /// Its sampler's configuration has a bare `-Infinity`, which diffusers writes and JSON doesn't know.

@@ -5,8 +5,10 @@ mod support;
 use std::path::Path;
 use std::process::Command;
 
+use linfusion_runtime::engine::Location;
 use linfusion_runtime::image::read;
-use support::{Bench, edit, said};
+use linfusion_runtime::pipeline::Request;
+use support::{Bench, Blind, edit, make, said};
 
 fn text_of(path: &Path) -> String {
     String::from_utf8_lossy(&std::fs::read(path).unwrap()).into_owned()
@@ -319,6 +321,16 @@ fn the_node_that_makes_a_nan_is_named() {
         assert!(dense(&said).contains(&dense(part)), "{part}: {said}");
     }
     assert!(!bench.files().contains(&"out.png".to_owned()));
+    // Found by one number where the latents stay on the device, and named as well.
+    let asked = Request {
+        steps: 2,
+        ..Request::new("x".to_owned(), bench.path("out.png"))
+    };
+    let error = make(&bench.pipeline, &asked, Location::Device, &mut Blind);
+    let error = error.err().unwrap().to_string();
+    for part in ["unet, output `", &format!("made by `{node}` (Conv)")] {
+        assert!(error.contains(part), "{part}: {error}");
+    }
 }
 
 #[test]

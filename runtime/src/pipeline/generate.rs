@@ -196,12 +196,12 @@ impl Work<'_> {
             _ => None,
         };
         for (rung, size) in sizes.iter().enumerate() {
-            let scheduler = self.scheduler(*size)?;
             let (option, strength) = match (rung, strength) {
-                (0, None) => continue,
+                (0, None) => ("--strength", 1.0),
                 (0, Some(strength)) => ("--strength", strength),
                 _ => ("--upscale", self.plan.upscale_strength(rung)),
             };
+            let scheduler = self.scheduler(*size, strength)?;
             self.first_evaluation(scheduler.as_ref(), strength, option)?;
         }
         Ok(())
@@ -287,8 +287,12 @@ impl Work<'_> {
         })
     }
 
-    pub(super) fn scheduler(&self, size: Size) -> Result<Box<dyn Scheduler>, PipelineError> {
-        scheduler(self.folder, self.request, &self.plan, size)
+    pub(super) fn scheduler(
+        &self,
+        size: Size,
+        strength: f64,
+    ) -> Result<Box<dyn Scheduler>, PipelineError> {
+        scheduler(self.folder, self.request, &self.plan, size, strength)
     }
 
     /// Takes the sampler's steps. Everything that they read and write is where the arithmetic is; to the host come what

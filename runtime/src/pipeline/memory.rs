@@ -175,7 +175,7 @@ impl Opened<'_> {
     }
 
     fn denoise(&self, size: Size) -> Result<StageMemory, PipelineError> {
-        let (images, channels, height, width) = self.plan.latent_shape(size);
+        let (images, _, height, width) = self.plan.latent_shape(size);
         let sides = match (self.plan.guided, self.request.batching) {
             (true, Guidance::Together) => 2_usize,
             _ => 1,
@@ -208,7 +208,7 @@ impl Opened<'_> {
     /// Latents and what is computed from them, in single precision, while the model runs or beside it.
     fn between_steps(&self, size: Size, sides: usize) -> Result<u64, PipelineError> {
         let (images, channels, height, width) = self.plan.latent_shape(size);
-        let scheduler = scheduler(self.folder, self.request, &self.plan, size)?;
+        let scheduler = scheduler(self.folder, self.request, &self.plan, size, 1.0)?;
         // What the sampler keeps; the prediction, noise, the sum that is being computed and the scaled latents; and of each
         // side the batch, the model's input and output, and the check of these.
         let tensors = kept(scheduler.as_ref(), 0) + 4 + 4 * sides;

@@ -42,7 +42,7 @@ impl<'a> Opened<'a> {
     }
 }
 
-/// The sampler of a stage.
+/// The sampler of a stage that changes an image by so much of the steps, 1 for one from noise.
 ///
 /// # Errors
 /// The pipeline's configuration cannot be followed.
@@ -51,12 +51,15 @@ pub(super) fn scheduler(
     request: &Request,
     plan: &Plan,
     size: Size,
+    strength: f64,
 ) -> Result<Box<dyn Scheduler>, PipelineError> {
     let text = folder.text("scheduler", "scheduler_config.json")?;
     let run = Run {
         steps: request.steps,
         image_tokens: Some(size.width / plan.token * (size.height / plan.token)),
         eta: request.eta,
+        // As diffusers' pipeline of latent consistency models has it; its others cut LCM's schedule as any.
+        strength: if plan.distilled { strength } else { 1.0 },
     };
     scheduler::from_config(&text, request.scheduler.as_deref(), &run).map_err(|source| {
         PipelineError::Scheduler {

@@ -18,6 +18,8 @@ pub(super) struct Plan {
     pub sizes: Vec<Size>,
     /// Whether the model is asked for the negative side too.
     pub guided: bool,
+    /// Whether the model is a latent consistency model, told its guidance.
+    pub distilled: bool,
     /// Pixels along a side of one token.
     pub token: usize,
     images: usize,
@@ -77,6 +79,7 @@ impl Plan {
             sizes,
             // Models with an embedding of the guidance were distilled to need one evaluation only.
             guided: request.guidance > 1.0 && config.time_cond_proj_dim.is_none(),
+            distilled: config.time_cond_proj_dim.is_some(),
             token: asked.token(),
             images: request.images,
             channels: vae.latent_channels,

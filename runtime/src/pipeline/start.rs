@@ -37,6 +37,9 @@ impl Work<'_> {
         strength: f64,
         option: &'static str,
     ) -> Result<usize, PipelineError> {
+        if scheduler.is_cut() {
+            return Ok(0);
+        }
         let steps = self.request.steps;
         let taken = ((steps as f64 * strength) as usize).min(steps);
         let first = (steps - taken) * scheduler.order();
@@ -54,7 +57,6 @@ impl Work<'_> {
 
     pub(super) fn first_latents(&mut self, size: Size) -> Result<Start, PipelineError> {
         let request = self.request;
-        let scheduler = self.scheduler(size)?;
         match &request.init {
             Init::Noise | Init::Latents(_) => {
                 let mut latents = match &request.init {
@@ -73,6 +75,7 @@ impl Work<'_> {
                     }
                     _ => self.noise(size),
                 };
+                let scheduler = self.scheduler(size, 1.0)?;
                 let sigma = scheduler.init_noise_sigma() as f32;
                 latents.mapv_inplace(|v| v * sigma);
                 Ok(Start {
@@ -88,9 +91,10 @@ impl Work<'_> {
                 mask,
                 strength,
             } => {
+                let scheduler = self.scheduler(size, *strength)?;
                 let first = self.first_evaluation(scheduler.as_ref(), *strength, "--strength")?;
                 let mut start = match first {
-                    0 => {
+                    0 if !scheduler.is_cut() => {
                         let mut latents = self.noise(size);
                         let sigma = scheduler.init_noise_sigma() as f32;
                         latents.mapv_inplace(|v| v * sigma);
@@ -156,7 +160,7 @@ impl Work<'_> {
         size: Size,
         strength: f64,
     ) -> Result<Start, PipelineError> {
-        let scheduler = self.scheduler(size)?;
+        let scheduler = self.scheduler(size, strength)?;
         let first = self.first_evaluation(scheduler.as_ref(), strength, "--strength")?;
         let image = planes(&resize(image, size.width as u32, size.height as u32)?)?;
         let encoded = self.encode_image(image.view(), &size.to_string())?;

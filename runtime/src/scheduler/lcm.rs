@@ -16,6 +16,7 @@ pub(super) struct Lcm {
     last_alpha: f64,
     timestep_scaling: f64,
     timesteps: Vec<f64>,
+    is_cut: bool,
 }
 
 impl Lcm {
@@ -25,18 +26,20 @@ impl Lcm {
         // These say where other samplers' steps lie; the distilled steps are fixed.
         Spacing::read(fields, Spacing::Leading)?;
         fields.ignore("steps_offset");
-        if original == 0 || original > training.len() || run.steps > original {
+        let taken = ((original as f64 * run.strength) as usize).min(original);
+        if original == 0 || original > training.len() || run.steps > taken {
+            let part = match run.strength {
+                1.0 => String::new(),
+                strength => format!(", {original}, times the strength, {strength}"),
+            };
             return Err(SchedulerError::Steps {
                 found: run.steps,
-                expected: format!("1 to {original} (original_inference_steps)"),
+                expected: format!("1 to {taken} (original_inference_steps{part})"),
             });
         }
         let stride = training.len() / original;
-        let distilled: Vec<f64> = (1..=original)
-            .rev()
-            .map(|i| (i * stride - 1) as f64)
-            .collect();
-        let place = |i: usize| (i as f64 * (original as f64 / run.steps as f64)).floor() as usize;
+        let distilled: Vec<f64> = (1..=taken).rev().map(|i| (i * stride - 1) as f64).collect();
+        let place = |i: usize| (i as f64 * (taken as f64 / run.steps as f64)).floor() as usize;
         Ok(Self {
             prediction: Prediction::read(fields)?,
             clip: clip(fields, false)?,
@@ -45,6 +48,7 @@ impl Lcm {
             timesteps: (0..run.steps)
                 .filter_map(|i| distilled.get(place(i)).copied())
                 .collect(),
+            is_cut: run.strength < 1.0,
             training,
         })
     }
@@ -53,6 +57,10 @@ impl Lcm {
 impl Scheduler for Lcm {
     fn timesteps(&self) -> &[f64] {
         &self.timesteps
+    }
+
+    fn is_cut(&self) -> bool {
+        self.is_cut
     }
 
     fn step(&self, at: Evaluation) -> Recipe {

@@ -37,6 +37,11 @@ pub trait Scheduler: Send {
         1.0
     }
 
+    /// Whether the schedule is of a part already: a run from an image takes all of it, where those of others begin within.
+    fn is_cut(&self) -> bool {
+        false
+    }
+
     /// What the sample is multiplied by to be the model's input at evaluation `index`.
     fn input_scale(&self, index: usize) -> f64 {
         let _ = index;
@@ -86,6 +91,8 @@ pub struct Run {
     pub image_tokens: Option<usize>,
     /// DDIM's share of DDPM's noise, 0 to 1.
     pub eta: f64,
+    /// Share of the distilled schedule that LCM's steps are taken from, above 0 to 1; other samplers' schedules are whole.
+    pub strength: f64,
 }
 
 /// Names that [`from_config`] takes beside those of diffusers' classes.

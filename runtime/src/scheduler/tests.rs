@@ -15,6 +15,7 @@ struct Case {
     steps: usize,
     first: usize,
     eta: f64,
+    strength: f64,
     image_tokens: Option<usize>,
     timesteps: Vec<f64>,
     init_noise_sigma: f64,
@@ -72,6 +73,7 @@ fn replay(case: &Case, arithmetic: &mut dyn Arithmetic) -> Result<(), String> {
         steps: case.steps,
         image_tokens: case.image_tokens,
         eta: case.eta,
+        strength: case.strength,
     };
     let config = case.scheduler.to_string();
     let scheduler = from_config(&config, None, &run).map_err(|e| e.to_string())?;
@@ -254,6 +256,30 @@ fn samplers_step_in_graphs_as_on_the_host() {
 }
 
 #[test]
+fn a_part_of_lcms_schedule_has_steps_of_its_own() {
+    let lcm = |steps, strength| {
+        from_config(
+            r#"{"_class_name": "LCMScheduler"}"#,
+            None,
+            &Run {
+                steps,
+                strength,
+                ..RUN
+            },
+        )
+    };
+    assert!(!lcm(4, 1.0).unwrap().is_cut());
+    let part = lcm(4, 0.1).unwrap();
+    assert!(part.is_cut());
+    assert_eq!(part.timesteps(), [99.0, 79.0, 59.0, 39.0]);
+    let error = lcm(6, 0.1).err().unwrap().to_string();
+    assert!(
+        error.contains("1 to 5 (original_inference_steps, 50, times the strength, 0.1)"),
+        "{error}"
+    );
+}
+
+#[test]
 fn a_step_that_reads_what_is_not_there_is_an_error() {
     let scheduler = from_config(r#"{"_class_name": "LCMScheduler"}"#, None, &RUN).unwrap();
     let recipe = scheduler.step(Evaluation { index: 0, first: 0 });
@@ -287,6 +313,7 @@ const RUN: Run = Run {
     steps: 4,
     image_tokens: None,
     eta: 0.0,
+    strength: 1.0,
 };
 
 fn refusal(config: &str) -> String {

@@ -7,7 +7,12 @@ use std::process::{Command, Output};
 use linfusion_models::fixtures;
 use linfusion_models::onnx::OnnxFile;
 use linfusion_models::onnx::proto::ModelProto;
-use linfusion_runtime::engine::load_library;
+use linfusion_runtime::engine::{Engine, Location, SessionOptions, load_library};
+use linfusion_runtime::image::Metadata;
+use linfusion_runtime::pipeline::{
+    Folder, Generated, Observer, PipelineError, Place, Progress, Request, generate,
+};
+use ndarray::{Array4, Zip};
 
 /// A tiny pipeline in a folder of its own; nothing where there is no ONNX Runtime.
 pub struct Bench {
@@ -70,4 +75,63 @@ pub fn edit(path: &Path, change: impl FnOnce(&OnnxFile, &mut ModelProto)) {
     let bytes = buffa::Message::encode_to_vec(&model);
     drop(file);
     std::fs::write(path, bytes).unwrap();
+}
+
+/// Largest difference of the latents, as a share of the largest latent, that single precision makes over these steps:
+/// graphs, loops and PyTorch sum in other orders.
+pub const LATENTS: f64 = 2e-4;
+
+/// ONNX Runtime with tensors that runs share kept there.
+pub fn place(shared: Location) -> Place {
+    Place {
+        engine: Engine::Ort,
+        options: SessionOptions {
+            shared: Some(shared),
+            ..SessionOptions::default()
+        },
+    }
+}
+
+/// Nobody watches.
+pub struct Blind;
+
+impl Observer for Blind {
+    fn progress(&mut self, _: Progress) {}
+}
+
+pub fn make(
+    pipeline: &Path,
+    request: &Request,
+    shared: Location,
+    observer: &mut dyn Observer,
+) -> Result<Generated, PipelineError> {
+    let folder = Folder::open(pipeline).unwrap();
+    generate(
+        &folder,
+        &place(shared),
+        request,
+        &|_| Metadata::default(),
+        observer,
+    )
+}
+
+/// The latents of a request, which are the same wherever they are between the steps.
+pub fn latents(pipeline: &Path, request: &Request, tolerance: f64) -> Array4<f32> {
+    let [on_host, on_device] = [Location::Host, Location::Device].map(|shared| {
+        let made = make(pipeline, request, shared, &mut Blind);
+        made.unwrap().latents
+    });
+    let worst = apart(&on_host, &on_device);
+    assert!(worst <= tolerance, "{worst:e} above {tolerance:e}");
+    on_host
+}
+
+/// The largest difference as a share of the largest value.
+pub fn apart(a: &Array4<f32>, b: &Array4<f32>) -> f64 {
+    assert_eq!(a.dim(), b.dim());
+    let largest = a.iter().fold(0.0_f64, |m, v| m.max(f64::from(v.abs())));
+    let worst = Zip::from(a).and(b).fold(0.0_f64, |m, a, b| {
+        m.max((f64::from(*a) - f64::from(*b)).abs())
+    });
+    worst / largest
 }
