@@ -6,8 +6,8 @@ use std::path::Path;
 use std::process::Command;
 
 use linfusion_runtime::engine::Location;
-use linfusion_runtime::image::read;
-use linfusion_runtime::pipeline::Request;
+use linfusion_runtime::image::{Metadata, RowWriter, read};
+use linfusion_runtime::pipeline::{Init, Request};
 use support::{Bench, Blind, edit, make, said};
 
 fn text_of(path: &Path) -> String {
@@ -331,6 +331,42 @@ fn the_node_that_makes_a_nan_is_named() {
     for part in ["unet, output `", &format!("made by `{node}` (Conv)")] {
         assert!(error.contains(part), "{part}: {error}");
     }
+}
+
+/// A latent consistency model takes all steps from a part of its schedule, as diffusers' pipeline of these has it; another model with
+/// LCM's sampler takes a part of the steps.
+#[test]
+fn lcm_takes_all_steps_of_a_part() {
+    let Some(bench) = Bench::new("sd15") else {
+        return;
+    };
+    let picture = bench.path("picture.png");
+    let mut writer = RowWriter::create(&picture, 128, 128, &Metadata::default()).unwrap();
+    writer.write_rows(&[90; 3 * 128 * 128]).unwrap();
+    writer.finish().unwrap();
+    let asked = Request {
+        steps: 4,
+        scheduler: Some("lcm".to_owned()),
+        init: Init::Image {
+            image: read(&picture).unwrap(),
+            strength: 0.5,
+        },
+        ..Request::new("x".to_owned(), bench.path("out.png"))
+    };
+    let steps = |asked: &Request| {
+        let made = make(&bench.pipeline, asked, Location::Host, &mut Blind);
+        made.map(|made| made.stages.iter().map(|s| s.steps).max())
+    };
+    assert_eq!(steps(&asked).unwrap(), Some(2));
+    let config = bench.pipeline.join("unet/config.json");
+    let text = std::fs::read_to_string(&config).unwrap();
+    let mut json: serde_json::Value = serde_json::from_str(&text).unwrap();
+    json["time_cond_proj_dim"] = 32.into();
+    std::fs::write(&config, json.to_string()).unwrap();
+    assert_eq!(steps(&asked).unwrap(), Some(4));
+    let many = Request { steps: 26, ..asked };
+    let error = steps(&many).unwrap_err().to_string();
+    assert!(error.contains("26 steps, expected 1 to 25"), "{error}");
 }
 
 #[test]

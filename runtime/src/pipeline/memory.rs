@@ -220,9 +220,10 @@ impl Opened<'_> {
         Ok((4 * images * (tensors * channels + told) * height * width) as u64)
     }
 
-    /// A ControlNet's hint in a batch of so many, and what it gives, which stays while the model runs.
+    /// A ControlNet's hint, uploaded, as the type that it takes and in a batch of so many, and what it gives, which stays while
+    /// the model runs.
     fn residuals(&self, size: Size, batch: usize, outputs: &[u64]) -> u64 {
-        let hint = 3 * 4 * size.width * size.height * (batch + 1);
+        let hint = 3 * 4 * size.width * size.height * (batch + 3);
         let copies = match self.request.control_scale {
             1.0 => 1,
             _ => 2,
