@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use ndarray::{Array4, ArrayView3, Axis, Ix4};
+use ndarray::{Array4, ArrayD, ArrayView3, Axis, Ix4};
 use serde::Serialize;
 
 use super::conditions::{Conditions, Control};
@@ -24,7 +24,7 @@ use crate::arithmetic::{Arithmetic, arithmetic};
 use crate::engine::{EngineError, Value};
 use crate::image::{Metadata, Rgb, RowWriter, resize};
 use crate::memory;
-use crate::scheduler::{Evaluation, Scheduler, Slot, State};
+use crate::scheduler::{Evaluation, Recipe, Scheduler, Slot, State};
 use crate::tensor::Tensor;
 use crate::torch_random::TorchRandom;
 
@@ -313,20 +313,16 @@ impl Work<'_> {
             inpaint,
             ..conditions
         };
-        let (shape, elements) = (latents.dim(), latents.len());
         let timesteps: Vec<f64> = scheduler.timesteps().to_vec();
         let count = timesteps.len() - first;
         let stage = format!("denoise {size}");
         self.timed(stage.clone(), count, |work| {
-            let sampler = |step: usize| format!("{stage}, the sampler's step {step}");
-            let failed = |step: usize| {
-                move |source: EngineError| PipelineError::Engine {
-                    stage: format!("denoise {size}, the sampler's step {step}"),
-                    source,
-                }
-            };
             let mut arithmetic = arithmetic(work.place.engine, &work.place.options);
             let arithmetic = arithmetic.as_mut();
+            let failed = |source| PipelineError::Engine {
+                stage: stage.clone(),
+                source,
+            };
             let mut denoiser = Denoiser::load(
                 work.folder,
                 work.place,
@@ -335,55 +331,70 @@ impl Work<'_> {
                 conditions,
                 arithmetic,
             )?;
-            let latents = arithmetic.upload(latents.into()).map_err(failed(0))?;
-            let mut state = State::new(latents);
+            let mut state = State::new(arithmetic.upload(latents.into()).map_err(failed)?);
             for (index, timestep) in timesteps.iter().enumerate().skip(first) {
                 work.stopped()?;
                 let started = Instant::now();
                 let step = index + 1 - first;
-                let keeps = work.observer.wants_inputs(step, count);
-                denoiser.model().keep(keeps);
+                denoiser
+                    .model()
+                    .keep(work.observer.wants_inputs(step, count));
                 let scale = scheduler.input_scale(index);
                 let predicted = denoiser
                     .predict(state.sample(), scale, *timestep, arithmetic)
                     .map_err(|e| e.within(&format!("{stage}, step {step} of {count}")))?;
                 let recipe = scheduler.step(Evaluation { index, first });
-                let noise = recipe.reads(Slot::Noise).then(|| {
-                    let noise = Array4::from_shape_vec(shape, work.random.normal(elements));
-                    arithmetic.upload(noise.unwrap_or_else(|_| Array4::zeros(shape)).into())
-                });
-                let noise = noise.transpose().map_err(failed(step))?;
-                state
-                    .step(&recipe, predicted, noise, arithmetic)
-                    .map_err(failed(step))?;
-                let sound = arithmetic.finite(&[state.sample()]);
-                if !sound.map_err(failed(step))? {
-                    let latents = downloaded(state.sample(), arithmetic).map_err(failed(step))?;
-                    finite(latents.iter(), || sampler(step))?;
-                }
+                let sampler = format!("{stage}, the sampler's step {step}");
+                work.advance(&mut state, &recipe, predicted, arithmetic, sampler)?;
                 work.step_seconds.push(started.elapsed().as_secs_f64());
                 work.observer.progress(Progress::Step);
                 let wanted = work.observer.wants_latents(step, count);
                 let latents = wanted.then(|| downloaded(state.sample(), arithmetic));
-                let latents = latents.transpose().map_err(failed(step))?;
                 work.observer.evaluated(Evaluated {
                     stage: &stage,
                     step,
-                    latents: latents.as_ref(),
+                    latents: latents.transpose().map_err(failed)?.as_ref(),
                     inputs: denoiser.model().kept(),
                 });
-                if work
-                    .request
-                    .preview
-                    .is_some_and(|every| every > 0 && step.is_multiple_of(every))
-                {
+                let every = work.request.preview.filter(|every| *every > 0);
+                if every.is_some_and(|every| step.is_multiple_of(every)) {
                     let clean = state.clean().unwrap_or(state.sample());
-                    let clean = downloaded(clean, arithmetic).map_err(failed(step))?;
+                    let clean = downloaded(clean, arithmetic).map_err(failed)?;
                     work.preview(&clean, size)?;
                 }
             }
-            downloaded(state.sample(), arithmetic).map_err(failed(count))
+            downloaded(state.sample(), arithmetic).map_err(failed)
         })
+    }
+
+    /// Moves the latents on by a sampler's step, named `stage`, with noise where it reads some.
+    fn advance(
+        &mut self,
+        state: &mut State,
+        recipe: &Recipe,
+        predicted: Value,
+        arithmetic: &mut dyn Arithmetic,
+        stage: String,
+    ) -> Result<(), PipelineError> {
+        let moved = || {
+            let noise = recipe.reads(Slot::Noise).then(|| {
+                let shape = state.sample().shape();
+                let normal = self.random.normal(shape.iter().product());
+                // As many as the shape has.
+                let noise = ArrayD::from_shape_vec(shape, normal);
+                arithmetic.upload(noise.unwrap_or_else(|_| ArrayD::zeros(shape)).into())
+            });
+            state.step(recipe, predicted, noise.transpose()?, arithmetic)?;
+            match arithmetic.finite(&[state.sample()])? {
+                true => Ok(None),
+                false => downloaded(state.sample(), arithmetic).map(Some),
+            }
+        };
+        match moved() {
+            Ok(None) => Ok(()),
+            Ok(Some(latents)) => finite(latents.iter(), || stage),
+            Err(source) => Err(PipelineError::Engine { stage, source }),
+        }
     }
 
     /// Writes what the sampler thinks that the first image will be.
