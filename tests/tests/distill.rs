@@ -246,7 +246,7 @@ fn all_sites_learn_together_end_to_end() {
     request.end_to_end = None;
     request.overwrite = Overwrite::Force;
     let apart = quietly(&request).unwrap();
-    assert!(together.end_to_end.psnr() > apart.end_to_end.psnr());
+    assert!(together.end_to_end.mean() > apart.end_to_end.mean());
 }
 
 #[test]
@@ -452,10 +452,10 @@ fn a_budget_keeps_softmax_where_it_is_needed() {
         all.notes
     );
     request.overwrite = Overwrite::Force;
-    request.budget = Some(Budget::Psnr(all.end_to_end.psnr() + 0.1));
+    request.budget = Some(Budget::Psnr(all.end_to_end.pooled() + 0.1));
     let report = quietly(&request).unwrap();
     assert_eq!((report.kept.len(), report.sites.len()), (1, 1));
-    assert!(report.end_to_end.psnr() > all.end_to_end.psnr());
+    assert!(report.end_to_end.pooled() > all.end_to_end.pooled());
     assert_eq!(report.all_sites, all.end_to_end);
     let checkpoint = Checkpoint::open(&request.out).unwrap();
     assert_eq!(checkpoint.modules.len(), 1);
@@ -542,7 +542,7 @@ fn what_cannot_be_done_is_said_before_work_begins() {
     };
     refused(&|r| r.samples = 0, "--samples");
     refused(&|r| r.holdout = 0, "--holdout");
-    refused(&|r| r.schedule.batch = 0, "--batch");
+    refused(&|r| r.schedule.batch = Some(0), "--batch");
     refused(&|r| r.schedule.learning_rate = f64::NAN, "--lr");
     refused(&|r| r.disk_budget = 1000, "--disk-budget");
     refused(&|r| r.out = folder.path().join("no/where"), "where");

@@ -1,8 +1,9 @@
 //! What a site becomes, and which sites stay as they are.
 
 use super::error::DistillError;
+use super::inputs::Sample;
 use super::learn::{Learned, Work};
-use super::measure::{Judged, Outputs};
+use super::measure::{Judged, Outputs, distance};
 use super::report::CostAt;
 use super::state::Done;
 use super::target::Target;
@@ -61,14 +62,12 @@ pub(super) fn within(
     notes: &mut Vec<String>,
 ) -> Result<Judged, DistillError> {
     let wanted = budget.psnr();
-    if all.end_to_end.psnr() >= wanted {
+    if all.end_to_end.pooled() >= wanted {
         return Ok(all);
     }
-    let mut effects: Vec<(f64, usize)> = Vec::new();
-    for site in &all.sites {
-        let alone = work.judged(vec![site.clone()], expected)?;
-        effects.push((alone.end_to_end.psnr(), site.target.site));
-    }
+    let numbers = all.sites.iter().map(|s| s.target.site);
+    let effects = effects(work, &all.sites, work.held_out())?;
+    let mut effects: Vec<(f64, usize)> = effects.into_iter().zip(numbers).collect();
     // The most harmful first.
     effects.sort_by(|a, b| a.0.total_cmp(&b.0));
     let mut best = all;
@@ -87,15 +86,34 @@ pub(super) fn within(
             kept,
             ..work.judged(left, expected)?
         };
-        if best.end_to_end.psnr() >= wanted {
+        if best.end_to_end.pooled() >= wanted {
             return Ok(best);
         }
     }
     notes.push(format!(
         "the budget of {wanted:.1} dB is not reached even with one site converted: {:.1} dB",
-        best.end_to_end.psnr()
+        best.end_to_end.pooled()
     ));
     Ok(best)
+}
+
+/// PSNR of the model's outputs on `samples` where one site alone is converted, for each of `sites`.
+///
+/// # Errors
+/// A model does not run.
+pub(super) fn effects(
+    work: &Work<'_>,
+    sites: &[Learned],
+    samples: &[Sample],
+) -> Result<Vec<f64>, DistillError> {
+    let runs = (sites.len() + 1) * samples.len();
+    work.begin("measuring what each site does to the output", runs);
+    let original = work.original(samples)?;
+    let alone = |site: &Learned| {
+        let converted = work.converted(std::slice::from_ref(site), samples)?;
+        Ok(distance(&original, &converted).pooled())
+    };
+    sites.iter().map(alone).collect()
 }
 
 fn shape(target: &Target, mid: Option<usize>, tokens: u64) -> Shape {

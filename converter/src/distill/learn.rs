@@ -1,7 +1,7 @@
 //! Learning the sites, each from the original's own activations.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -363,26 +363,36 @@ impl Work<'_> {
     /// The original's outputs for the samples held out.
     pub fn expected(&self) -> Result<Outputs, DistillError> {
         self.begin("running the original", self.held_out().len());
-        let tick = || self.advance(1);
-        measure::outputs(
-            self.teacher.file.path(),
-            self.held_out(),
-            self.teacher.engine,
-            &tick,
-        )
+        self.original(self.held_out())
     }
 
     /// The model converted with these weights, on the samples held out.
     pub fn judged(&self, sites: Vec<Learned>, expected: &Outputs) -> Result<Judged, DistillError> {
         self.begin("running the converted model", self.held_out().len());
-        let tick = || self.advance(1);
-        let student = self.student(&sites)?;
-        let found = measure::outputs(&student.path(), self.held_out(), self.teacher.engine, &tick)?;
+        let found = self.converted(&sites, self.held_out())?;
         Ok(Judged {
             sites,
             kept: Vec::new(),
             end_to_end: measure::distance(expected, &found),
         })
+    }
+
+    /// The original's outputs.
+    pub fn original(&self, samples: &[Sample]) -> Result<Outputs, DistillError> {
+        self.outputs_of(self.teacher.file.path(), samples)
+    }
+
+    /// Those of the model converted with these weights.
+    pub fn converted(
+        &self,
+        sites: &[Learned],
+        samples: &[Sample],
+    ) -> Result<Outputs, DistillError> {
+        self.outputs_of(&self.student(sites)?.path(), samples)
+    }
+
+    fn outputs_of(&self, model: &Path, samples: &[Sample]) -> Result<Outputs, DistillError> {
+        measure::outputs(model, samples, self.teacher.engine, &|| self.advance(1))
     }
 
     /// Converts the model with these weights to a scratch file.

@@ -11,7 +11,7 @@ use tempfile::TempDir;
 use super::error::DistillError;
 use super::inputs::Sample;
 use super::learn::Learned;
-use super::report::EndToEnd;
+use super::report::{EXACT_DB, EndToEnd};
 use crate::convert::{self, Partial, WeightsFrom, convert};
 use crate::plan::Selection;
 use crate::verify::Verify;
@@ -96,7 +96,7 @@ pub(super) struct Judged {
 impl Judged {
     /// What serves the samples held out better; `notes` hear of it under the name of `what` made the other.
     pub fn or_better(self, other: Self, what: &str, notes: &mut Vec<String>) -> Self {
-        let (before, after) = (self.end_to_end.psnr(), other.end_to_end.psnr());
+        let (before, after) = (self.end_to_end.mean(), other.end_to_end.mean());
         let better = after > before;
         notes.push(format!(
             "{what}: {before:.2} dB before, {after:.2} dB after; {}",
@@ -132,8 +132,11 @@ pub(super) fn distance(expected: &Outputs, found: &Outputs) -> EndToEnd {
         psnr_db.push(worst);
     }
     let mean = noise / f64::from(terms.max(1));
+    let ratios = psnr_db.iter().map(|db| db.unwrap_or(EXACT_DB));
+    let sum: f64 = ratios.sum();
     EndToEnd {
+        mean_psnr_db: (!psnr_db.is_empty()).then(|| sum / psnr_db.len() as f64),
         psnr_db,
-        mean_psnr_db: (mean > 0.0).then(|| -10.0 * mean.log10()),
+        pooled_psnr_db: (mean > 0.0).then(|| -10.0 * mean.log10()),
     }
 }

@@ -16,6 +16,7 @@ pub mod inputs;
 mod learn;
 mod measure;
 mod near;
+mod optimizer;
 mod output;
 mod pipeline;
 mod plot;

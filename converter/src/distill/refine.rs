@@ -1,61 +1,130 @@
-//! Refinement: sites learn again, in order, on what the converted part before them gives, with the original's outputs as
-//! before. So a site can make good what the ones before it do wrong.
+//! Refinement: the sites whose errors reach the output learn on, in order, on what the converted part before them gives,
+//! with the original's outputs as before. So a site can make good what the ones before it do wrong, and time goes where
+//! it counts: in the models measured a handful of sites make nearly all of the error.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use linfusion_models::onnx::OnnxFile;
 
 use super::capture::{Teacher, capture};
+use super::choose::effects;
 use super::error::DistillError;
 use super::learn::{Learned, Ready, Work};
+use super::report::mean;
+use super::state::Done;
 use super::store::Store;
 use super::target::Target;
 use super::train::Schedule;
 use crate::plan::Method;
 
-/// The sites are taken in so many parts, each on a model converted anew.
+/// The sites are taken in at most so many parts, each on a model converted anew.
 const PARTS: usize = 4;
-/// Of the steps and of the learning rate, for weights that are nearly there.
-const STEPS: usize = 2;
-const RATE: f64 = 0.25;
+/// Samples, of those learned from, on which the sites' effects are measured.
+const LOOKS: usize = 4;
+/// Share of the whole error that the sites which learn on make up.
+const SHARE: f64 = 0.95;
+/// Steps that a site gets at most, in those of the first time.
+const MOST: f64 = 12.0;
+/// Work, in that of the first time.
+const TIMES: f64 = 2.0;
+/// Of the learning rate, for weights that are nearly there.
+const RATE: f64 = 0.5;
+const REFINED: &str = "refined";
 
 impl Work<'_> {
-    /// Learns the linear sites again; windows and hybrids stay as they are.
+    /// Lets the linear sites that count learn on; windows, hybrids and the others stay as they are. Gives what there is to tell,
+    /// too.
     ///
     /// # Errors
     /// As learning the first time.
-    pub fn refine(&self, sites: &[Learned]) -> Result<Vec<Learned>, DistillError> {
-        let mut sites = sites.to_vec();
-        let schedule = Schedule {
-            steps: self.request.schedule.steps / STEPS,
-            learning_rate: self.request.schedule.learning_rate * RATE,
-            ..self.request.schedule
-        };
-        let size = sites.len().div_ceil(PARTS).max(1);
-        for start in (0..sites.len()).step_by(size) {
-            let end = (start + size).min(sites.len());
-            self.refine_part(&mut sites, start..end, &schedule)?;
+    pub fn refine(&self, before: &[Learned]) -> Result<(Vec<Learned>, String), DistillError> {
+        let mut sites = before.to_vec();
+        let chosen = self.counting(&sites)?;
+        let schedule = self.schedule(&sites, &chosen);
+        let cores = self.pool()?.current_num_threads();
+        let parts = chosen.len().div_ceil(cores).clamp(1, PARTS);
+        for part in chosen.chunks(chosen.len().div_ceil(parts).max(1)) {
+            self.refine_part(&mut sites, part, &schedule)?;
         }
-        Ok(sites)
+        let error = |sites: &[Learned]| {
+            let errors: Vec<_> = chosen.iter().filter_map(|i| sites.get(*i)).collect();
+            mean(errors.iter().map(|s| s.done.report.after)).unexplained
+        };
+        let told = format!(
+            "{} of {} sites, {} steps each, from {:.1} % of their variance unexplained to {:.1} %",
+            chosen.len(),
+            sites.len(),
+            schedule.steps,
+            100.0 * error(before),
+            100.0 * error(&sites)
+        );
+        Ok((sites, told))
+    }
+
+    /// The linear sites, in order, that make up most of the error of the whole, each measured alone.
+    fn counting(&self, sites: &[Learned]) -> Result<Vec<usize>, DistillError> {
+        let looks: Range<usize> = 0..LOOKS.min(self.learned().len());
+        let samples = self.learned().get(looks).unwrap_or_default();
+        let mut effects: Vec<(f64, usize)> = effects(self, sites, samples)?
+            .into_iter()
+            .map(|psnr| 10.0_f64.powf(-psnr / 10.0))
+            .zip(0..)
+            .filter(|(_, i)| {
+                let method = sites.get(*i).map(|s| s.done.report.attention);
+                method == Some(Method::Linear)
+            })
+            .collect();
+        effects.sort_by(|a, b| b.0.total_cmp(&a.0));
+        let total: f64 = effects.iter().map(|(noise, _)| noise).sum();
+        let mut reached = 0.0;
+        let mut chosen: Vec<usize> = effects
+            .into_iter()
+            .take_while(|(noise, _)| {
+                let wanted = reached < SHARE * total;
+                reached += noise;
+                wanted
+            })
+            .map(|(_, i)| i)
+            .collect();
+        chosen.sort_unstable();
+        Ok(chosen)
+    }
+
+    /// [`TIMES`] as much work for the chosen as the first time was for all.
+    fn schedule(&self, sites: &[Learned], chosen: &[usize]) -> Schedule {
+        let first = self.request.schedule;
+        let work = |site: &Learned| {
+            let target = &site.target;
+            (first.images(target.tokens) * target.tokens * target.shape.dim) as f64
+        };
+        let all: f64 = sites.iter().map(work).sum();
+        let these: f64 = chosen.iter().filter_map(|i| sites.get(*i)).map(work).sum();
+        let times = (TIMES * all / these.max(1.0)).clamp(1.0, MOST);
+        Schedule {
+            steps: (first.steps as f64 * times) as usize,
+            learning_rate: first.learning_rate * RATE,
+            ..first
+        }
     }
 
     fn refine_part(
         &self,
         sites: &mut [Learned],
-        part: std::ops::Range<usize>,
+        chosen: &[usize],
         schedule: &Schedule,
     ) -> Result<(), DistillError> {
-        let chosen: Vec<usize> = part
-            .filter(|i| {
-                let method = sites.get(*i).map(|s| s.done.report.attention);
-                method == Some(Method::Linear)
-            })
-            .collect();
-        let targets: Vec<Target> = chosen
-            .iter()
-            .filter_map(|i| Some(sites.get(*i)?.target.clone()))
-            .collect();
+        let mut open = Vec::with_capacity(chosen.len());
+        for i in chosen {
+            if let Some(site) = sites.get_mut(*i) {
+                match self.state.load(REFINED, site.target.site) {
+                    Some(done) => site.done = done,
+                    None => open.push((*i, site.target.clone())),
+                }
+            }
+        }
+        let targets: Vec<&Target> = open.iter().map(|(_, target)| target).collect();
         if targets.is_empty() {
             return Ok(());
         }
@@ -63,8 +132,8 @@ impl Work<'_> {
         let file = OnnxFile::open(student.path())?;
         let missing: Vec<&Target> = {
             let outputs = self.outputs();
-            let known = |t: &&Target| !outputs.contains_key(&t.site);
-            targets.iter().filter(known).collect()
+            let unknown = |t: &&Target| !outputs.contains_key(&t.site);
+            targets.iter().copied().filter(unknown).collect()
         };
         let runs = if missing.is_empty() { 1 } else { 2 };
         self.begin("running the converted model", runs * self.samples.len());
@@ -73,7 +142,7 @@ impl Work<'_> {
             file: &file,
             ..self.teacher.clone()
         };
-        let inputs: Vec<_> = targets.iter().map(|t| (t, &t.x)).collect();
+        let inputs: Vec<_> = targets.iter().map(|t| (*t, &t.x)).collect();
         let inputs = capture(&student, &inputs, self.samples, &self.scratch, &tick)?;
         let values: Vec<_> = missing.iter().map(|t| (*t, &t.merged)).collect();
         let mut fresh: HashMap<usize, Arc<Store>> = HashMap::new();
@@ -83,7 +152,7 @@ impl Work<'_> {
             fresh.extend(sites.zip(stores.into_iter().map(Arc::new)));
         }
         let mut ready = Vec::with_capacity(targets.len());
-        for ((target, x), i) in targets.iter().zip(inputs).zip(&chosen) {
+        for ((i, target), x) in open.iter().zip(inputs) {
             let kept = self.outputs().get(&target.site).cloned();
             let output = kept.or_else(|| fresh.remove(&target.site));
             if let (Some(site), Some(output)) = (sites.get(*i), output) {
@@ -105,25 +174,28 @@ impl Work<'_> {
         let done = self.beside(&jobs, |(ready, method)| {
             self.learn_site(ready, *method, weights(ready).as_ref(), schedule)
         })?;
-        for (i, done) in chosen.into_iter().zip(done) {
-            if let Some(site) = sites.get_mut(i) {
-                // What the site was before anything was learned stays told.
-                let before = site.done.report.before;
-                let mut curve = std::mem::take(&mut site.done.report.curve);
-                let last = curve.last().map_or(0, |p| p.step);
-                curve.extend(done.report.curve.iter().map(|p| super::Point {
-                    step: last + p.step,
-                    ..*p
-                }));
-                let seconds = site.done.report.seconds + done.report.seconds;
-                let tried = std::mem::take(&mut site.done.report.tried);
-                site.done = done;
-                site.done.report.before = before;
-                site.done.report.curve = curve;
-                site.done.report.seconds = seconds;
-                site.done.report.tried = tried;
+        for ((i, target), done) in open.iter().zip(done) {
+            if let Some(site) = sites.get_mut(*i) {
+                site.done = after(&site.done, done);
+                self.state.save(REFINED, target.site, &site.done)?;
             }
         }
         Ok(())
     }
+}
+
+/// What is to be told of a site that learned once and then on.
+fn after(first: &Done, mut then: Done) -> Done {
+    let report = &first.report;
+    let last = report.curve.last().map_or(0, |p| p.step);
+    let later = then.report.curve.iter().map(|p| super::Point {
+        step: last + p.step,
+        ..*p
+    });
+    then.report.curve = report.curve.iter().copied().chain(later).collect();
+    // What the site was before anything was learned stays told.
+    then.report.before = report.before;
+    then.report.seconds += report.seconds;
+    then.report.tried = report.tried.clone();
+    then
 }

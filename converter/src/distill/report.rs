@@ -36,21 +36,33 @@ pub struct SiteReport {
     pub tried: Vec<(Method, Error)>,
 }
 
+/// What equal outputs count as in a mean: errors of the last of float32's 24 bits.
+pub const EXACT_DB: f64 = 144.5;
+
 /// The whole model on samples held out.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct EndToEnd {
     /// Peak signal-to-noise ratio of each sample's outputs in dB, with the original output's range as peak; `None` where
     /// both are equal.
     pub psnr_db: Vec<Option<f64>>,
-    /// That of the mean squared error over all samples, each divided by its peak's square.
+    /// Their mean, equal outputs as [`EXACT_DB`]; `None` without samples.
     pub mean_psnr_db: Option<f64>,
+    /// That of the mean of the samples' squared errors, each relative to its peak's square, which the worst of them
+    /// decides; `None` where all are equal.
+    pub pooled_psnr_db: Option<f64>,
 }
 
 impl EndToEnd {
-    /// The mean ratio; infinite where nothing differs.
+    /// The mean of the ratios.
     #[must_use]
-    pub fn psnr(&self) -> f64 {
-        self.mean_psnr_db.unwrap_or(f64::INFINITY)
+    pub fn mean(&self) -> f64 {
+        self.mean_psnr_db.unwrap_or(EXACT_DB)
+    }
+
+    /// The ratio of all samples together; infinite where nothing differs.
+    #[must_use]
+    pub fn pooled(&self) -> f64 {
+        self.pooled_psnr_db.unwrap_or(f64::INFINITY)
     }
 }
 
@@ -149,10 +161,13 @@ impl Report {
             .map(|p| p.map_or("equal".to_owned(), |p| format!("{p:.1}")))
             .collect();
         text += &format!(
-            "the converted model against the original: PSNR {} dB ({}); {} dB before anything was learned\n",
-            decibels(&self.end_to_end),
+            "the converted model against the original: PSNR {:.1} dB, mean of {}; all together {}; {:.1} dB before anything was learned\n",
+            self.end_to_end.mean(),
             psnr.join(", "),
-            decibels(&self.untrained),
+            self.end_to_end
+                .pooled_psnr_db
+                .map_or("equal".to_owned(), |p| format!("{p:.1} dB")),
+            self.untrained.mean(),
         );
         let reason = |line: &String| {
             line.split_once("]: ")
@@ -169,7 +184,7 @@ impl Report {
             text += &format!(
                 "softmax stays at {} to keep to the budget; without, PSNR would be {:.1} dB. Convert with --allow-partial\n",
                 self.kept.join(", "),
-                self.all_sites.psnr()
+                self.all_sites.pooled()
             );
         }
         for cost in &self.costs {
@@ -190,12 +205,6 @@ impl Report {
     }
 }
 
-fn decibels(whole: &EndToEnd) -> String {
-    whole
-        .mean_psnr_db
-        .map_or("∞".to_owned(), |p| format!("{p:.1}"))
-}
-
 /// Below, outputs are off by more than a tenth of their range.
 const LOW_PSNR_DB: f64 = 20.0;
 /// As much of a site's variance as `--attention auto` leaves unexplained without being told.
@@ -205,7 +214,7 @@ const MUCH_UNEXPLAINED: f64 = 0.15;
 pub(super) fn doubts(sites: &[SiteReport], whole: &EndToEnd) -> Vec<String> {
     const SHOWN: usize = 3;
     let mut doubts = Vec::new();
-    let psnr = whole.psnr();
+    let psnr = whole.mean();
     if psnr < LOW_PSNR_DB {
         doubts.push(format!(
             "the converted model is off by more than a tenth of the output's range (PSNR {psnr:.1} dB, less than {LOW_PSNR_DB} dB): \

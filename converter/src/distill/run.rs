@@ -104,10 +104,10 @@ pub fn run(
         .end_to_end;
     let mut best = work.judged(learned, &expected)?;
     if request.refinement == Refinement::IfBetter {
-        let refined = work.refine(&best.sites)?;
+        let (refined, told) = work.refine(&best.sites)?;
         let refined = work.judged(refined, &expected)?;
-        let what = "refinement on the converted model's own activations";
-        best = best.or_better(refined, what, &mut notes);
+        let what = format!("refinement on the converted model's own activations ({told})");
+        best = best.or_better(refined, &what, &mut notes);
     }
     if let Some(whole) = whole {
         let together = work.judged(whole.refine(&work, &best.sites)?, &expected)?;
@@ -201,7 +201,7 @@ fn check(request: &Request) -> Result<(), DistillError> {
             "is 0: nothing would tell how good the weights are",
         );
     }
-    if schedule.batch == 0 {
+    if schedule.batch == Some(0) {
         return fault("--batch", "is 0");
     }
     if request.budget.is_some_and(|b| !b.psnr().is_finite()) {

@@ -1,32 +1,43 @@
-//! Learning one site: AdamW on the squared error of the attention's output, over batches of stored activations.
+//! Learning one site: descent on the squared error of the attention's output, over batches of stored activations.
 
 use candle_core::{Device, Tensor};
-use candle_nn::{AdamW, Optimizer, ParamsAdamW};
 use linfusion_models::random::SplitMix64;
 use serde::{Deserialize, Serialize};
 
 use super::error::{DistillError, learning};
+use super::optimizer::Optimizer;
 use super::store::Store;
 use super::student::{Shape, Student, Weights};
 
 /// How a site is learned.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Schedule {
-    /// Steps of AdamW.
+    /// Steps.
     pub steps: usize,
-    /// Learning rate at the first step; it falls to zero as a cosine.
+    /// AdamW's learning rate at the first step; it falls to zero as a cosine.
     pub learning_rate: f64,
-    /// Images of a batch.
-    pub batch: usize,
+    /// Images of a batch; `None`: as many as make [`TOKENS`].
+    pub batch: Option<usize>,
 }
+
+/// Tokens that a batch has unless it is told otherwise. More would make a step dearer, and what is learned depends on
+/// the number of steps more than on their size.
+const TOKENS: usize = 256;
 
 impl Default for Schedule {
     fn default() -> Self {
         Self {
-            steps: 250,
-            learning_rate: 2e-3,
-            batch: 4,
+            steps: 1000,
+            learning_rate: 5e-3,
+            batch: None,
         }
+    }
+}
+
+impl Schedule {
+    /// Images of a batch at a site of so many tokens.
+    pub(super) fn images(&self, tokens: usize) -> usize {
+        self.batch.unwrap_or_else(|| TOKENS.div_ceil(tokens.max(1)))
     }
 }
 
@@ -106,7 +117,9 @@ pub fn fit(
     let before = error(student, activations, device)?;
     let (mut after, mut curve) = (before, Vec::new());
     let energy = activations.energy()?;
-    let mut optimizer = AdamW::new(student.vars(), ParamsAdamW::default()).map_err(&failed)?;
+    let batch = schedule.images(activations.tokens).min(activations.learned);
+    let mut optimizer =
+        Optimizer::new(student.vars(), batch * activations.tokens).map_err(&failed)?;
     let mut order = Order::new(activations.learned, seed);
     let every = schedule.steps.div_ceil(LOOKS).max(1);
     let (mut sum, mut since, mut idle) = (
@@ -117,8 +130,7 @@ pub fn fit(
     for step in 0..schedule.steps {
         let done = step as f64 / schedule.steps as f64;
         let cosine = 0.5 * (1.0 + (std::f64::consts::PI * done).cos());
-        optimizer.set_learning_rate(schedule.learning_rate * cosine);
-        let images = order.next(schedule.batch);
+        let images = order.next(batch);
         let [x, target, near] = activations.batch(&images, device)?;
         let (Some(x), Some(target)) = (x, target) else {
             break;
@@ -128,7 +140,9 @@ pub fn fit(
             .squared_error(&x, near.as_ref(), &target)
             .and_then(|loss| loss * scale)
             .map_err(&failed)?;
-        optimizer.backward_step(&loss).map_err(&failed)?;
+        optimizer
+            .step(&loss, schedule.learning_rate * cosine)
+            .map_err(&failed)?;
         sum = (sum + loss.detach()).map_err(&failed)?;
         since += 1;
         tick(1);
@@ -395,9 +409,9 @@ mod tests {
     }
 
     const SHORT: Schedule = Schedule {
-        steps: 40,
-        learning_rate: 1e-2,
-        batch: 4,
+        steps: 100,
+        learning_rate: 5e-3,
+        batch: Some(4),
     };
 
     #[test]

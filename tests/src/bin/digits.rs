@@ -1,5 +1,6 @@
 //! `digits TEACHER.onnx [STUDENT.onnx] [--samples N] [--seed N]`: how often a classifier recognises the digits
-//! that a model makes, and whether a converted one's are recognised as often.
+//! that a model makes, and whether a converted one's are recognised as often. `digits TEACHER.onnx --record DIR [--samples N]
+//! [--seed N]`: writes what the model is given on the way, to distil it from.
 
 use std::error::Error;
 use std::path::PathBuf;
@@ -7,10 +8,11 @@ use std::process::ExitCode;
 
 use linfusion_models::fixtures;
 use linfusion_runtime::engine::Engine;
-use linfusion_tests::digits::Experiment;
+use linfusion_tests::digits::{Experiment, record};
 use linfusion_tests::has_ort;
 
-const USAGE: &str = "usage: digits TEACHER.onnx [STUDENT.onnx] [--samples N] [--seed N]";
+const USAGE: &str = "usage: digits TEACHER.onnx [STUDENT.onnx] [--samples N] [--seed N]
+       digits TEACHER.onnx --record DIR [--samples N] [--seed N]";
 
 fn main() -> ExitCode {
     match digits() {
@@ -23,13 +25,14 @@ fn main() -> ExitCode {
 }
 
 fn digits() -> Result<(), Box<dyn Error>> {
-    let (mut models, mut samples, mut seed) = (Vec::new(), 1000, 0);
+    let (mut models, mut samples, mut seed, mut recorded) = (Vec::new(), 1000, 0, None);
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
-        let mut number = || arguments.next().ok_or(USAGE);
+        let mut value = || arguments.next().ok_or(USAGE);
         match argument.as_str() {
-            "--samples" => samples = number()?.parse()?,
-            "--seed" => seed = number()?.parse()?,
+            "--samples" => samples = value()?.parse()?,
+            "--seed" => seed = value()?.parse()?,
+            "--record" => recorded = Some(PathBuf::from(value()?)),
             option if option.starts_with("--") => return Err(USAGE.into()),
             model => models.push(PathBuf::from(model)),
         }
@@ -42,6 +45,12 @@ fn digits() -> Result<(), Box<dyn Error>> {
     } else {
         Engine::Tract
     };
+    if let Some(folder) = recorded {
+        let [model] = models.as_slice() else {
+            return Err(USAGE.into());
+        };
+        return record(engine, model, &folder, samples, seed);
+    }
     let classifier = fixtures::path("digits").join("classifier.onnx");
     let mut experiment = Experiment::new(engine, &classifier, samples, seed)?;
     let mut rates = Vec::new();

@@ -64,15 +64,15 @@ pub struct HowArgs {
     /// Samples held out, to judge by.
     #[arg(long, value_name = "N", default_value_t = 8)]
     pub holdout: usize,
-    /// Steps of AdamW for each site.
+    /// Steps for each site.
     #[arg(long, value_name = "N", default_value_t = Schedule::default().steps, value_parser = steps)]
     pub steps: usize,
     /// Learning rate at the first step; it falls to zero as a cosine.
     #[arg(long, value_name = "RATE", default_value_t = Schedule::default().learning_rate)]
     pub lr: f64,
-    /// Images of a batch.
-    #[arg(long, value_name = "N", default_value_t = Schedule::default().batch)]
-    pub batch: usize,
+    /// Images of a batch [default: as many as have 256 tokens]
+    #[arg(long, value_name = "N")]
+    pub batch: Option<usize>,
     /// Width of the MLPs: auto (as wide as the site, at most 256), a number, or -1 for none.
     #[arg(long, value_name = "auto|N|-1", default_value = "auto", value_parser = mid, allow_hyphen_values = true)]
     pub mid_dim: Mid,
