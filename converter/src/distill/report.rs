@@ -269,6 +269,7 @@ mod tests {
             let whole = EndToEnd {
                 psnr_db: vec![psnr],
                 mean_psnr_db: psnr,
+                pooled_psnr_db: psnr,
             };
             doubts(&[], &whole)
         };

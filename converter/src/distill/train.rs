@@ -27,7 +27,7 @@ const TOKENS: usize = 256;
 impl Default for Schedule {
     fn default() -> Self {
         Self {
-            steps: 1000,
+            steps: 300,
             learning_rate: 5e-3,
             batch: None,
         }

@@ -59,7 +59,7 @@ pub struct HowArgs {
     #[arg(long, value_name = "N", default_value_t = 20)]
     pub sampler_steps: usize,
     /// Samples to learn from.
-    #[arg(long, value_name = "N", default_value_t = 64)]
+    #[arg(long, value_name = "N", default_value_t = 128)]
     pub samples: usize,
     /// Samples held out, to judge by.
     #[arg(long, value_name = "N", default_value_t = 8)]

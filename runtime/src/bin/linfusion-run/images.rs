@@ -72,6 +72,7 @@ fn sampler(name: &str) -> Result<String, String> {
         steps: 1,
         image_tokens: None,
         eta: 0.0,
+        strength: 1.0,
     };
     match scheduler::from_config("{}", Some(name), &run) {
         Err(error @ SchedulerError::Unknown { .. }) => Err(error.to_string()),

@@ -95,7 +95,7 @@ impl Demo {
             model: self.teacher.clone(),
             out: out.clone(),
             source: Source::Random(spec),
-            samples: 32,
+            samples: 224,
             holdout: 8,
             schedule: Schedule::default(),
             mid: Mid::Auto,
