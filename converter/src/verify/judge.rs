@@ -64,10 +64,12 @@ impl SiteRun<'_> {
         // grows at most with n·u, in practice with its root; 8 leaves room for the
         // quotient of two sums. Then one rounding of the output, and of each of q, k and v:
         // ONNX Runtime leaves casts to fp16 and back out, so that the attention may read
-        // them unrounded.
+        // them unrounded. The sums' errors are of the size of what is averaged, v; its average can be far smaller.
         let terms = expected.shape().get(1).copied().unwrap_or(1).max(1) as f64;
         let (accumulate, round) = epsilons(self.site.element);
-        let bound = 8.0 * accumulate * terms.sqrt().max(4.0) + 4.0 * round;
+        let averaged =
+            (largest(&v) / largest(&expected).max(f64::MIN_POSITIVE)).clamp(1.0, CANCELS);
+        let bound = 8.0 * accumulate * terms.sqrt().max(4.0) * averaged + 4.0 * round;
         let error = relative(found.iter().zip(&expected));
         let error = self.judge("the attention", error, bound)?;
         let (Some(checkpoint), Some(weights)) = (checkpoint, &part.weights) else {
@@ -154,6 +156,13 @@ fn epsilons(element: ElementType) -> (f64, f64) {
         ElementType::Bf16 => (f64::from(f32::EPSILON), half::bf16::EPSILON.to_f64()),
         _ => (f64::from(f32::EPSILON), 0.0),
     }
+}
+
+/// A site whose averages are so much smaller than what they are of has nothing but noise in them.
+const CANCELS: f64 = 64.0;
+
+fn largest(values: &ArrayD<f64>) -> f64 {
+    values.iter().fold(0.0, |largest, v| largest.max(v.abs()))
 }
 
 /// The largest difference over the largest expected magnitude; NaN if any is.
