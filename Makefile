@@ -33,6 +33,8 @@ LIBRARY_TARGET := $(TARGET)/library
 LIBRARY := $(LIBRARY_TARGET)/release/liblinfusion_ops.so
 
 ORT_DIR := $(abspath $(or $(LINFUSION_ORT_DIR),$(CACHE)/ort))
+# The one that the demo fetches where there is none.
+DEMO_ORT := 1.32.0
 KERNELS := $(TARGET)/cuda/linfusion.kernels
 # The newest library of ORT_DIR, looked up when a recipe runs.
 NEWEST_ORT = $$(find -L '$(ORT_DIR)' -name 'libonnxruntime.so.*' 2>/dev/null | sort -V | tail -n 1)
@@ -43,6 +45,8 @@ help:
 demo:
 	@PYTHON='$(or $(PYTHON),python3)' models/scripts/fetch_terrain.sh '$(CACHE)' || echo "demo: going on with a small model" >&2
 	@export LINFUSION_TERRAIN='$(CACHE)/terrain/terrain.onnx'
+	@[ -n "$${ORT_DYLIB_PATH:-}" ] || [ -n "$(NEWEST_ORT)" ] || PYTHON='$(or $(PYTHON),python3)' runtime/scripts/fetch_ort.sh '$(CACHE)' $(DEMO_ORT) ||
+	  echo "demo: going on without ONNX Runtime, on tract, which takes longer" >&2
 	@[ -n "$${ORT_DYLIB_PATH:-}" ] || export ORT_DYLIB_PATH="$(NEWEST_ORT)"
 	@$(CARGO) build --release --locked -p linfusion-convert -p linfusion-runtime -p linfusion-tests
 	@$(CARGO) run --release --locked --quiet -p linfusion-tests --bin demo
