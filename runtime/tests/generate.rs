@@ -42,6 +42,12 @@ fn a_prompt_becomes_an_image_that_says_how_it_was_made() {
     );
     let text = text_of(&bench.path("horse.png"));
     assert!(text.contains("a horse\nSteps: 2") && text.contains("Size: 128x128"));
+    // Two models, two hashes.
+    let hash = |key: &str| {
+        let (_, rest) = text.split_once(&format!("{key} hash: ")).unwrap();
+        rest.get(..10).unwrap().to_owned()
+    };
+    assert_ne!(hash("Model"), hash("VAE"), "{text}");
     assert_eq!(bench.files(), ["horse.png"]);
     // The same seed, the same image; another, another.
     bench.run(&[

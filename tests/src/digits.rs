@@ -144,7 +144,8 @@ struct Sampler {
     random: SplitMix64,
 }
 
-type Feeds = [(String, Tensor)];
+/// Sees what a model is given.
+type Watch<'a> = dyn FnMut(&[(String, Tensor)]) -> Result<(), Box<dyn Error>> + 'a;
 
 impl Sampler {
     fn load(engine: Engine, model: &Path, seed: u64) -> Result<Self, Box<dyn Error>> {
@@ -162,7 +163,7 @@ impl Sampler {
     fn images(
         &mut self,
         labels: &Array1<i64>,
-        watch: &mut dyn FnMut(&Feeds) -> Result<(), Box<dyn Error>>,
+        watch: &mut Watch<'_>,
     ) -> Result<Array4<f32>, Box<dyn Error>> {
         let count = labels.len();
         let random = &mut self.random;

@@ -7,6 +7,7 @@ use std::process::{Command, Output};
 use linfusion_models::fixtures;
 use linfusion_models::onnx::OnnxFile;
 use linfusion_models::onnx::proto::ModelProto;
+use linfusion_models::onnx::write::Overwrite;
 use linfusion_runtime::engine::{Engine, Location, SessionOptions, load_library};
 use linfusion_runtime::image::Metadata;
 use linfusion_runtime::pipeline::{
@@ -99,6 +100,7 @@ impl Observer for Blind {
     fn progress(&mut self, _: Progress) {}
 }
 
+/// Makes the images of a request, over those that are there.
 pub fn make(
     pipeline: &Path,
     request: &Request,
@@ -106,10 +108,14 @@ pub fn make(
     observer: &mut dyn Observer,
 ) -> Result<Generated, PipelineError> {
     let folder = Folder::open(pipeline).unwrap();
+    let request = Request {
+        overwrite: Overwrite::Force,
+        ..request.clone()
+    };
     generate(
         &folder,
         &place(shared),
-        request,
+        &request,
         &|_| Metadata::default(),
         observer,
     )

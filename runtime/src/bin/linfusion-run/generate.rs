@@ -243,8 +243,11 @@ pub fn run(args: &GenerateArgs) -> miette::Result<ExitCode> {
     }
     let folder = Folder::open(&args.pipeline).or_report()?;
     let place = place(&args.place)?;
-    let hash = model_hash(&folder)?;
-    let sampler = sampler(&folder, args.sampler.scheduler.as_deref())?;
+    let origin = Origin {
+        model: hash(&folder, folder.denoiser())?,
+        vae: hash(&folder, "vae_decoder")?,
+        sampler: sampler(&folder, args.sampler.scheduler.as_deref())?,
+    };
     if provenance::is_untrained(&args.pipeline) {
         eprintln!("note: the model was converted without trained weights: the images mean nothing");
     }
@@ -253,7 +256,7 @@ pub fn run(args: &GenerateArgs) -> miette::Result<ExitCode> {
     for (number, (prompt, output)) in prompts.iter().zip(outputs).enumerate() {
         let seed = args.seed.wrapping_add(number as u64);
         let request = request(args, prompt, seed, output)?;
-        let metadata = |size| metadata(args, &request, (&hash, &sampler), size);
+        let metadata = |size| metadata(args, &request, &origin, size);
         match generate(&folder, &place, &request, &metadata, &mut terminal) {
             Ok(generated) => summaries.push(Summary {
                 prompt: prompt.clone(),
@@ -342,9 +345,16 @@ fn request(
     })
 }
 
-/// First digits of the SHA-256 of the denoising model's files, as other tools give it.
-fn model_hash(folder: &Folder) -> miette::Result<String> {
-    let model = folder.model(folder.denoiser()).or_report()?;
+/// What images tell of where they come from.
+struct Origin {
+    model: String,
+    vae: String,
+    sampler: String,
+}
+
+/// First digits of the SHA-256 of a component's files, as other tools give it.
+fn hash(folder: &Folder, component: &str) -> miette::Result<String> {
+    let model = folder.model(component).or_report()?;
     let mut hasher = Sha256::new();
     let parent = model.parent().unwrap_or(Path::new("."));
     let mut files: Vec<PathBuf> = std::fs::read_dir(parent)
@@ -400,27 +410,24 @@ fn sampler(folder: &Folder, asked: Option<&str>) -> miette::Result<String> {
     Ok(class.unwrap_or_default().to_owned())
 }
 
-fn metadata(
-    args: &GenerateArgs,
-    request: &Request,
-    (hash, sampler): (&str, &str),
-    size: Size,
-) -> Metadata {
+fn metadata(args: &GenerateArgs, request: &Request, origin: &Origin, size: Size) -> Metadata {
     let root = args.pipeline.canonicalize();
     let root = root.as_deref().unwrap_or(&args.pipeline);
     let name = root.file_name().map(|n| n.to_string_lossy().into_owned());
+    let mut others = vec![("VAE hash".to_owned(), origin.vae.clone())];
+    others.extend(stages(request));
     let parameters = Parameters {
         prompt: request.prompt.clone(),
         negative_prompt: request.negative.clone().unwrap_or_default(),
         steps: request.steps,
-        sampler: sampler.to_owned(),
+        sampler: origin.sampler.clone(),
         cfg_scale: request.guidance,
         seed: request.seed,
         width: size.width as u32,
         height: size.height as u32,
-        model_hash: Some(hash.to_owned()),
+        model_hash: Some(origin.model.clone()),
         model: name,
-        others: stages(request),
+        others,
         version: format!("linfusion-run {}", env!("CARGO_PKG_VERSION")),
     };
     let mut metadata = Metadata::default();
