@@ -405,6 +405,54 @@ fn an_interrupted_run_goes_on_to_the_same_weights() {
 }
 
 #[test]
+fn refined_sites_are_not_refined_again_after_an_interruption() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut request = request(folder.path(), Looks::Anywhere);
+    request.refinement = Refinement::IfBetter;
+    request.samples = 32;
+    request.schedule.steps = 100;
+    let scratch = folder.path().join("scratch");
+    request.scratch = Some(scratch.clone());
+    std::fs::create_dir(&scratch).unwrap();
+    let whole = quietly(&request).unwrap();
+    let expected = weights(&request.out);
+    assert!(
+        whole.notes.iter().any(|n| n.contains("; kept")),
+        "{:?}",
+        whole.notes
+    );
+
+    // Stopped when all that is left is to judge.
+    request.overwrite = Overwrite::Force;
+    let refining = std::sync::atomic::AtomicUsize::new(0);
+    let count = |progress: &Progress| {
+        let Progress::Begin { stage, .. } = progress else {
+            return false;
+        };
+        let before = refining.load(std::sync::atomic::Ordering::Relaxed);
+        if stage == "refining" {
+            refining.store(before + 1, std::sync::atomic::Ordering::Relaxed);
+        }
+        stage == "running the converted model" && before > 0
+    };
+    let stopped = run(&request, &|progress| {
+        if count(&progress) {
+            let _ = std::fs::remove_dir_all(&scratch);
+        }
+    });
+    assert!(stopped.is_err(), "{stopped:?}");
+    let done = refining.swap(0, std::sync::atomic::Ordering::Relaxed);
+    std::fs::create_dir(&scratch).unwrap();
+    run(&request, &|progress| {
+        count(&progress);
+    })
+    .unwrap();
+    let again = refining.load(std::sync::atomic::Ordering::Relaxed);
+    assert!(again < done, "{again} of {done}");
+    assert_eq!(weights(&request.out), expected);
+}
+
+#[test]
 fn local_attention_gets_a_window_and_other_attention_does_not() {
     for (looks, expected) in [(Looks::Near, true), (Looks::Anywhere, false)] {
         let folder = tempfile::tempdir().unwrap();

@@ -115,19 +115,34 @@ impl Work<'_> {
         chosen: &[usize],
         schedule: &Schedule,
     ) -> Result<(), DistillError> {
-        let mut open = Vec::with_capacity(chosen.len());
+        let (mut refined, mut open) = (Vec::new(), Vec::new());
         for i in chosen {
-            if let Some(site) = sites.get_mut(*i) {
-                match self.state.load(REFINED, site.target.site) {
-                    Some(done) => site.done = done,
-                    None => open.push((*i, site.target.clone())),
-                }
+            let Some(site) = sites.get(*i) else { continue };
+            match self.state.load(REFINED, site.target.site) {
+                Some(done) => refined.push((*i, done)),
+                None => open.push((*i, site.target.clone())),
             }
         }
-        let targets: Vec<&Target> = open.iter().map(|(_, target)| target).collect();
-        if targets.is_empty() {
-            return Ok(());
+        if !open.is_empty() {
+            refined.extend(self.refined(sites, &open, schedule)?);
         }
+        // Not before: all sites of a part learn in the model as it was before the part, after an interruption too.
+        for (i, done) in refined {
+            if let Some(site) = sites.get_mut(i) {
+                site.done = done;
+            }
+        }
+        Ok(())
+    }
+
+    /// What sites learn in the model converted so far.
+    fn refined(
+        &self,
+        sites: &[Learned],
+        open: &[(usize, Target)],
+        schedule: &Schedule,
+    ) -> Result<Vec<(usize, Done)>, DistillError> {
+        let targets: Vec<&Target> = open.iter().map(|(_, target)| target).collect();
         let student = self.student(sites)?;
         let file = OnnxFile::open(student.path())?;
         let missing: Vec<&Target> = {
@@ -167,20 +182,19 @@ impl Work<'_> {
         }
         self.begin("refining", ready.len() * schedule.steps);
         let jobs: Vec<(&Ready<'_>, Method)> = ready.iter().map(|r| (r, Method::Linear)).collect();
-        let weights = |ready: &Ready<'_>| {
-            let site = sites.iter().find(|s| s.target.site == ready.target.site);
-            site.map(|s| s.done.weights.clone())
-        };
         let done = self.beside(&jobs, |(ready, method)| {
-            self.learn_site(ready, *method, weights(ready).as_ref(), schedule)
-        })?;
-        for ((i, target), done) in open.iter().zip(done) {
-            if let Some(site) = sites.get_mut(*i) {
-                site.done = after(&site.done, done);
-                self.state.save(REFINED, target.site, &site.done)?;
+            let site = ready.target.site;
+            let first = sites.iter().find(|s| s.target.site == site);
+            let weights = first.map(|s| &s.done.weights);
+            let mut done = self.learn_site(ready, *method, weights, schedule)?;
+            if let Some(first) = first {
+                done = after(&first.done, done);
             }
-        }
-        Ok(())
+            self.state.save(REFINED, site, &done)?;
+            Ok(done)
+        })?;
+        let places = open.iter().map(|(i, _)| *i);
+        Ok(places.zip(done).collect())
     }
 }
 

@@ -45,7 +45,7 @@ pub struct EndToEnd {
     /// Peak signal-to-noise ratio of each sample's outputs in dB, with the original output's range as peak; `None` where
     /// both are equal.
     pub psnr_db: Vec<Option<f64>>,
-    /// Their mean, equal outputs as [`EXACT_DB`]; `None` without samples.
+    /// Their mean, equal outputs as 144.5 dB; `None` without samples.
     pub mean_psnr_db: Option<f64>,
     /// That of the mean of the samples' squared errors, each relative to its peak's square, which the worst of them
     /// decides; `None` where all are equal.

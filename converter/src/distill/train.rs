@@ -16,7 +16,7 @@ pub struct Schedule {
     pub steps: usize,
     /// AdamW's learning rate at the first step; it falls to zero as a cosine.
     pub learning_rate: f64,
-    /// Images of a batch; `None`: as many as make [`TOKENS`].
+    /// Images of a batch; `None`: as many as have 256 tokens.
     pub batch: Option<usize>,
 }
 
