@@ -5,6 +5,7 @@ pub mod checkpoint;
 pub mod fixtures;
 pub mod graph;
 pub mod json;
+pub mod leftovers;
 pub mod onnx;
 pub mod random;
 pub mod sentencepiece;

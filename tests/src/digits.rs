@@ -107,8 +107,9 @@ pub fn record(
     seed: u64,
 ) -> Result<(), Box<dyn Error>> {
     std::fs::create_dir_all(folder)?;
-    let mut sampler = Sampler::load(engine, model, seed)?;
-    let mut random = SplitMix64::new(seed.wrapping_add(1));
+    // Of the noise that an experiment of the same seed begins from, nothing may be learned.
+    let mut random = SplitMix64::new(seed);
+    let mut sampler = Sampler::load(engine, model, random.bits())?;
     let mut written = 0;
     for image in 0.. {
         let mut steps: Vec<usize> = (0..STEPS).collect();
@@ -216,6 +217,14 @@ mod tests {
                 *feeds[1].1.to_f64().first().unwrap()
             })
             .collect();
+        let mut judged = SplitMix64::new(3);
+        let judged: Vec<f32> = (0..4).map(|_| judged.normal() as f32).collect();
+        let first = read(&files[0])[0].1.to_f64();
+        assert!(
+            judged
+                .iter()
+                .all(|v| !first.iter().any(|w| *w == f64::from(*v)))
+        );
         // Down the steps of an image, four of each.
         assert!(times[..4].is_sorted_by(|a, b| a > b), "{times:?}");
         let labels = [0, 4].map(|i| read(&files[i])[2].1.to_f64().sum());

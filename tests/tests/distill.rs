@@ -1,6 +1,7 @@
 //! Distillation from end to end, on models of two small attentions over an image.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use buffa::Message;
 use linfusion_convert::convert::{WeightsFrom, convert};
@@ -8,6 +9,7 @@ use linfusion_convert::distill::{
     Attention, Budget, DistillError, Mid, Progress, Refinement, Report, Request, Schedule,
     SiteReport, Source, Together, run,
 };
+use linfusion_convert::patterns::Patterns;
 use linfusion_convert::plan::{Method, Selection};
 use linfusion_convert::verify::compare_weights;
 use linfusion_models::checkpoint::{Checkpoint, MlpWidth, SiteAttention};
@@ -375,11 +377,11 @@ fn an_interrupted_run_goes_on_to_the_same_weights() {
     request.scratch = Some(folder.path().join("scratch"));
     let scratch = folder.path().join("scratch");
     std::fs::create_dir(&scratch).unwrap();
-    let begins = std::sync::atomic::AtomicUsize::new(0);
+    let begins = AtomicUsize::new(0);
     let stopped = run(&request, &|progress| {
         if let Progress::Begin { stage, .. } = progress
             && stage == "running the original"
-            && begins.fetch_add(1, std::sync::atomic::Ordering::Relaxed) == 1
+            && begins.fetch_add(1, Ordering::Relaxed) == 1
         {
             std::fs::remove_dir_all(&scratch).unwrap();
         }
@@ -422,33 +424,85 @@ fn refined_sites_are_not_refined_again_after_an_interruption() {
         whole.notes
     );
 
-    // Stopped when all that is left is to judge.
+    // Stopped when all that is left is to judge, twice; then one of the sites is lost, and learns as it did beside the other.
     request.overwrite = Overwrite::Force;
-    let refining = std::sync::atomic::AtomicUsize::new(0);
-    let count = |progress: &Progress| {
-        let Progress::Begin { stage, .. } = progress else {
-            return false;
-        };
-        let before = refining.load(std::sync::atomic::Ordering::Relaxed);
-        if stage == "refining" {
-            refining.store(before + 1, std::sync::atomic::Ordering::Relaxed);
-        }
-        stage == "running the converted model" && before > 0
+    request.threads = Some(1.try_into().unwrap());
+    let stopped = |begins: usize| {
+        let refining = AtomicUsize::new(0);
+        let began = AtomicUsize::new(0);
+        let result = run(&request, &|progress| {
+            let Progress::Begin { stage, .. } = progress else {
+                return;
+            };
+            match stage.as_str() {
+                "refining" => drop(refining.fetch_add(1, Ordering::Relaxed)),
+                // The first is what was learned, the second what was refined, and there may be others in between.
+                "measuring what each site does to the output" => began.store(1, Ordering::Relaxed),
+                "running the converted model"
+                    if began.load(Ordering::Relaxed) == 1
+                        && refining.load(Ordering::Relaxed) == begins =>
+                {
+                    let _ = std::fs::remove_dir_all(&scratch);
+                }
+                _ => {}
+            }
+        });
+        assert!(result.is_err(), "{result:?}");
+        std::fs::create_dir(&scratch).unwrap();
+        refining.load(Ordering::Relaxed)
     };
-    let stopped = run(&request, &|progress| {
-        if count(&progress) {
-            let _ = std::fs::remove_dir_all(&scratch);
+    assert_eq!(stopped(1), 1);
+    assert_eq!(stopped(0), 0);
+    let unfinished = folder.path().join("linfusion.unfinished");
+    let mut refined: Vec<_> = std::fs::read_dir(&unfinished)
+        .unwrap()
+        .map(|f| f.unwrap().path())
+        .filter(|f| {
+            f.file_name()
+                .unwrap()
+                .to_string_lossy()
+                .starts_with("refined")
+        })
+        .collect();
+    refined.sort();
+    assert_eq!(refined.len(), 2);
+    std::fs::remove_file(&refined[1]).unwrap();
+    quietly(&request).unwrap();
+    assert_eq!(weights(&request.out), expected);
+}
+
+/// What was refined beside other sites than now does not count.
+#[test]
+fn refined_sites_of_another_selection_are_learned_anew() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut request = request(folder.path(), Looks::Anywhere);
+    request.refinement = Refinement::IfBetter;
+    request.samples = 32;
+    request.schedule.steps = 100;
+    request.selection.only = Some(Patterns::new("--only", &["blocks.1.*".to_owned()]).unwrap());
+    quietly(&request).unwrap();
+    let expected = weights(&request.out);
+
+    // All sites are refined, and then the run ends for want of a place.
+    let mut all = request.clone();
+    all.selection.only = None;
+    all.overwrite = Overwrite::Force;
+    let scratch = folder.path().join("scratch");
+    std::fs::create_dir(&scratch).unwrap();
+    all.scratch = Some(scratch.clone());
+    let refining = AtomicUsize::new(0);
+    let result = run(&all, &|progress| {
+        if let Progress::Begin { stage, .. } = progress {
+            if stage == "refining" {
+                refining.fetch_add(1, Ordering::Relaxed);
+            } else if refining.load(Ordering::Relaxed) > 0 {
+                let _ = std::fs::remove_dir_all(&scratch);
+            }
         }
     });
-    assert!(stopped.is_err(), "{stopped:?}");
-    let done = refining.swap(0, std::sync::atomic::Ordering::Relaxed);
-    std::fs::create_dir(&scratch).unwrap();
-    run(&request, &|progress| {
-        count(&progress);
-    })
-    .unwrap();
-    let again = refining.load(std::sync::atomic::Ordering::Relaxed);
-    assert!(again < done, "{again} of {done}");
+    assert!(result.is_err(), "{result:?}");
+    request.overwrite = Overwrite::Force;
+    quietly(&request).unwrap();
     assert_eq!(weights(&request.out), expected);
 }
 

@@ -159,7 +159,7 @@ impl Work<'_> {
         Ok((learned, resumed))
     }
 
-    fn images(&self) -> usize {
+    pub fn images(&self) -> usize {
         self.samples.len() * self.batch()
     }
 

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use linfusion_models::leftovers::Leftover;
 use linfusion_models::onnx::write::Overwrite;
 use linfusion_runtime::compare::difference;
 use linfusion_runtime::engine::{Engine, Operators, Session, SessionOptions};
@@ -45,6 +46,7 @@ pub(super) fn outputs(
 /// A converted model in a folder that goes with it.
 pub(super) struct Scratch {
     folder: TempDir,
+    _leftover: Leftover,
 }
 
 impl Scratch {
@@ -68,7 +70,10 @@ pub(super) fn converted(
         folder: scratch.to_owned(),
         source,
     })?;
-    let converted = Scratch { folder };
+    let converted = Scratch {
+        _leftover: Leftover::new(folder.path()),
+        folder,
+    };
     let request = convert::Request {
         model: model.to_owned(),
         out: Some(converted.path()),

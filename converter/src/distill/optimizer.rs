@@ -87,8 +87,14 @@ fn orthogonal(matrix: &Tensor) -> Result<Tensor> {
     const C: f64 = 2.0315;
     let (rows, columns) = matrix.dims2()?;
     let tall = rows > columns;
-    let norm = f64::from(matrix.sqr()?.sum_all()?.to_scalar::<f32>()?).sqrt();
-    let mut x = (matrix * (1.0 / norm.max(f64::from(f32::MIN_POSITIVE))))?;
+    // Squares of small gradients would vanish.
+    let largest = f64::from(matrix.abs()?.max_all()?.to_scalar::<f32>()?);
+    if largest <= f64::from(f32::MIN_POSITIVE) {
+        return matrix.zeros_like();
+    }
+    let scaled = (matrix * (1.0 / largest))?;
+    let norm = f64::from(scaled.sqr()?.sum_all()?.to_scalar::<f32>()?).sqrt();
+    let mut x = (scaled * (1.0 / norm))?;
     if tall {
         x = x.t()?.contiguous()?;
     }
@@ -137,6 +143,19 @@ mod tests {
                 }
             }
         }
+        let close = |scale: f64| {
+            let small = orthogonal(&(random(4, 16) * scale).unwrap()).unwrap();
+            let difference = (small - orthogonal(&random(4, 16)).unwrap()).unwrap();
+            difference
+                .abs()
+                .unwrap()
+                .max_all()
+                .unwrap()
+                .to_scalar::<f32>()
+                .unwrap()
+                < 1e-4
+        };
+        assert!(close(1e-30) && close(1e30));
         let zero = orthogonal(&random(3, 3).zeros_like().unwrap()).unwrap();
         assert_eq!(
             zero.sqr()

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use linfusion_models::checkpoint::write::{NewModule, write_folder};
+use linfusion_models::leftovers::Leftover;
 use linfusion_models::onnx::write::Overwrite;
 use tempfile::TempDir;
 
@@ -11,6 +12,7 @@ use super::error::DistillError;
 /// A new folder beside its place.
 pub(super) struct Staged {
     folder: TempDir,
+    _leftover: Leftover,
     place: PathBuf,
 }
 
@@ -44,8 +46,10 @@ fn scratch_beside(place: &Path) -> Result<TempDir, DistillError> {
 /// The disk is full, or a module's weights have not the sizes that it states.
 pub(super) fn stage(place: &Path, modules: &[NewModule]) -> Result<Staged, DistillError> {
     let folder = scratch_beside(place)?;
+    let leftover = Leftover::new(folder.path());
     write_folder(folder.path(), modules)?;
     Ok(Staged {
+        _leftover: leftover,
         folder,
         place: place.to_owned(),
     })

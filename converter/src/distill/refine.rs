@@ -8,19 +8,21 @@ use std::sync::Arc;
 
 use linfusion_models::onnx::OnnxFile;
 
-use super::capture::{Teacher, capture};
+use super::capture::{Teacher, capture, groups};
 use super::choose::effects;
 use super::error::DistillError;
 use super::learn::{Learned, Ready, Work};
 use super::report::mean;
-use super::state::Done;
+use super::state::{Done, State};
 use super::store::Store;
 use super::target::Target;
 use super::train::Schedule;
 use crate::plan::Method;
 
-/// The sites are taken in at most so many parts, each on a model converted anew.
+/// The sites are taken in at most so many parts, each on a model converted anew, of at least so many sites. Not of as many as
+/// there are cores: what is learned must not depend on them.
 const PARTS: usize = 4;
+const OF_A_PART: usize = 2;
 /// Samples, of those learned from, on which the sites' effects are measured.
 const LOOKS: usize = 4;
 /// Share of the whole error that the sites which learn on make up.
@@ -43,10 +45,14 @@ impl Work<'_> {
         let mut sites = before.to_vec();
         let chosen = self.counting(&sites)?;
         let schedule = self.schedule(&sites, &chosen);
-        let cores = self.pool()?.current_num_threads();
-        let parts = chosen.len().div_ceil(cores).clamp(1, PARTS);
-        for part in chosen.chunks(chosen.len().div_ceil(parts).max(1)) {
-            self.refine_part(&mut sites, part, &schedule)?;
+        let state = self.state.with(&depends(before, &chosen));
+        for part in chosen.chunks(chosen.len().div_ceil(PARTS).max(OF_A_PART)) {
+            let mut part = part;
+            for fitting in self.fitting(&sites, part)? {
+                let (group, rest) = part.split_at(fitting.min(part.len()));
+                self.refine_part(&mut sites, group, &schedule, &state)?;
+                part = rest;
+            }
         }
         let error = |sites: &[Learned]| {
             let errors: Vec<_> = chosen.iter().filter_map(|i| sites.get(*i)).collect();
@@ -109,22 +115,31 @@ impl Work<'_> {
         }
     }
 
+    /// How many of the sites, in order, the disk holds the activations of at once.
+    fn fitting(&self, sites: &[Learned], part: &[usize]) -> Result<Vec<usize>, DistillError> {
+        let targets = part.iter().filter_map(|i| sites.get(*i));
+        let targets: Vec<Target> = targets.map(|s| s.target.clone()).collect();
+        let groups = groups(&targets, self.images(), self.request.disk_budget)?;
+        Ok(groups.into_iter().map(<[Target]>::len).collect())
+    }
+
     fn refine_part(
         &self,
         sites: &mut [Learned],
         chosen: &[usize],
         schedule: &Schedule,
+        state: &State,
     ) -> Result<(), DistillError> {
         let (mut refined, mut open) = (Vec::new(), Vec::new());
         for i in chosen {
             let Some(site) = sites.get(*i) else { continue };
-            match self.state.load(REFINED, site.target.site) {
+            match state.load(REFINED, site.target.site) {
                 Some(done) => refined.push((*i, done)),
                 None => open.push((*i, site.target.clone())),
             }
         }
         if !open.is_empty() {
-            refined.extend(self.refined(sites, &open, schedule)?);
+            refined.extend(self.refined(sites, &open, schedule, state)?);
         }
         // Not before: all sites of a part learn in the model as it was before the part, after an interruption too.
         for (i, done) in refined {
@@ -141,6 +156,7 @@ impl Work<'_> {
         sites: &[Learned],
         open: &[(usize, Target)],
         schedule: &Schedule,
+        state: &State,
     ) -> Result<Vec<(usize, Done)>, DistillError> {
         let targets: Vec<&Target> = open.iter().map(|(_, target)| target).collect();
         let student = self.student(sites)?;
@@ -190,12 +206,21 @@ impl Work<'_> {
             if let Some(first) = first {
                 done = after(&first.done, done);
             }
-            self.state.save(REFINED, site, &done)?;
+            state.save(REFINED, site, &done)?;
             Ok(done)
         })?;
         let places = open.iter().map(|(i, _)| *i);
         Ok(places.zip(done).collect())
     }
+}
+
+/// What refined weights depend on beside the request: what every site became, and which of them learn on together.
+fn depends(sites: &[Learned], chosen: &[usize]) -> String {
+    let became: Vec<(&str, Method)> = sites
+        .iter()
+        .map(|s| (s.target.module.as_str(), s.done.report.attention))
+        .collect();
+    format!("{became:?} {chosen:?}")
 }
 
 /// What is to be told of a site that learned once and then on.

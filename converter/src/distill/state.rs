@@ -46,6 +46,15 @@ impl State {
         }
     }
 
+    /// The state of a part of it, which depends on `more` as well.
+    pub fn with(&self, more: &str) -> Self {
+        let digest = Sha256::digest(format!("{} {more}", self.key).as_bytes());
+        Self {
+            folder: self.folder.clone(),
+            key: digest.iter().map(|b| format!("{b:02x}")).collect(),
+        }
+    }
+
     fn path(&self, phase: &str, site: usize) -> PathBuf {
         self.folder.join(format!("{phase}-{site:04}.safetensors"))
     }

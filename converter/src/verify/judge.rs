@@ -9,7 +9,7 @@ use linfusion_ops::reference::{linfusion_attention, window_attention};
 use linfusion_ops::schema::DEFAULT_EPS;
 use linfusion_runtime::engine::Engine;
 use linfusion_runtime::tensor::Tensor;
-use ndarray::{Array2, ArrayD};
+use ndarray::{Array2, ArrayD, Axis};
 
 use super::{Converted, Failure, VerifyError};
 use crate::reference::Module;
@@ -64,14 +64,12 @@ impl SiteRun<'_> {
         // grows at most with n·u, in practice with its root; 8 leaves room for the
         // quotient of two sums. Then one rounding of the output, and of each of q, k and v:
         // ONNX Runtime leaves casts to fp16 and back out, so that the attention may read
-        // them unrounded. The sums' errors are of the size of what is averaged, v; its average can be far smaller.
+        // them unrounded. All of it is of the size of what is averaged, a channel of v; its averages can be far smaller.
         let terms = expected.shape().get(1).copied().unwrap_or(1).max(1) as f64;
         let (accumulate, round) = epsilons(self.site.element);
-        let averaged =
-            (largest(&v) / largest(&expected).max(f64::MIN_POSITIVE)).clamp(1.0, CANCELS);
-        let bound = 8.0 * accumulate * terms.sqrt().max(4.0) * averaged + 4.0 * round;
+        let bound = 8.0 * accumulate * terms.sqrt().max(4.0) + 4.0 * round;
+        self.judge("the attention", of_averaged(&found, &expected, &v), bound)?;
         let error = relative(found.iter().zip(&expected));
-        let error = self.judge("the attention", error, bound)?;
         let (Some(checkpoint), Some(weights)) = (checkpoint, &part.weights) else {
             return Ok(error);
         };
@@ -158,11 +156,32 @@ fn epsilons(element: ElementType) -> (f64, f64) {
     }
 }
 
-/// A site whose averages are so much smaller than what they are of has nothing but noise in them.
-const CANCELS: f64 = 64.0;
-
-fn largest(values: &ArrayD<f64>) -> f64 {
-    values.iter().fold(0.0, |largest, v| largest.max(v.abs()))
+/// The largest difference over the largest magnitude of the averaged `values` in its channel: all are `[…, N, C]`, and each
+/// channel of the outputs is a mean of the same channel over the tokens. NaN if any is.
+fn of_averaged(found: &ArrayD<f64>, expected: &ArrayD<f64>, values: &ArrayD<f64>) -> f64 {
+    let Some(tokens) = values.ndim().checked_sub(2).map(Axis) else {
+        return f64::NAN;
+    };
+    if found.shape() != expected.shape() || found.ndim() != values.ndim() {
+        return f64::NAN;
+    }
+    let largest = values.map_axis(tokens, |channel| {
+        channel
+            .iter()
+            .fold(f64::MIN_POSITIVE, |m, v| m.max(v.abs()))
+    });
+    let rows = found.axis_iter(tokens).zip(expected.axis_iter(tokens));
+    let mut worst = 0.0_f64;
+    for (found, expected) in rows {
+        for ((found, expected), largest) in found.iter().zip(&expected).zip(&largest) {
+            let error = (found - expected).abs() / largest;
+            if error.is_nan() {
+                return error;
+            }
+            worst = worst.max(error);
+        }
+    }
+    worst
 }
 
 /// The largest difference over the largest expected magnitude; NaN if any is.
@@ -193,4 +212,25 @@ fn rows(value: &ArrayD<f64>) -> Array2<f64> {
     let flat: Vec<f64> = value.iter().copied().collect();
     let values: Vec<f64> = picked.filter_map(|i| flat.get(i).copied()).collect();
     Array2::from_shape_vec((values.len() / width, width), values).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use ndarray::IxDyn;
+
+    use super::*;
+
+    #[test]
+    fn an_error_counts_by_what_its_channel_averages() {
+        let array = |values: Vec<f64>| ArrayD::from_shape_vec(IxDyn(&[1, 2, 2]), values).unwrap();
+        // Averages of the first channel cancel, the second is small itself.
+        let values = array(vec![8.0, 0.5, -8.0, 0.5]);
+        let expected = array(vec![0.0, 0.5, 0.0, 0.5]);
+        let off =
+            |by: [f64; 4]| of_averaged(&(&expected + &array(by.to_vec())), &expected, &values);
+        assert_eq!(off([0.0, 0.0, 0.25, 0.0]), 0.25 / 8.0);
+        assert_eq!(off([0.0, 0.0, 0.0, 0.25]), 0.5);
+        assert!(off([0.0, f64::NAN, 0.0, 0.0]).is_nan());
+        assert_eq!(off([0.0; 4]), 0.0);
+    }
 }

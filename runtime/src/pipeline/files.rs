@@ -20,6 +20,11 @@ pub fn outputs(path: &Path, count: usize) -> impl Iterator<Item = PathBuf> {
     (0..count).map(move |number| numbered(path, number, count))
 }
 
+/// Where previews of one prompt go, the later over the earlier.
+pub fn preview(path: &Path) -> PathBuf {
+    beside(path, "preview")
+}
+
 /// `name-word.png` for `name.png`.
 pub(super) fn beside(path: &Path, word: &str) -> PathBuf {
     let stem = path.file_stem().unwrap_or_default().to_string_lossy();

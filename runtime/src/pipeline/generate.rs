@@ -9,7 +9,7 @@ use serde::Serialize;
 use super::conditions::{Conditions, Control};
 use super::denoiser::Denoiser;
 use super::error::PipelineError;
-use super::files::{beside, bytes, finite, numbered, planes, unused};
+use super::files::{bytes, finite, numbered, planes, preview, unused};
 use super::folder::{DenoiserConfig, Folder, VaeConfig};
 use super::ladder::Size;
 use super::memory::StageMemory;
@@ -399,7 +399,7 @@ impl Work<'_> {
 
     /// Writes what the sampler thinks that the first image will be.
     fn preview(&mut self, clean: &Array4<f32>, size: Size) -> Result<(), PipelineError> {
-        let path = beside(&self.request.output, "preview");
+        let path = preview(&self.request.output);
         self.decode(
             clean.index_axis(Axis(0), 0),
             size,

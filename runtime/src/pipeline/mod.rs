@@ -22,7 +22,7 @@ mod vae;
 pub use conditions::Control;
 pub use denoiser::Guidance;
 pub use error::PipelineError;
-pub use files::outputs;
+pub use files::{outputs, preview};
 pub use folder::{DenoiserConfig, Family, Folder, VaeConfig};
 pub use generate::{Generated, StageReport, expected, generate};
 pub use ladder::Size;

@@ -4,7 +4,7 @@ use linfusion_models::onnx::OnnxFile;
 
 use super::conditions::is_residual;
 use super::error::PipelineError;
-use super::files::outputs;
+use super::files::{outputs, preview};
 use super::folder::{DenoiserConfig, Folder, VaeConfig};
 use super::ladder::{Size, stages};
 use super::request::{Init, Request};
@@ -51,6 +51,9 @@ impl Plan {
         asked.told()?;
         for path in outputs(&request.output, request.images) {
             check_output(&path, request.overwrite)?;
+        }
+        if request.preview.is_some() {
+            check_output(&preview(&request.output), request.overwrite)?;
         }
         asked.channels()?;
         let wanted = asked.size()?;

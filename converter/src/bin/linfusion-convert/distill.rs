@@ -2,7 +2,7 @@
 
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, OnceLock};
+use std::sync::{Mutex, PoisonError};
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -287,17 +287,18 @@ fn bytes(gib: f64) -> Result<u64, Failure> {
 }
 
 /// Where an interrupted run keeps what it has learned so far.
-static KEPT: OnceLock<PathBuf> = OnceLock::new();
+static KEPT: Mutex<Option<PathBuf>> = Mutex::new(None);
 
 /// Says what an interruption leaves behind, if weights were being learned.
 pub fn tell_what_is_kept() {
-    let Some(folder) = KEPT.get() else { return };
-    let is_empty = |folder: &Path| {
-        folder
-            .read_dir()
-            .map_or(true, |mut files| files.next().is_none())
+    let Ok(Some(folder)) = KEPT.lock().map(|kept| kept.clone()) else {
+        return;
     };
-    if is_empty(folder) {
+    // Others are being written.
+    let is_whole =
+        |file: &std::fs::DirEntry| file.path().extension().is_some_and(|e| e == "safetensors");
+    let files = folder.read_dir().into_iter().flatten().flatten();
+    if !files.into_iter().any(|file| is_whole(&file)) {
         eprintln!("\ninterrupted before the first site was learned; nothing is kept");
     } else {
         eprintln!(
@@ -307,10 +308,13 @@ pub fn tell_what_is_kept() {
     }
 }
 
+fn keep(folder: Option<PathBuf>) {
+    *KEPT.lock().unwrap_or_else(PoisonError::into_inner) = folder;
+}
+
 /// Runs with a progress bar.
 fn watched(request: &Request) -> Result<Report, Failure> {
-    // Nobody set it before: a process learns once.
-    let _ = KEPT.set(unfinished(&request.out));
+    keep(Some(unfinished(&request.out)));
     let bar: Mutex<ProgressBar> = Mutex::new(spinner());
     let show = |progress: Progress| {
         let Ok(mut bar) = bar.lock() else { return };
@@ -334,6 +338,10 @@ fn watched(request: &Request) -> Result<Report, Failure> {
         }
     };
     let result = run(request, &show);
+    if result.is_ok() {
+        // The weights have their name, and what was kept for them is gone.
+        keep(None);
+    }
     if let Ok(bar) = bar.lock() {
         bar.finish_and_clear();
     }

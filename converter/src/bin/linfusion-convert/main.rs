@@ -26,6 +26,7 @@ use linfusion_convert::report::ConvertReport;
 use linfusion_convert::verify::{StoredWeights, Verified, VerifyError};
 use linfusion_convert::{diff, verify};
 use linfusion_models::checkpoint::Checkpoint;
+use linfusion_models::leftovers;
 use linfusion_models::onnx::text::{Elided, PrintOptions, print_model};
 use linfusion_models::onnx::write::{Overwrite, clean_up_unfinished};
 use linfusion_models::onnx::{OnnxFile, ReadError};
@@ -43,6 +44,7 @@ fn main() -> ExitCode {
     // would take from its threads what they still use. Reports are flushed as they are printed.
     let handler = ctrlc::set_handler(|| {
         clean_up_unfinished();
+        leftovers::remove_all();
         #[cfg(feature = "distill")]
         distill::tell_what_is_kept();
         signal_hook::low_level::exit(INTERRUPTED);

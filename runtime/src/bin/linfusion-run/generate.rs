@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
+use linfusion_models::leftovers;
 use linfusion_runtime::engine::{Device, memory_of};
 use linfusion_runtime::image::{Metadata, Parameters, Rgb, check_output, read};
 use linfusion_runtime::pipeline::{
@@ -158,6 +159,7 @@ impl Terminal {
             // The second time it means it, even in the middle of a step: without the destructors of ONNX Runtime, whose
             // threads still run.
             if flag.swap(true, Ordering::SeqCst) {
+                leftovers::remove_all();
                 signal_hook::low_level::exit(i32::from(STOPPED));
             }
             eprintln!("stopping after this step; Ctrl-C again stops at once");
@@ -235,10 +237,10 @@ pub fn run(args: &GenerateArgs) -> miette::Result<ExitCode> {
     let prompts = args.prompts.read()?;
     let outputs = prompt_outputs(&args.output, prompts.len());
     // All of them, before the first is made.
-    for path in outputs
-        .iter()
-        .flat_map(|p| pipeline::outputs(p, args.num_images))
-    {
+    for path in outputs.iter().flat_map(|p| {
+        let preview = args.preview.map(|_| pipeline::preview(p));
+        pipeline::outputs(p, args.num_images).chain(preview)
+    }) {
         check_output(&path, args.sampler.overwrite()).or_report()?;
     }
     let folder = Folder::open(&args.pipeline).or_report()?;

@@ -8,6 +8,7 @@ use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use linfusion_models::leftovers::Leftover;
 use linfusion_models::onnx::write::Overwrite;
 use tempfile::TempPath;
 
@@ -23,6 +24,8 @@ pub struct RowWriter {
     body: Body,
     sink: Sink,
     temporary: TempPath,
+    // Behind the path that it lists, so that it outlives it.
+    leftover: Leftover,
     path: PathBuf,
     height: u32,
     row_bytes: usize,
@@ -82,6 +85,7 @@ impl RowWriter {
         Ok(Self {
             body: body.map_err(|error| ImageError::write(path, sink.cause(error)))?,
             sink,
+            leftover: Leftover::new(&temporary),
             temporary,
             path: path.to_owned(),
             height,
@@ -125,9 +129,9 @@ impl RowWriter {
             .finish()
             .map_err(|error| cannot(self.sink.cause(error)))?;
         self.sink.close().map_err(cannot)?;
-        self.temporary
-            .persist(&self.path)
-            .map_err(|error| cannot(error.error))
+        let persisted = self.temporary.persist(&self.path);
+        drop(self.leftover);
+        persisted.map_err(|error| ImageError::write(&self.path, error.error))
     }
 
     fn wrong_count(&self, found: u64) -> ImageError {
