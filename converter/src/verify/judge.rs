@@ -60,14 +60,18 @@ impl SiteRun<'_> {
             .map_err(|e| cannot(e.to_string()))?;
         let expected = linfusion_attention(q.view(), k.view(), v.view(), &attrs)
             .map_err(|e| cannot(e.to_string()))?;
-        // fp32 accumulation over the tokens: the error of a sum of n terms of one sign
+        // fp32 accumulation over the tokens, then over a head's channels: the error of a sum of n terms of one sign
         // grows at most with n·u, in practice with its root; 8 leaves room for the
         // quotient of two sums. Then one rounding of the output, and of each of q, k and v:
         // ONNX Runtime leaves casts to fp16 and back out, so that the attention may read
         // them unrounded. All of it is of the size of what is averaged, a channel of v; its averages can be far smaller.
-        let terms = expected.shape().get(1).copied().unwrap_or(1).max(1) as f64;
+        let terms = match *expected.shape() {
+            [_, tokens, width] => tokens + width / usize::try_from(part.heads).unwrap_or(1).max(1),
+            [.., tokens, width] => tokens + width,
+            _ => 1,
+        };
         let (accumulate, round) = epsilons(self.site.element);
-        let bound = 8.0 * accumulate * terms.sqrt().max(4.0) + 4.0 * round;
+        let bound = 8.0 * accumulate * (terms as f64).sqrt().max(4.0) + 4.0 * round;
         self.judge("the attention", of_averaged(&found, &expected, &v), bound)?;
         let error = relative(found.iter().zip(&expected));
         let (Some(checkpoint), Some(weights)) = (checkpoint, &part.weights) else {
