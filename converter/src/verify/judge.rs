@@ -9,7 +9,7 @@ use linfusion_ops::reference::{linfusion_attention, window_attention};
 use linfusion_ops::schema::DEFAULT_EPS;
 use linfusion_runtime::engine::Engine;
 use linfusion_runtime::tensor::Tensor;
-use ndarray::{Array2, ArrayD, Axis};
+use ndarray::{Array2, Array4, ArrayD, Axis};
 
 use super::{Converted, Failure, VerifyError};
 use crate::reference::Module;
@@ -62,16 +62,18 @@ impl SiteRun<'_> {
             .map_err(|e| cannot(e.to_string()))?;
         // fp32 accumulation over the tokens, then over a head's channels: the error of a sum of n terms of one sign
         // grows at most with n·u, in practice with its root; 8 leaves room for the
-        // quotient of two sums. Then one rounding of the output, and of each of q, k and v:
-        // ONNX Runtime leaves casts to fp16 and back out, so that the attention may read
+        // quotient of two sums. Features elu(x) + 1 are off by u themselves, which counts where they are small. Then one rounding
+        // of the output, and of each of q, k and v: ONNX Runtime leaves casts to fp16 and back out, so that the attention may read
         // them unrounded. All of it is of the size of what is averaged, a channel of v; its averages can be far smaller.
-        let terms = match *expected.shape() {
-            [_, tokens, width] => tokens + width / usize::try_from(part.heads).unwrap_or(1).max(1),
-            [.., tokens, width] => tokens + width,
-            _ => 1,
+        let apart = [&q, &k].map(|values| by_head(values, part.heads));
+        let [Some(queries), Some(keys)] = &apart else {
+            return Err(cannot(format!("q and k have no {} heads", part.heads)));
         };
+        let (_, _, tokens, width) = keys.dim();
+        let terms = (tokens + width) as f64;
         let (accumulate, round) = epsilons(self.site.element);
-        let bound = 8.0 * accumulate * (terms as f64).sqrt().max(4.0) + 4.0 * round;
+        let sums = 8.0 * terms.sqrt().max(4.0) + faintness(queries, keys);
+        let bound = accumulate * sums + 4.0 * round;
         self.judge("the attention", of_averaged(&found, &expected, &v), bound)?;
         let error = relative(found.iter().zip(&expected));
         let (Some(checkpoint), Some(weights)) = (checkpoint, &part.weights) else {
@@ -160,6 +162,39 @@ fn epsilons(element: ElementType) -> (f64, f64) {
     }
 }
 
+/// `[B, N, H·D]` or `[B, H, N, D]` as the latter.
+fn by_head(values: &ArrayD<f64>, heads: i64) -> Option<Array4<f64>> {
+    let heads = usize::try_from(heads).ok().filter(|heads| *heads > 0)?;
+    match *values.shape() {
+        [batch, tokens, width] => {
+            let sizes = (batch, tokens, heads, width / heads);
+            let apart = values.to_shape(sizes).ok()?;
+            Some(apart.permuted_axes([0, 2, 1, 3]).to_owned())
+        }
+        _ => values.clone().into_dimensionality().ok(),
+    }
+}
+
+/// How much an error of one in every feature φ(q) and φ(k) can move the attention's output, as a share of what it averages: the
+/// largest Σ(φ(q) + mean φ(k)) / φ(q)·mean φ(k) of a token and head.
+fn faintness(q: &Array4<f64>, k: &Array4<f64>) -> f64 {
+    let features = |x: f64| if x > 0.0 { x + 1.0 } else { x.exp() };
+    let mut worst = 0.0_f64;
+    let Some(keys) = k.mapv(features).mean_axis(Axis(2)) else {
+        return worst;
+    };
+    for (q, keys) in q.outer_iter().zip(keys.outer_iter()) {
+        for (q, keys) in q.outer_iter().zip(keys.outer_iter()) {
+            for row in q.outer_iter() {
+                let row = row.mapv(features);
+                let norm = row.dot(&keys) + f64::from(DEFAULT_EPS);
+                worst = worst.max((row.sum() + keys.sum()) / norm);
+            }
+        }
+    }
+    worst
+}
+
 /// The largest difference over the largest magnitude of the averaged `values` in its channel: all are `[…, N, C]`, and each
 /// channel of the outputs is a mean of the same channel over the tokens. NaN if any is.
 fn of_averaged(found: &ArrayD<f64>, expected: &ArrayD<f64>, values: &ArrayD<f64>) -> f64 {
@@ -223,6 +258,20 @@ mod tests {
     use ndarray::IxDyn;
 
     use super::*;
+
+    #[test]
+    fn small_features_are_the_more_uncertain() {
+        // φ = 1 for both: an error of one in each of two features moves half of each side.
+        let zeros = Array4::zeros((1, 2, 3, 4));
+        let eps = f64::from(DEFAULT_EPS);
+        assert_eq!(faintness(&zeros, &zeros), 8.0 / (4.0 + eps));
+        let small = Array4::from_elem((1, 2, 3, 4), -3.0);
+        let expected = 4.0 * (1.0 + (-3.0_f64).exp()) / (4.0 * (-3.0_f64).exp() + eps);
+        assert!((faintness(&small, &zeros) / expected - 1.0).abs() < 1e-12);
+        let packed = ArrayD::from_shape_fn(IxDyn(&[1, 3, 8]), |i| i[2] as f64);
+        let apart = by_head(&packed, 2).unwrap();
+        assert_eq!(apart[[0, 1, 2, 3]], 7.0);
+    }
 
     #[test]
     fn an_error_counts_by_what_its_channel_averages() {
