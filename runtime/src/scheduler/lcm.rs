@@ -26,8 +26,15 @@ impl Lcm {
         // These say where other samplers' steps lie; the distilled steps are fixed.
         Spacing::read(fields, Spacing::Leading)?;
         fields.ignore("steps_offset");
+        if original == 0 || original > training.len() {
+            return Err(SchedulerError::Field {
+                field: "original_inference_steps".to_owned(),
+                found: original.to_string(),
+                expected: format!("1 to {}, the steps of training", training.len()),
+            });
+        }
         let taken = ((original as f64 * run.strength) as usize).min(original);
-        if original == 0 || original > training.len() || run.steps > taken {
+        if run.steps > taken {
             let part = match run.strength {
                 1.0 => String::new(),
                 strength => format!(", {original}, times the strength, {strength}"),

@@ -277,6 +277,13 @@ fn a_part_of_lcms_schedule_has_steps_of_its_own() {
         error.contains("1 to 5 (original_inference_steps, 50, times the strength, 0.1)"),
         "{error}"
     );
+    // A fault of the configuration, not of what was asked.
+    let config = r#"{"_class_name": "LCMScheduler", "original_inference_steps": 1001}"#;
+    let fault = from_config(config, None, &RUN).err().unwrap();
+    assert!(
+        matches!(&fault, SchedulerError::Field { field, .. } if field == "original_inference_steps"),
+        "{fault}"
+    );
 }
 
 #[test]

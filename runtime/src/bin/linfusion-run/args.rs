@@ -92,7 +92,7 @@ pub struct Where {
     /// Where models run: auto, cpu, cuda or cuda:N; only auto may take another
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub device: DeviceChoice,
-    /// Bytes that ONNX Runtime may take of the GPU's memory, e.g. 20GB [default: all]
+    /// Bytes of the GPU's memory that ONNX Runtime may take for a model, e.g. 20GB [default: all]
     #[arg(long, value_name = "BYTES", value_parser = byte_count)]
     pub gpu_memory: Option<usize>,
     /// Where ONNX Runtime takes the LinFusion operators from: none, in-process, or a library file
