@@ -58,6 +58,15 @@ fn interrupted(command: &mut Command, holds: impl Fn() -> bool) -> Output {
     child.wait_with_output().unwrap()
 }
 
+/// A folder with a model and what its inputs are drawn from.
+fn with_model() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let model = folder.path().join("unet.onnx");
+    std::fs::copy(fixtures::path("sd15-tiny/unet.onnx"), model).unwrap();
+    std::fs::write(folder.path().join("spec.json"), SPEC).unwrap();
+    folder
+}
+
 /// A library like ONNX Runtime's has destructors that must not run beside its threads; this one's ends the process.
 fn library_with_destructor(folder: &Path) -> std::path::PathBuf {
     let source = folder.join("destructor.c");
@@ -76,17 +85,17 @@ fn library_with_destructor(folder: &Path) -> std::path::PathBuf {
 
 #[test]
 fn an_interruption_runs_no_destructors_and_says_what_is_kept() {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = with_model();
     let root = folder.path();
-    std::fs::copy(
-        fixtures::path("sd15-tiny/unet.onnx"),
-        root.join("unet.onnx"),
-    )
-    .unwrap();
-    std::fs::write(root.join("spec.json"), SPEC).unwrap();
     let library = library_with_destructor(root);
     let kept = root.join("w.unfinished");
-    let sites = || kept.read_dir().map_or(0, |files| files.count());
+    // Others are still being written.
+    let is_whole =
+        |file: &std::fs::DirEntry| file.path().extension().is_some_and(|e| e == "safetensors");
+    let sites = || {
+        let files = kept.read_dir().into_iter().flatten().flatten();
+        files.filter(is_whole).count()
+    };
 
     let output = interrupted(distill(root, "400").env("LD_PRELOAD", &library), || {
         sites() > 0
@@ -123,14 +132,8 @@ fn an_interruption_runs_no_destructors_and_says_what_is_kept() {
 
 #[test]
 fn weights_that_are_no_good_are_warned_of_and_no_steps_refused() {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = with_model();
     let root = folder.path();
-    std::fs::copy(
-        fixtures::path("sd15-tiny/unet.onnx"),
-        root.join("unet.onnx"),
-    )
-    .unwrap();
-    std::fs::write(root.join("spec.json"), SPEC).unwrap();
     let none = distill(root, "0").output().unwrap();
     assert_eq!(none.status.code(), Some(2), "{}", said(&none));
     assert!(

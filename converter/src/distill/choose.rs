@@ -66,7 +66,7 @@ pub(super) fn within(
         return Ok(all);
     }
     let numbers = all.sites.iter().map(|s| s.target.site);
-    let effects = effects(work, &all.sites, work.held_out())?;
+    let effects = effects(work, &all.sites, work.held_out(), expected)?;
     let mut effects: Vec<(f64, usize)> = effects.into_iter().zip(numbers).collect();
     // The most harmful first.
     effects.sort_by(|a, b| a.0.total_cmp(&b.0));
@@ -97,7 +97,8 @@ pub(super) fn within(
     Ok(best)
 }
 
-/// PSNR of the model's outputs on `samples` where one site alone is converted, for each of `sites`.
+/// PSNR of the model's outputs on `samples`, for which the original gives `expected`, where one site alone is converted, for each of
+/// `sites`.
 ///
 /// # Errors
 /// A model does not run.
@@ -105,13 +106,13 @@ pub(super) fn effects(
     work: &Work<'_>,
     sites: &[Learned],
     samples: &[Sample],
+    expected: &Outputs,
 ) -> Result<Vec<f64>, DistillError> {
-    let runs = (sites.len() + 1) * samples.len();
+    let runs = sites.len() * samples.len();
     work.begin("measuring what each site does to the output", runs);
-    let original = work.original(samples)?;
     let alone = |site: &Learned| {
         let converted = work.converted(std::slice::from_ref(site), samples)?;
-        Ok(distance(&original, &converted).pooled())
+        Ok(distance(expected, &converted).pooled())
     };
     sites.iter().map(alone).collect()
 }

@@ -73,7 +73,9 @@ impl Work<'_> {
     fn counting(&self, sites: &[Learned]) -> Result<Vec<usize>, DistillError> {
         let looks: Range<usize> = 0..LOOKS.min(self.learned().len());
         let samples = self.learned().get(looks).unwrap_or_default();
-        let mut effects: Vec<(f64, usize)> = effects(self, sites, samples)?
+        self.begin("running the original", samples.len());
+        let expected = self.original(samples)?;
+        let mut effects: Vec<(f64, usize)> = effects(self, sites, samples, &expected)?
             .into_iter()
             .map(|psnr| 10.0_f64.powf(-psnr / 10.0))
             .zip(0..)
