@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use cudarc::driver::sys::{self, CUcontext, CUdevice_attribute, CUfunction, CUmodule, CUresult};
+use libloading::Library;
 use thiserror::Error;
 
 use super::archive::{Archive, ArchiveError};
@@ -166,19 +167,23 @@ fn call(function: &'static str, work: impl FnOnce() -> CUresult) -> Result<(), C
 }
 
 /// Whether there is a driver. Asked before every call, so a yes, which costs a search of the file system, is remembered;
-/// a no is not: the driver may come.
+/// a no is not: the driver may come. Not cudarc's own question, which it has only where it loads the driver itself: in a program
+/// that learns on a GPU it is linked.
 fn is_present() -> bool {
     static PRESENT: AtomicBool = AtomicBool::new(false);
     if PRESENT.load(Ordering::Relaxed) {
         return true;
     }
     // SAFETY: loading the driver's library runs its initialisers only.
-    let present = unsafe { sys::is_culib_present() };
+    let present = unsafe { DRIVERS.iter().any(|name| Library::new(*name).is_ok()) };
     if present {
         PRESENT.store(true, Ordering::Relaxed);
     }
     present
 }
+
+/// What a driver's library is called.
+const DRIVERS: [&str; 3] = ["libcuda.so", "libcuda.so.1", "nvcuda.dll"];
 
 fn error_text(result: CUresult, of: unsafe fn(CUresult, *mut *const c_char) -> CUresult) -> String {
     let mut text = ptr::null();
