@@ -2,7 +2,8 @@
 //!
 //! Open dimensions are resolved from their names (`batch`, `height`, `sequence`, …) and, where an exporter
 //! lost the names, from the rank: images are `[batch, channels, height, width]`, texts
-//! `[batch, tokens, width]`. Equal symbols always get equal sizes.
+//! `[batch, tokens, width]`. Equal symbols always get equal sizes. Where an image comes in packed, two by two latent pixels a
+//! token, `img_ids` says where each token lies (FLUX): the ids are those of a whole image in raster order.
 
 use linfusion_models::random::SplitMix64;
 use std::collections::HashMap;
@@ -44,6 +45,8 @@ impl Default for Request {
 pub const DEFAULT_LATENT: usize = 64;
 /// Pixels along an edge of the image that one latent pixel stands for.
 pub const PIXELS_PER_LATENT: usize = 8;
+/// Latent pixels along an edge of a token of a packed image.
+const PACKED: usize = 2;
 
 /// Why inputs cannot be made.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -125,6 +128,8 @@ enum Role {
     Edge,
     PixelEdge,
     Sequence,
+    /// Tokens of a packed image.
+    Packed,
     /// A vector's only dimension, one value a run.
     Single,
 }
@@ -132,6 +137,8 @@ enum Role {
 struct Sizes<'a> {
     request: &'a Request,
     batch: usize,
+    /// Whether the image comes in packed.
+    packed: bool,
     symbols: HashMap<String, usize>,
 }
 
@@ -148,6 +155,7 @@ impl<'a> Sizes<'a> {
         let mut sizes = Self {
             request,
             batch: fixed_batch.unwrap_or(request.batch),
+            packed: ports.iter().any(|port| ids(port) == Some(Ids::Image)),
             symbols: HashMap::new(),
         };
         for (name, shape) in &request.shapes {
@@ -173,7 +181,10 @@ impl<'a> Sizes<'a> {
     }
 
     fn size_of(&mut self, port: &Port, axis: usize, dim: &Dim) -> Result<usize, InputsError> {
-        let role = role(port, axis, dim);
+        let role = match self.packed {
+            true => packed_role(port, axis).or_else(|| role(port, axis, dim)),
+            false => role(port, axis, dim),
+        };
         if let Dim::Fixed(size) = dim {
             return match (role, self.request.latent) {
                 (Some(Role::Edge), Some(asked)) if asked != *size => Err(InputsError::FixedSize {
@@ -195,6 +206,7 @@ impl<'a> Sizes<'a> {
             Some(Role::Edge) => latent,
             Some(Role::PixelEdge) => latent.saturating_mul(PIXELS_PER_LATENT),
             Some(Role::Sequence) => self.request.sequence,
+            Some(Role::Packed) => (latent / PACKED).saturating_mul(latent / PACKED),
             Some(Role::Single) => 1,
             None => {
                 return Err(InputsError::Open {
@@ -236,6 +248,53 @@ fn role(port: &Port, axis: usize, dim: &Dim) -> Option<Role> {
     }
 }
 
+/// What ids are of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ids {
+    Image,
+    Text,
+}
+
+/// FLUX's ids, `[tokens, 3]` or `[batch, tokens, 3]`, whose names exporters keep.
+fn ids(port: &Port) -> Option<Ids> {
+    let dims = port.shape.as_deref()?;
+    let rows = matches!(dims, [.., Dim::Fixed(ID_CHANNELS)] if (2..=3).contains(&dims.len()));
+    match rows {
+        true if port.name.contains("img_ids") => Some(Ids::Image),
+        true if port.name.contains("txt_ids") => Some(Ids::Text),
+        _ => None,
+    }
+}
+
+/// (_, row, column).
+const ID_CHANNELS: usize = 3;
+
+/// What a dimension of a graph stands for whose image comes in packed, where it is of tokens.
+fn packed_role(port: &Port, axis: usize) -> Option<Role> {
+    let rank = port.shape.as_ref()?.len();
+    let of_tokens = axis + 2 == rank;
+    match ids(port) {
+        Some(Ids::Image) if of_tokens => Some(Role::Packed),
+        Some(Ids::Text) if of_tokens => Some(Role::Sequence),
+        None if rank == 3 && of_tokens && !port.name.contains("encoder") => Some(Role::Packed),
+        _ => None,
+    }
+}
+
+/// The (_, row, column) of each pixel of an image, in raster order: `[rows · cols, 3]` in the order of their elements.
+pub fn raster_ids(rows: usize, cols: usize) -> impl Iterator<Item = f64> + Clone {
+    let pixels = (0..rows).flat_map(move |row| (0..cols).map(move |col| (row, col)));
+    pixels.flat_map(|(row, col)| [0.0, row as f64, col as f64])
+}
+
+/// The rows of the image nearest to a square that has so many tokens.
+fn squarest(tokens: usize) -> usize {
+    let rows = (1..=tokens.isqrt()).rev();
+    rows.into_iter()
+        .find(|rows| tokens.is_multiple_of(*rows))
+        .unwrap_or(1)
+}
+
 /// A ControlNet's hint is an image, not a latent.
 fn is_image(port: &Port) -> bool {
     let channels = port.shape.as_ref().and_then(|dims| dims.get(1));
@@ -255,6 +314,21 @@ fn values(port: &Port, shape: &[usize], random: &mut SplitMix64) -> Result<Tenso
         .try_fold(1_usize, |n, d| n.checked_mul(*d))
         .filter(|n| *n <= MAX_ELEMENTS)
         .ok_or_else(too_large)?;
+    if let (Some(of), Some(tokens)) = (
+        ids(port),
+        shape.len().checked_sub(2).map(|axis| shape[axis]),
+    ) {
+        let rows = squarest(tokens);
+        let values: Vec<f64> = match of {
+            Ids::Image => raster_ids(rows, tokens / rows)
+                .cycle()
+                .take(count)
+                .collect(),
+            Ids::Text => vec![0.0; count],
+        };
+        let array = ArrayD::from_shape_vec(IxDyn(shape), values).map_err(|_| too_large())?;
+        return Ok(Tensor::from_f64(array, port.dtype));
+    }
     let is_step = port.name.contains("timestep") || (shape.len() <= 1 && port.name.contains('t'));
     let mut draw = || {
         if is_step {
@@ -335,6 +409,21 @@ mod tests {
                 vec![vec![1, 4, 16, 16], vec![1, 1280]],
             ),
             (
+                "a packed image",
+                vec![
+                    port("hidden_states", DType::F32, &["s2", "s87", "64"]),
+                    text(&["s2", "s31", "4096"]),
+                    port("img_ids", DType::F32, &["s29", "3"]),
+                    port("txt_ids", DType::F32, &["s2", "s96", "3"]),
+                ],
+                vec![
+                    vec![2, 64, 64],
+                    vec![2, 77, 4096],
+                    vec![64, 3],
+                    vec![2, 77, 3],
+                ],
+            ),
+            (
                 "a hint in pixels",
                 vec![
                     sample(&["batch", "4", "height", "width"]),
@@ -401,6 +490,29 @@ mod tests {
         // Four standard errors of the mean and the deviation of 32,768 normal values.
         assert!(mean.abs() < 0.022 && (deviation - 1.0).abs() < 0.016);
         assert!(first[0].1.is_finite());
+    }
+
+    #[test]
+    fn ids_are_a_raster_of_the_packed_image() {
+        let ports = [
+            port("img_ids", DType::F32, &["6", "3"]),
+            port("txt_ids", DType::F32, &["2", "3"]),
+        ];
+        let inputs = make(&ports, &Request::default()).unwrap();
+        let values: Vec<Vec<f64>> = inputs
+            .iter()
+            .map(|(_, tensor)| tensor.to_f64().into_iter().collect())
+            .collect();
+        // Two rows of three.
+        let raster = [
+            [0.0, 0.0, 0.0],
+            [0.0, 0.0, 1.0],
+            [0.0, 0.0, 2.0],
+            [0.0, 1.0, 0.0],
+            [0.0, 1.0, 1.0],
+            [0.0, 1.0, 2.0],
+        ];
+        assert_eq!(values, [raster.concat(), vec![0.0; 6]]);
     }
 
     #[test]
