@@ -45,6 +45,22 @@ pub enum GridSource<'m> {
     Fixed(GridSize),
 }
 
+impl GridSource<'_> {
+    /// rows · cols at the sizes that `shapes` has, if known.
+    #[must_use]
+    pub fn tokens(&self, shapes: &Shapes) -> Option<i64> {
+        match *self {
+            Self::Spatial { value, axis } => {
+                let axis = usize::try_from(axis).ok()?;
+                let shape = shapes.shape(value)?;
+                shape.get(axis)?.checked_mul(*shape.get(axis + 1)?)
+            }
+            Self::Ids { input, rank } => shapes.shape(input)?.get(rank.checked_sub(2)?).copied(),
+            Self::Fixed(size) => Some(size.tokens()),
+        }
+    }
+}
+
 impl std::fmt::Display for GridSource<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
@@ -268,12 +284,10 @@ impl<'g, 'm> Grids<'g, 'm> {
 
     /// The number of tokens of a grid under the other probe, where the graph tells.
     fn size_again(&self, grid: Grid<'m>) -> Option<i64> {
-        let GridSource::Spatial { value, axis } = grid.source else {
-            return None;
-        };
-        let axis = usize::try_from(axis).ok()?;
-        let shape = self.again.shape(value)?;
-        shape.get(axis)?.checked_mul(*shape.get(axis + 1)?)
+        match grid.source {
+            GridSource::Spatial { .. } => grid.source.tokens(self.again),
+            GridSource::Ids { .. } | GridSource::Fixed(_) => None,
+        }
     }
 }
 

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use linfusion_models::json;
 use linfusion_models::random::SplitMix64;
 use linfusion_runtime::engine::{Dim, Port};
+use linfusion_runtime::inputs::raster_ids;
 use linfusion_runtime::npz;
 use linfusion_runtime::tensor::Tensor;
 use ndarray::{ArrayD, IxDyn};
@@ -51,7 +52,14 @@ struct Drawn {
 }
 
 /// The names of [`Distribution`]s in the file.
-const DISTRIBUTIONS: [&str; 5] = ["normal", "uniform", "log-uniform", "integers", "constant"];
+const DISTRIBUTIONS: [&str; 6] = [
+    "normal",
+    "uniform",
+    "log-uniform",
+    "integers",
+    "constant",
+    "raster-ids",
+];
 
 #[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
@@ -77,6 +85,11 @@ enum Distribution {
         max: i64,
     },
     Constant(f64),
+    /// (0, row, column) of each pixel in raster order, as FLUX's `img_ids` of packed tokens: `[rows · cols, 3]`.
+    RasterIds {
+        rows: usize,
+        cols: usize,
+    },
 }
 
 fn one() -> f64 {
@@ -218,14 +231,24 @@ pub fn random(
             .values
             .check()
             .map_err(|e| fault(format!("'{}': {e}", port.name)))?;
-        let shape = shape(port, entry.shape.as_deref()).map_err(&fault)?;
+        let stated = match (entry.values.shape(port), entry.shape) {
+            (Some(own), Some(other)) if own != other => {
+                return Err(fault(format!(
+                    "'{}': shape is {other:?}, and its rows and columns make {own:?}",
+                    port.name
+                )));
+            }
+            (own, stated) => own.or(stated),
+        };
+        let shape = shape(port, stated.as_deref()).map_err(&fault)?;
         drawn.push((port, entry.values, shape));
     }
     let sample = |_| {
         drawn
             .iter()
             .map(|(port, values, shape)| {
-                let array = ArrayD::from_shape_simple_fn(IxDyn(shape), || values.draw(&mut random));
+                let mut draws = values.draws(&mut random);
+                let array = ArrayD::from_shape_simple_fn(IxDyn(shape), &mut draws);
                 (port.name.clone(), Tensor::from_f64(array, port.dtype))
             })
             .collect()
@@ -308,24 +331,42 @@ impl Distribution {
             Self::LogUniform { min, max } if ordered(min, max) && min > 0.0 => Ok(()),
             Self::Integers { min, max } if min <= max && max.checked_sub(min).is_some() => Ok(()),
             Self::Constant(value) if value.is_finite() => Ok(()),
+            Self::RasterIds { rows, cols } if rows > 0 && cols > 0 => Ok(()),
             _ => Err(format!("{self:?} is impossible")),
         }
     }
 
-    fn draw(&self, random: &mut SplitMix64) -> f64 {
+    /// The shape of a distribution that has one.
+    fn shape(&self, port: &Port) -> Option<Vec<usize>> {
+        let Self::RasterIds { rows, cols } = *self else {
+            return None;
+        };
+        let ids = [rows.saturating_mul(cols), 3];
+        match port.shape.as_ref().map(Vec::len) {
+            Some(3) => Some([&[1], &ids[..]].concat()),
+            _ => Some(ids.to_vec()),
+        }
+    }
+
+    /// The elements of a tensor, one after the other.
+    fn draws<'r>(&'r self, random: &'r mut SplitMix64) -> Box<dyn FnMut() -> f64 + 'r> {
         match *self {
-            Self::Normal { mean, std } => mean + std * random.normal(),
-            Self::Uniform { min, max } => min + (max - min) * random.unit(),
+            Self::Normal { mean, std } => Box::new(move || mean + std * random.normal()),
+            Self::Uniform { min, max } => Box::new(move || min + (max - min) * random.unit()),
             Self::LogUniform { min, max } => {
-                (min.ln() + (max.ln() - min.ln()) * random.unit()).exp()
+                Box::new(move || (min.ln() + (max.ln() - min.ln()) * random.unit()).exp())
             }
             Self::Integers { min, max } => {
                 let span = usize::try_from(max - min)
                     .unwrap_or(usize::MAX)
                     .saturating_add(1);
-                min as f64 + random.below(span) as f64
+                Box::new(move || min as f64 + random.below(span) as f64)
             }
-            Self::Constant(value) => value,
+            Self::Constant(value) => Box::new(move || value),
+            Self::RasterIds { rows, cols } => {
+                let mut ids = raster_ids(rows, cols);
+                Box::new(move || ids.next().unwrap_or_default())
+            }
         }
     }
 }

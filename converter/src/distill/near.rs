@@ -13,7 +13,8 @@ use super::error::DistillError;
 use super::learn::Work;
 use super::measure;
 use super::store::Store;
-use super::target::Target;
+use super::target::{Target, Value};
+use crate::attention::plain::Layout;
 use crate::convert::WeightsFrom;
 use crate::graph::op;
 use crate::plan::{Method, MethodRule, Selection};
@@ -92,6 +93,30 @@ pub(super) fn capture(
     Ok(sites.into_iter().map(|s| s.map(|s| s.store)).collect())
 }
 
+/// What the window of a hybrid site gives in a converted model, if there is one.
+pub(super) fn of_hybrid(
+    converted: &Teacher<'_>,
+    target: &Target,
+) -> Result<Option<Value>, DistillError> {
+    let reads = reads(converted, target)?;
+    let wanted = converted.cut(target, &target.merged.name, Whether::Open)?;
+    let nodes = part(converted.file, &reads, &[wanted]);
+    let mut nodes = nodes.graph.node.iter();
+    let window = nodes.find(|n| op(n) == WINDOW_ATTENTION);
+    let made = window.and_then(|n| n.output.first());
+    Ok(made.map(|name| Value {
+        name: name.clone(),
+        layout: Layout::Tokens,
+        text: target.merged.text,
+    }))
+}
+
+/// What a site's window reads.
+fn reads(teacher: &Teacher<'_>, target: &Target) -> Result<Vec<Cut>, DistillError> {
+    let known = |name: &String| teacher.cut(target, name, Whether::Known);
+    target.reads.iter().map(known).collect()
+}
+
 /// The nodes of one window.
 struct Window<'t> {
     target: &'t Target,
@@ -107,11 +132,7 @@ impl<'t> Window<'t> {
         converted: &Teacher<'_>,
         target: &'t Target,
     ) -> Result<Option<Self>, DistillError> {
-        let reads = target
-            .reads
-            .iter()
-            .map(|name| converted.cut(target, name, Whether::Known))
-            .collect::<Result<Vec<_>, _>>()?;
+        let reads = reads(converted, target)?;
         let wanted = converted.cut(target, &target.merged.name, Whether::Open)?;
         let nodes = part(converted.file, &reads, std::slice::from_ref(&wanted));
         if !nodes.graph.node.iter().any(|n| op(n) == WINDOW_ATTENTION) {

@@ -7,11 +7,13 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use linfusion_models::onnx::OnnxFile;
+use linfusion_runtime::engine::{Operators, SessionOptions};
 
-use super::capture::{Teacher, capture, groups};
+use super::capture::{Teacher, capture, groups, shapes};
 use super::choose::effects;
 use super::error::DistillError;
 use super::learn::{Learned, Ready, Work};
+use super::near;
 use super::report::mean;
 use super::state::{Done, State};
 use super::store::Store;
@@ -36,8 +38,8 @@ const RATE: f64 = 0.5;
 const REFINED: &str = "refined";
 
 impl Work<'_> {
-    /// Lets the linear sites that count learn on; windows, hybrids and the others stay as they are. Gives what there is to tell,
-    /// too.
+    /// Lets the sites that count learn on; windows, which have no weights, and the others stay as they are. Gives what there is
+    /// to tell, too.
     ///
     /// # Errors
     /// As learning the first time.
@@ -69,7 +71,7 @@ impl Work<'_> {
         Ok((sites, told))
     }
 
-    /// The linear sites, in order, that make up most of the error of the whole, each measured alone.
+    /// The sites with weights, in order, that make up most of the error of the whole, each measured alone.
     fn counting(&self, sites: &[Learned]) -> Result<Vec<usize>, DistillError> {
         let looks: Range<usize> = 0..LOOKS.min(self.learned().len());
         let samples = self.learned().get(looks).unwrap_or_default();
@@ -81,7 +83,7 @@ impl Work<'_> {
             .zip(0..)
             .filter(|(_, i)| {
                 let method = sites.get(*i).map(|s| s.done.report.attention);
-                method == Some(Method::Linear)
+                method.is_some_and(|method| method != Method::Window)
             })
             .collect();
         effects.sort_by(|a, b| b.0.total_cmp(&a.0));
@@ -171,12 +173,32 @@ impl Work<'_> {
         let runs = if missing.is_empty() { 1 } else { 2 };
         self.begin("running the converted model", runs * self.samples.len());
         let tick = || self.advance(1);
+        let shapes = shapes(&file, self.samples);
+        let options = SessionOptions {
+            operators: Operators::InProcess,
+            ..self.teacher.options.clone()
+        };
         let student = Teacher {
             file: &file,
+            shapes: &shapes,
+            options: &options,
             ..self.teacher.clone()
         };
-        let inputs: Vec<_> = targets.iter().map(|t| (*t, &t.x)).collect();
+        let became = |i: &usize| sites.get(*i).map(|site| site.done.report.attention);
+        let mut near = Vec::with_capacity(open.len());
+        for (i, target) in open {
+            near.push(match became(i) {
+                Some(Method::Hybrid) => near::of_hybrid(&student, target)?,
+                _ => None,
+            });
+        }
+        let windows = near.iter().zip(&targets);
+        let windows = windows.filter_map(|(value, target)| Some((*target, value.as_ref()?)));
+        let inputs = targets.iter().map(|t| (*t, &t.x));
+        let inputs: Vec<_> = inputs.chain(windows).collect();
         let inputs = capture(&student, &inputs, self.samples, &self.scratch, &tick)?;
+        let mut windows = inputs.into_iter();
+        let inputs: Vec<Store> = windows.by_ref().take(targets.len()).collect();
         let values: Vec<_> = missing.iter().map(|t| (*t, &t.merged)).collect();
         let mut fresh: HashMap<usize, Arc<Store>> = HashMap::new();
         if !values.is_empty() {
@@ -185,7 +207,8 @@ impl Work<'_> {
             fresh.extend(sites.zip(stores.into_iter().map(Arc::new)));
         }
         let mut ready = Vec::with_capacity(targets.len());
-        for ((i, target), x) in open.iter().zip(inputs) {
+        for (((i, target), x), window) in open.iter().zip(inputs).zip(&near) {
+            let near = window.as_ref().and_then(|_| windows.next());
             let kept = self.outputs().get(&target.site).cloned();
             let output = kept.or_else(|| fresh.remove(&target.site));
             if let (Some(site), Some(output)) = (sites.get(*i), output) {
@@ -194,12 +217,16 @@ impl Work<'_> {
                     layers: site.layers.clone(),
                     x,
                     output,
-                    near: None,
+                    near,
                 });
             }
         }
         self.begin("refining", ready.len() * schedule.steps);
-        let jobs: Vec<(&Ready<'_>, Method)> = ready.iter().map(|r| (r, Method::Linear)).collect();
+        let method = |ready: &Ready<'_>| match ready.near {
+            Some(_) => Method::Hybrid,
+            None => Method::Linear,
+        };
+        let jobs: Vec<(&Ready<'_>, Method)> = ready.iter().map(|r| (r, method(r))).collect();
         let done = self.beside(&jobs, |(ready, method)| {
             let site = ready.target.site;
             let first = sites.iter().find(|s| s.target.site == site);

@@ -10,7 +10,7 @@ use linfusion_runtime::engine::{Engine, EngineError, Session, SessionOptions};
 use linfusion_runtime::memory;
 use linfusion_runtime::pipeline::{Folder, Place};
 
-use super::capture::Teacher;
+use super::capture::{Teacher, shapes};
 use super::choose;
 use super::end_to_end::Whole;
 use super::error::{DistillError, learning};
@@ -54,7 +54,7 @@ pub fn run(
     let options = SessionOptions::default();
     progress(Progress::Note(format!("the original runs on {engine}")));
     let samples = samples(request, &path, engine, &options, progress)?;
-    let shapes = shapes(&file, &samples)?;
+    let shapes = shapes(&file, &samples);
     let teacher = Teacher {
         file: &file,
         shapes: &shapes,
@@ -270,24 +270,6 @@ fn samples(
         });
     }
     Ok(samples)
-}
-
-fn shapes(file: &OnnxFile, samples: &[Sample]) -> Result<Shapes, DistillError> {
-    let sizes: Vec<(&str, Vec<i64>)> = samples
-        .first()
-        .into_iter()
-        .flatten()
-        .map(|(name, t)| {
-            let shape = t.shape().iter().map(|d| *d as i64).collect();
-            (name.as_str(), shape)
-        })
-        .collect();
-    let given: Vec<(&str, &[i64])> = sizes.iter().map(|(n, s)| (*n, s.as_slice())).collect();
-    Ok(Shapes::at(
-        &file.model,
-        &|t| file.tensor_bytes(t).ok(),
-        &given,
-    ))
 }
 
 /// The height of the image that the samples have.

@@ -5,9 +5,12 @@
 //! what the student makes; the out projection stays the graph's own. So a site's error is its attention's alone, and the
 //! original graph can run on from a student's output.
 
+use std::ops::Range;
+
 use linfusion_models::shapes::Shapes;
+use linfusion_ops::schema::TextSide;
 use linfusion_runtime::tensor::{DType, Tensor};
-use ndarray::{Array3, ArrayD, Ix3, IxDyn};
+use ndarray::{Array3, ArrayD, Ix3, IxDyn, s};
 
 use super::error::DistillError;
 use super::student::Shape;
@@ -17,13 +20,24 @@ use crate::attention::site::Site;
 use crate::graph::{input, qualified_op};
 use crate::plan::Method;
 
-/// A value of the graph that holds `[batch, tokens, channels]`.
+/// A value of the graph that holds `[batch, tokens, channels]`, the image's tokens and text beside them or not.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Value {
     /// Its name.
     pub name: String,
     /// How it lies.
     pub layout: Layout,
+    /// The text among its tokens.
+    pub text: Option<Text>,
+}
+
+/// Text before or behind the image's tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Text {
+    /// Where.
+    pub side: TextSide,
+    /// How many tokens.
+    pub tokens: usize,
 }
 
 /// Where q, k or v of a site is.
@@ -44,7 +58,7 @@ pub struct Target {
     pub module: String,
     /// Sizes.
     pub shape: Shape,
-    /// Tokens at the samples' size.
+    /// Tokens of the image at the samples' size.
     pub tokens: usize,
     /// The input of q, k and v.
     pub x: Value,
@@ -109,15 +123,20 @@ impl Target {
             ));
         }
         let size = |v: i64| usize::try_from(v).map_err(|_| format!("a size is {v}"));
-        let tokens = site
+        let all = site
             .tokens_at(shapes)
             .ok_or("the number of its tokens at the samples' size is unknown")?;
-        let value = |name: &str, layout: &Layout| Value {
+        let Beside { tokens, text } = Beside::new(site, shapes, size(all)?)?;
+        // A layer over all tokens reads the text as well.
+        let whole = site.exact.as_ref().is_ok_and(|e| e.tokens == plain.tokens);
+        let value = |name: &str, layout: &Layout, text: Option<Text>| Value {
             name: name.to_owned(),
             layout: layout.clone(),
+            text,
         };
+        let read = text.filter(|_| whole);
         let operand = |tap: &Tap<'_>| Operand {
-            value: value(tap.value, &tap.layout),
+            value: value(tap.value, &tap.layout, read),
             columns: tap.columns.clone(),
         };
         if plain.taps.iter().any(|t| t.linear.is_none()) {
@@ -138,16 +157,16 @@ impl Target {
                 dim: size(dim)?,
                 heads: size(heads)?,
             },
-            tokens: size(tokens)?,
-            x: value(plain.x, &plain.x_layout),
-            merged: value(merged, merged_layout),
+            tokens,
+            x: value(plain.x, &plain.x_layout, read),
+            merged: value(merged, merged_layout, text),
             operands,
             reads: match site.exact.as_ref().ok().and_then(|e| e.qkv.as_ref()) {
                 Some(readings) => readings.iter().map(|r| r.value.to_owned()).collect(),
                 None => vec![plain.x.to_owned()],
             },
             methods: possible,
-            out: out.map(|o| value(o.result, &o.layout)),
+            out: out.map(|o| value(o.result, &o.layout, text)),
             out_bias: later,
         })
     }
@@ -169,34 +188,57 @@ fn can_become(site: &Site<'_>, method: Method) -> Result<(), String> {
         };
     }
     site.exact.as_ref().map_err(Clone::clone)?;
-    let image = site.image.as_ref().map_err(ToString::to_string)?;
-    if image.text.is_some() {
-        return Err(
-            "text lies among its tokens, and distillation does images alone so far".to_owned(),
-        );
-    }
+    site.image.as_ref().map_err(ToString::to_string)?;
     Ok(())
 }
 
+/// The image's tokens at a site, and the text's.
+struct Beside {
+    tokens: usize,
+    text: Option<Text>,
+}
+
+impl Beside {
+    /// Of `all` tokens, at the sizes that `shapes` has.
+    fn new(site: &Site<'_>, shapes: &Shapes, all: usize) -> Result<Self, String> {
+        let image = site.image.as_ref().ok();
+        let Some((image, side)) = image.and_then(|image| Some((image, image.text?))) else {
+            return Ok(Self {
+                tokens: all,
+                text: None,
+            });
+        };
+        let tokens = image.grid.source.tokens(shapes);
+        let tokens = tokens.and_then(|tokens| usize::try_from(tokens).ok());
+        let parts = tokens.and_then(|tokens| Some((tokens, all.checked_sub(tokens)?)));
+        let (tokens, text) = parts.ok_or_else(|| {
+            format!(
+                "how many of its {all} tokens are the image's at the samples' size cannot be told from the {}",
+                image.grid.source
+            )
+        })?;
+        Ok(Self {
+            tokens,
+            text: Some(Text { side, tokens: text }),
+        })
+    }
+}
+
 impl Value {
-    /// `[batch, tokens, channels]` of the value's tensor.
+    /// `[batch, tokens, channels]` of the image's tokens in the value's tensor.
     ///
     /// # Errors
     /// Expected and found shape.
     pub fn matrix(&self, tensor: &Tensor, tokens: usize) -> Result<Array3<f32>, String> {
         let found = tensor.shape().to_vec();
-        let wrong = || {
-            format!(
-                "has shape {found:?}, not {tokens} tokens as {:?}",
-                self.layout
-            )
-        };
+        let all = tokens + self.text.map_or(0, |text| text.tokens);
+        let wrong = || format!("has shape {found:?}, not {all} tokens as {:?}", self.layout);
         let Tensor::F32(values) = tensor.cast(DType::F32) else {
             return Err(wrong());
         };
         let (shape, turned) = match (&self.layout, found.as_slice()) {
             (Layout::Tokens, &[b, n, c]) => ([b, n, c], false),
-            (Layout::Rows, &[r, c]) => ([r / tokens.max(1), tokens, c], false),
+            (Layout::Rows, &[r, c]) => ([r / all.max(1), all, c], false),
             (Layout::Image, &[b, y, x, c]) => ([b, y * x, c], false),
             (Layout::ChannelsFirst, &[b, c, n]) => ([b, c, n], true),
             (Layout::ChannelsFirst, &[b, c, y, x]) => ([b, c, y * x], true),
@@ -208,23 +250,33 @@ impl Value {
             .and_then(ArrayD::into_dimensionality::<Ix3>)
             .map_err(|_| wrong())?;
         let matrix = match turned {
-            true => matrix
-                .permuted_axes([0, 2, 1])
-                .as_standard_layout()
-                .into_owned(),
+            true => matrix.permuted_axes([0, 2, 1]),
             false => matrix,
         };
-        match matrix.shape().get(1) == Some(&tokens) {
-            true => Ok(matrix),
-            false => Err(wrong()),
+        if matrix.shape().get(1) != Some(&all) {
+            return Err(wrong());
         }
+        Ok(matrix
+            .slice(s![.., self.of_image(tokens), ..])
+            .as_standard_layout()
+            .into_owned())
     }
 
-    /// The inverse of [`Self::matrix`]: a tensor of `shape`, which the value has.
+    /// The inverse of [`Self::matrix`]: a tensor of `shape`, which the value has; text is zero there.
     ///
     /// # Errors
     /// The shape is of another size.
     pub fn tensor(&self, matrix: Array3<f32>, shape: &[usize]) -> Result<ArrayD<f32>, String> {
+        let matrix = match self.text {
+            None => matrix,
+            Some(text) => {
+                let (batch, tokens, channels) = matrix.dim();
+                let mut all = Array3::zeros((batch, tokens + text.tokens, channels));
+                all.slice_mut(s![.., self.of_image(tokens), ..])
+                    .assign(&matrix);
+                all
+            }
+        };
         let matrix = match self.layout {
             Layout::ChannelsFirst => matrix.permuted_axes([0, 2, 1]),
             _ => matrix,
@@ -235,6 +287,14 @@ impl Value {
             .into_owned()
             .into_shape_with_order(IxDyn(shape))
             .map_err(|_| format!("has shape {shape:?}, which is not that of {found:?}"))
+    }
+
+    /// Where the image's tokens lie among all.
+    fn of_image(&self, tokens: usize) -> Range<usize> {
+        match self.text {
+            Some(text) if text.side == TextSide::Prefix => text.tokens..text.tokens + tokens,
+            _ => 0..tokens,
+        }
     }
 }
 

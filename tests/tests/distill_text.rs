@@ -1,0 +1,205 @@
+//! Distillation of attentions over text and image tokens: the image's output is learned, the text's stays exact.
+
+use std::path::{Path, PathBuf};
+
+use linfusion_convert::analysis::Analysis;
+use linfusion_convert::convert::{WeightsFrom, convert};
+use linfusion_convert::distill::{
+    Attention, Mid, Progress, Refinement, Report, Request, Schedule, Source, run,
+};
+use linfusion_convert::plan::{Method, Selection};
+use linfusion_models::onnx::write::Overwrite;
+use linfusion_models::onnx::{ElementType, OnnxFile};
+use linfusion_models::random::SplitMix64;
+use linfusion_ops::schema::{Border, Window, WindowSpec};
+use linfusion_runtime::engine::{Engine, Operators, SessionOptions};
+use linfusion_runtime::npz;
+use linfusion_runtime::subgraph::{Cut, load, part};
+use linfusion_runtime::tensor::Tensor;
+use linfusion_tests::has_ort;
+use ndarray::{ArrayD, Axis, IxDyn};
+use rstest::rstest;
+use tempfile::TempDir;
+
+const LEARNED: usize = 48;
+const HELD_OUT: usize = 4;
+/// Of the fixtures.
+const TEXT: usize = 9;
+
+/// Records what the model is given: the fixture's own inputs, with other numbers.
+fn record(fixture: &str, into: &Path) {
+    let given = npz::read(&linfusion_models::fixtures::path(&format!(
+        "{fixture}/inputs.npz"
+    )));
+    let given = given.unwrap();
+    std::fs::create_dir(into).unwrap();
+    let mut random = SplitMix64::new(5);
+    for number in 0..LEARNED + HELD_OUT {
+        let mut redrawn = |(name, tensor): &(String, Tensor)| {
+            let drawn = match name.as_str() {
+                "img_ids" | "txt_ids" | "timestep" | "guidance" => tensor.clone(),
+                _ => {
+                    let shape = IxDyn(tensor.shape());
+                    let values = ArrayD::from_shape_simple_fn(shape, || random.normal() as f32);
+                    Tensor::F32(values)
+                }
+            };
+            (name.clone(), drawn)
+        };
+        let sample: Vec<_> = given.iter().map(&mut redrawn).collect();
+        npz::write(&into.join(format!("{number:03}.npz")), &sample).unwrap();
+    }
+}
+
+fn request(fixture: &str, folder: &Path) -> Request {
+    let inputs = folder.join("inputs");
+    record(fixture, &inputs);
+    let model = folder.join("model.onnx");
+    let bytes = linfusion_models::fixtures::bytes(&format!("{fixture}/model.onnx.gz"));
+    std::fs::write(&model, bytes.unwrap()).unwrap();
+    Request {
+        model,
+        out: folder.join("linfusion"),
+        source: Source::Folder(inputs),
+        samples: LEARNED,
+        holdout: HELD_OUT,
+        schedule: Schedule {
+            steps: 60,
+            ..Schedule::default()
+        },
+        mid: Mid::Auto,
+        selection: Selection {
+            window: Some(WindowSpec {
+                window: Window::Rect { rows: 3, cols: 3 },
+                border: Border::Clamp,
+            }),
+            ..Selection::default()
+        },
+        attention: Attention::Planned,
+        refinement: Refinement::Never,
+        end_to_end: None,
+        budget: None,
+        plot: None,
+        seed: 0,
+        disk_budget: 1 << 30,
+        scratch: Some(folder.to_owned()),
+        threads: None,
+        overwrite: Overwrite::Refuse,
+    }
+}
+
+fn quietly(request: &Request) -> Report {
+    run(request, &|_: Progress| {}).unwrap()
+}
+
+fn converted(request: &Request, folder: &Path) -> PathBuf {
+    let out = folder.join("converted.onnx");
+    let weights = WeightsFrom::Path(request.out.clone());
+    let conversion = linfusion_tests::request(&request.model, &out, weights);
+    convert(&conversion, &mut |_| {}).unwrap();
+    out
+}
+
+/// Where text is joined to the image: before it in FLUX's attentions, behind it in Stable Diffusion 3's.
+#[rstest]
+#[case::sd3("hybrid-sd3", &[60, 60])]
+#[case::sd35_has_attentions_of_the_image_alone("hybrid-sd35", &[60, 60, 60])]
+#[case::flux_reads_both_with_one_layer_in_single_blocks("hybrid-flux", &[24, 24, 24, 24])]
+fn hybrid_weights_are_learned_beside_text(#[case] fixture: &str, #[case] tokens: &[usize]) {
+    let folder = TempDir::new().unwrap();
+    let request = request(fixture, folder.path());
+    let report = quietly(&request);
+    let found: Vec<usize> = report.sites.iter().map(|s| s.tokens).collect();
+    assert_eq!(found, tokens);
+    assert!(report.skipped.is_empty(), "{:?}", report.skipped);
+    for site in &report.sites {
+        assert_eq!(site.attention, Method::Hybrid);
+        assert!(site.after.relative < site.before.relative, "{site:?}");
+    }
+    assert!(report.end_to_end.mean() > report.untrained.mean());
+    // Verified against the checkpoint on the way.
+    converted(&request, folder.path());
+}
+
+/// What the student computes while it learns is what the converted graph computes: the first site's error, as reported and
+/// as measured on the graphs, where image and text are told apart by hand.
+#[rstest]
+#[case::text_behind("hybrid-sd3", 0..60)]
+#[case::text_before("hybrid-flux", TEXT..TEXT + 24)]
+fn the_reported_error_is_the_graphs(#[case] fixture: &str, #[case] image: std::ops::Range<usize>) {
+    if !has_ort() {
+        return;
+    }
+    let folder = TempDir::new().unwrap();
+    let request = request(fixture, folder.path());
+    let report = quietly(&request);
+    let original = OnnxFile::open(&request.model).unwrap();
+    let analysis = Analysis::of(&original);
+    let merged = analysis.sites[0].exact.as_ref().unwrap().merged;
+    let samples = (LEARNED..LEARNED + HELD_OUT)
+        .map(|i| npz::read(&folder.path().join(format!("inputs/{i:03}.npz"))).unwrap());
+    let samples: Vec<_> = samples.collect();
+    let outputs = |path: &Path| -> Vec<ArrayD<f64>> {
+        let file = OnnxFile::open(path).unwrap();
+        let wanted = Cut {
+            name: merged.to_owned(),
+            element: ElementType::F32,
+            shape: None,
+        };
+        let options = SessionOptions {
+            operators: Operators::InProcess,
+            ..SessionOptions::default()
+        };
+        let nodes = part(&file, &[], &[wanted]);
+        let mut session = load(&file, nodes, Engine::Ort, &options).unwrap();
+        let mut of = |sample: &Vec<(String, Tensor)>| {
+            let takes = |name: &str| session.inputs().iter().any(|p| p.name == name);
+            let given: Vec<_> = sample.iter().filter(|(n, _)| takes(n)).cloned().collect();
+            session.run(&given).unwrap().remove(0).1.to_f64()
+        };
+        samples.iter().map(&mut of).collect()
+    };
+    let expected = outputs(&request.model);
+    let found = outputs(&converted(&request, folder.path()));
+    let (mut error, mut energy) = (0.0, 0.0);
+    for (expected, found) in expected.iter().zip(&found) {
+        for (row, (a, b)) in expected
+            .axis_iter(Axis(1))
+            .zip(found.axis_iter(Axis(1)))
+            .enumerate()
+        {
+            let wrong: f64 = a.iter().zip(&b).map(|(a, b)| (a - b).powi(2)).sum();
+            if image.contains(&row) {
+                error += wrong;
+                energy += a.iter().map(|v| v * v).sum::<f64>();
+            } else {
+                // The window's kernel against softmax's, both in f32.
+                let largest = a.iter().fold(0.0_f64, |m, v| m.max(v.abs()));
+                assert!(wrong.sqrt() < 1e-5 * largest, "text token {row}");
+            }
+        }
+    }
+    let (measured, told) = (error / energy, report.sites[0].after.relative);
+    // Activations are kept as f16, 2^-11 of each value; both errors are far above its square.
+    assert!((measured / told - 1.0).abs() < 1e-2, "{measured} {told}");
+}
+
+/// Hybrid sites learn on in the converted model, with the windows of its own activations.
+#[test]
+fn hybrid_sites_are_refined() {
+    let folder = TempDir::new().unwrap();
+    let mut request = request("hybrid-sd35", folder.path());
+    request.refinement = Refinement::IfBetter;
+    let report = quietly(&request);
+    let told = report.notes.iter().find(|n| n.starts_with("refinement"));
+    let told = told.unwrap();
+    assert!(!told.contains("(0 of"), "{told}");
+    let longer = |s: &linfusion_convert::distill::SiteReport| {
+        s.curve
+            .last()
+            .is_some_and(|p| p.step > request.schedule.steps)
+    };
+    let kept = told.ends_with("; kept");
+    assert_eq!(report.sites.iter().any(longer), kept, "{told}");
+    converted(&request, folder.path());
+}
