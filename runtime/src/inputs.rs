@@ -46,7 +46,7 @@ pub const DEFAULT_LATENT: usize = 64;
 /// Pixels along an edge of the image that one latent pixel stands for.
 pub const PIXELS_PER_LATENT: usize = 8;
 /// Latent pixels along an edge of a token of a packed image.
-const PACKED: usize = 2;
+pub const PACKED: usize = 2;
 
 /// Why inputs cannot be made.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -260,14 +260,16 @@ fn ids(port: &Port) -> Option<Ids> {
     let dims = port.shape.as_deref()?;
     let rows = matches!(dims, [.., Dim::Fixed(ID_CHANNELS)] if (2..=3).contains(&dims.len()));
     match rows {
-        true if port.name.contains("img_ids") => Some(Ids::Image),
+        true if port.name.contains(IMAGE_IDS) => Some(Ids::Image),
         true if port.name.contains("txt_ids") => Some(Ids::Text),
         _ => None,
     }
 }
 
 /// (_, row, column).
-const ID_CHANNELS: usize = 3;
+pub const ID_CHANNELS: usize = 3;
+/// What the name of the places of a packed image's tokens contains.
+pub const IMAGE_IDS: &str = "img_ids";
 
 /// What a dimension of a graph stands for whose image comes in packed, where it is of tokens.
 fn packed_role(port: &Port, axis: usize) -> Option<Role> {
@@ -287,12 +289,12 @@ pub fn raster_ids(rows: usize, cols: usize) -> impl Iterator<Item = f64> + Clone
     pixels.flat_map(|(row, col)| [0.0, row as f64, col as f64])
 }
 
-/// The rows of the image nearest to a square that has so many tokens.
-fn squarest(tokens: usize) -> usize {
-    let rows = (1..=tokens.isqrt()).rev();
-    rows.into_iter()
-        .find(|rows| tokens.is_multiple_of(*rows))
-        .unwrap_or(1)
+/// Rows and columns of the image nearest to a square that has so many tokens.
+#[must_use]
+pub fn squarest(tokens: usize) -> [usize; 2] {
+    let mut rows = (1..=tokens.isqrt()).rev();
+    let rows = rows.find(|rows| tokens.is_multiple_of(*rows)).unwrap_or(1);
+    [rows, tokens / rows]
 }
 
 /// A ControlNet's hint is an image, not a latent.
@@ -318,12 +320,9 @@ fn values(port: &Port, shape: &[usize], random: &mut SplitMix64) -> Result<Tenso
         ids(port),
         shape.len().checked_sub(2).map(|axis| shape[axis]),
     ) {
-        let rows = squarest(tokens);
+        let [rows, cols] = squarest(tokens);
         let values: Vec<f64> = match of {
-            Ids::Image => raster_ids(rows, tokens / rows)
-                .cycle()
-                .take(count)
-                .collect(),
+            Ids::Image => raster_ids(rows, cols).cycle().take(count).collect(),
             Ids::Text => vec![0.0; count],
         };
         let array = ArrayD::from_shape_vec(IxDyn(shape), values).map_err(|_| too_large())?;

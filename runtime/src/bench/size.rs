@@ -6,7 +6,7 @@ use linfusion_models::onnx::OnnxFile;
 use linfusion_models::onnx::make::{Dim, tensor_type_of};
 use serde::{Deserialize, Serialize};
 
-use crate::inputs::PIXELS_PER_LATENT;
+use crate::inputs::{ID_CHANNELS, IMAGE_IDS, PACKED, PIXELS_PER_LATENT, squarest};
 
 /// Height and width of an image in pixels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -52,24 +52,27 @@ pub struct NotDivisible {
     pub scale: usize,
 }
 
-/// The input of a model that is an image or latents, [batch, channels, height, width].
+/// The input of a model that tells the size of its image: the image or its latents, [batch, channels, height, width], or the
+/// places of the tokens that it comes packed in, [tokens, 3] or [batch, tokens, 3].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ImageInput {
     /// Its name.
     pub name: String,
-    /// Pixels along an edge that one of its rows or columns stands for.
+    /// Pixels along an edge that a row or column of the image or latents stands for.
     pub scale: usize,
-    /// Rows and columns, where the graph takes no others.
+    /// Rows and columns of the image or latents, where the graph takes no others.
     pub fixed: Option<[usize; 2]>,
+    /// Whether it is of packed tokens.
+    packed: bool,
 }
 
 impl ImageInput {
-    /// The first input of rank 4, beside a ControlNet's hint. Latents of all known architectures stand for
+    /// The first input of rank 4, beside a ControlNet's hint, else the places of packed tokens. Latents of all known architectures stand for
     /// [`PIXELS_PER_LATENT`] pixels a row; an input with 1 or 3 channels is an image itself, unless `scale` says otherwise.
     #[must_use]
     pub fn of(file: &OnnxFile, scale: Option<usize>) -> Option<Self> {
         let graph = &*file.model.graph;
-        graph.input.iter().find_map(|value| {
+        let image = graph.input.iter().find_map(|value| {
             let name = value.name.as_deref().unwrap_or_default();
             let (_, dims) = tensor_type_of(value)?;
             let (channels, rows, cols) = match dims?.as_slice() {
@@ -91,8 +94,45 @@ impl ImageInput {
                     false => PIXELS_PER_LATENT,
                 }),
                 fixed: size(rows).zip(size(cols)).map(|(r, c)| [r, c]),
+                packed: false,
+            })
+        });
+        image.or_else(|| Self::of_packed(file, scale))
+    }
+
+    /// That of a model whose image comes in packed.
+    fn of_packed(file: &OnnxFile, scale: Option<usize>) -> Option<Self> {
+        const CHANNELS: i64 = ID_CHANNELS as i64;
+        file.model.graph.input.iter().find_map(|value| {
+            let name = value.name.as_deref().filter(|n| n.contains(IMAGE_IDS))?;
+            let (_, dims) = tensor_type_of(value)?;
+            let tokens = match dims?.as_slice() {
+                [tokens, Dim::Fixed(CHANNELS)] | [_, tokens, Dim::Fixed(CHANNELS)] => {
+                    tokens.clone()
+                }
+                _ => return None,
+            };
+            let fixed = match tokens {
+                Dim::Fixed(tokens) => usize::try_from(tokens).ok(),
+                _ => None,
+            };
+            Some(Self {
+                name: name.to_owned(),
+                scale: scale.unwrap_or(PIXELS_PER_LATENT),
+                fixed: fixed.map(latents),
+                packed: true,
             })
         })
+    }
+
+    /// The image's size in pixels where the input has this shape.
+    #[must_use]
+    pub fn pixels_at(&self, shape: &[usize]) -> Option<Pixels> {
+        match *shape {
+            [.., tokens, _] if self.packed => Some(self.pixels(latents(tokens))),
+            [_, _, rows, cols] => Some(self.pixels([rows, cols])),
+            _ => None,
+        }
     }
 
     /// Its rows, or columns, for an image with so many.
@@ -100,12 +140,13 @@ impl ImageInput {
     /// # Errors
     /// They are no whole number.
     pub fn elements(&self, side: usize) -> Result<usize, NotDivisible> {
-        match side.is_multiple_of(self.scale) {
+        let scale = match self.packed {
+            true => self.scale * PACKED,
+            false => self.scale,
+        };
+        match side.is_multiple_of(scale) {
             true => Ok(side / self.scale),
-            false => Err(NotDivisible {
-                side,
-                scale: self.scale,
-            }),
+            false => Err(NotDivisible { side, scale }),
         }
     }
 
@@ -117,6 +158,11 @@ impl ImageInput {
             width: cols.saturating_mul(self.scale),
         }
     }
+}
+
+/// Rows and columns of the latents that so many tokens are packed from.
+fn latents(tokens: usize) -> [usize; 2] {
+    squarest(tokens).map(|side| side.saturating_mul(PACKED))
 }
 
 #[cfg(test)]
@@ -141,6 +187,23 @@ mod tests {
         assert_eq!((image.name.as_str(), image.scale), ("x", 1));
         assert_eq!(image.pixels([16, 16]), Pixels::square(16));
         assert_eq!(image.fixed, Some([16, 16]));
+    }
+
+    #[test]
+    fn packed_latents_are_counted_by_their_ids() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("flux.onnx");
+        std::fs::write(&path, fixtures::bytes("hybrid-flux/model.onnx.gz").unwrap()).unwrap();
+        let packed = input(&path);
+        assert_eq!((packed.name.as_str(), packed.scale), ("img_ids", 8));
+        assert_eq!(packed.elements(64), Ok(8));
+        let odd = NotDivisible {
+            side: 40,
+            scale: 16,
+        };
+        assert_eq!(packed.elements(40), Err(odd));
+        // 4 × 6 tokens of 2 × 2 latents.
+        assert_eq!(packed.pixels_at(&[24, 3]).unwrap().to_string(), "64 × 96");
     }
 
     #[test]

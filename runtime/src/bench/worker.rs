@@ -400,8 +400,7 @@ impl Model {
         let shapes = subgraph::shapes(&file, &inputs);
         let rows_and_columns = |image: &ImageInput| {
             let (_, tensor) = inputs.iter().find(|(name, _)| *name == image.name)?;
-            let [_, _, rows, cols] = *<&[usize; 4]>::try_from(tensor.shape()).ok()?;
-            Some(image.pixels([rows, cols]))
+            image.pixels_at(tensor.shape())
         };
         let pixels = image.as_ref().and_then(rows_and_columns);
         let kernels = job.operators != OperatorsFrom::None;
