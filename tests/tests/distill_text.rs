@@ -1,5 +1,6 @@
 //! Distillation of attentions over text and image tokens: the image's output is learned, the text's stays exact.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use linfusion_convert::analysis::Analysis;
@@ -88,6 +89,11 @@ fn request(fixture: &str, folder: &Path) -> Request {
     }
 }
 
+/// tract cannot run FLUX, whose grid is in the values of its ids.
+fn runs(fixture: &str) -> bool {
+    has_ort() || fixture != "hybrid-flux"
+}
+
 fn quietly(request: &Request) -> Report {
     run(request, &|_: Progress| {}).unwrap()
 }
@@ -106,6 +112,9 @@ fn converted(request: &Request, folder: &Path) -> PathBuf {
 #[case::sd35_has_attentions_of_the_image_alone("hybrid-sd35", &[60, 60, 60])]
 #[case::flux_reads_both_with_one_layer_in_single_blocks("hybrid-flux", &[24, 24, 24, 24])]
 fn hybrid_weights_are_learned_beside_text(#[case] fixture: &str, #[case] tokens: &[usize]) {
+    if !runs(fixture) {
+        return;
+    }
     let folder = TempDir::new().unwrap();
     let request = request(fixture, folder.path());
     let report = quietly(&request);
@@ -126,65 +135,18 @@ fn hybrid_weights_are_learned_beside_text(#[case] fixture: &str, #[case] tokens:
 #[rstest]
 #[case::text_behind("hybrid-sd3", 0..60)]
 #[case::text_before("hybrid-flux", TEXT..TEXT + 24)]
-fn the_reported_error_is_the_graphs(#[case] fixture: &str, #[case] image: std::ops::Range<usize>) {
-    if !has_ort() {
+fn the_reported_error_is_the_graphs(#[case] fixture: &str, #[case] image: Range<usize>) {
+    if !runs(fixture) {
         return;
     }
     let folder = TempDir::new().unwrap();
     let request = request(fixture, folder.path());
     let report = quietly(&request);
-    let original = OnnxFile::open(&request.model).unwrap();
-    let analysis = Analysis::of(&original);
-    let merged = analysis.sites[0].exact.as_ref().unwrap().merged;
-    let samples = (LEARNED..LEARNED + HELD_OUT)
-        .map(|i| npz::read(&folder.path().join(format!("inputs/{i:03}.npz"))).unwrap());
-    let samples: Vec<_> = samples.collect();
-    let outputs = |path: &Path| -> Vec<ArrayD<f64>> {
-        let file = OnnxFile::open(path).unwrap();
-        let wanted = Cut {
-            name: merged.to_owned(),
-            element: ElementType::F32,
-            shape: None,
-        };
-        let options = SessionOptions {
-            operators: Operators::InProcess,
-            ..SessionOptions::default()
-        };
-        let nodes = part(&file, &[], &[wanted]);
-        let mut session = load(&file, nodes, Engine::Ort, &options).unwrap();
-        let mut of = |sample: &Vec<(String, Tensor)>| {
-            let takes = |name: &str| session.inputs().iter().any(|p| p.name == name);
-            let given: Vec<_> = sample.iter().filter(|(n, _)| takes(n)).cloned().collect();
-            session.run(&given).unwrap().remove(0).1.to_f64()
-        };
-        samples.iter().map(&mut of).collect()
-    };
-    let expected = outputs(&request.model);
-    let found = outputs(&converted(&request, folder.path()));
-    let (mut error, mut energy) = (0.0, 0.0);
-    for (expected, found) in expected.iter().zip(&found) {
-        for (row, (a, b)) in expected
-            .axis_iter(Axis(1))
-            .zip(found.axis_iter(Axis(1)))
-            .enumerate()
-        {
-            let wrong: f64 = a.iter().zip(&b).map(|(a, b)| (a - b).powi(2)).sum();
-            if image.contains(&row) {
-                error += wrong;
-                energy += a.iter().map(|v| v * v).sum::<f64>();
-            } else {
-                // The window's kernel against softmax's, both in f32.
-                let largest = a.iter().fold(0.0_f64, |m, v| m.max(v.abs()));
-                assert!(wrong.sqrt() < 1e-5 * largest, "text token {row}");
-            }
-        }
-    }
-    let (measured, told) = (error / energy, report.sites[0].after.relative);
-    // Activations are kept as f16, 2^-11 of each value; both errors are far above its square.
-    assert!((measured / told - 1.0).abs() < 1e-2, "{measured} {told}");
+    agree(measured(&request, folder.path(), 0, image), &report, 0);
 }
 
-/// Hybrid sites learn on in the converted model, with the windows of its own activations.
+/// Hybrid sites learn on in the converted model, with the windows of its own activations: the last site's error is that of
+/// its output in the whole converted model.
 #[test]
 fn hybrid_sites_are_refined() {
     let folder = TempDir::new().unwrap();
@@ -193,13 +155,68 @@ fn hybrid_sites_are_refined() {
     let report = quietly(&request);
     let told = report.notes.iter().find(|n| n.starts_with("refinement"));
     let told = told.unwrap();
-    assert!(!told.contains("(0 of"), "{told}");
-    let longer = |s: &linfusion_convert::distill::SiteReport| {
-        s.curve
-            .last()
-            .is_some_and(|p| p.step > request.schedule.steps)
+    assert!(
+        told.contains("(3 of 3") && told.ends_with("; kept"),
+        "{told}"
+    );
+    agree(measured(&request, folder.path(), 2, 0..60), &report, 2);
+}
+
+fn agree(measured: f64, report: &Report, site: usize) {
+    let told = report.sites[site].after.relative;
+    // Activations are kept as f16, 2^-11 of each value; both errors are far above its square.
+    assert!((measured / told - 1.0).abs() < 1e-2, "{measured} {told}");
+}
+
+/// Energy of the error of a site's image tokens in the converted model, relative to the original's, on the samples held out.
+/// Text tokens of the first site are exact.
+fn measured(request: &Request, folder: &Path, site: usize, image: Range<usize>) -> f64 {
+    let original = OnnxFile::open(&request.model).unwrap();
+    let analysis = Analysis::of(&original);
+    let merged = analysis.sites[site].exact.as_ref().unwrap().merged;
+    let expected = outputs(&request.model, merged, folder);
+    let found = outputs(&converted(request, folder), merged, folder);
+    let (mut error, mut energy) = (0.0, 0.0);
+    for (expected, found) in expected.iter().zip(&found) {
+        let rows = expected.axis_iter(Axis(1)).zip(found.axis_iter(Axis(1)));
+        for (row, (a, b)) in rows.enumerate() {
+            let wrong: f64 = a.iter().zip(&b).map(|(a, b)| (a - b).powi(2)).sum();
+            if image.contains(&row) {
+                error += wrong;
+                energy += a.iter().map(|v| v * v).sum::<f64>();
+            } else if site == 0 {
+                // The window's kernel against softmax's, both in f32.
+                let largest = a.iter().fold(0.0_f64, |m, v| m.max(v.abs()));
+                assert!(wrong.sqrt() < 1e-5 * largest, "text token {row}");
+            }
+        }
+    }
+    error / energy
+}
+
+/// A value of a model on the samples held out.
+fn outputs(model: &Path, value: &str, folder: &Path) -> Vec<ArrayD<f64>> {
+    let file = OnnxFile::open(model).unwrap();
+    let wanted = Cut {
+        name: value.to_owned(),
+        element: ElementType::F32,
+        shape: None,
     };
-    let kept = told.ends_with("; kept");
-    assert_eq!(report.sites.iter().any(longer), kept, "{told}");
-    converted(&request, folder.path());
+    let options = SessionOptions {
+        operators: Operators::InProcess,
+        ..SessionOptions::default()
+    };
+    let engine = if has_ort() {
+        Engine::Ort
+    } else {
+        Engine::Tract
+    };
+    let mut session = load(&file, part(&file, &[], &[wanted]), engine, &options).unwrap();
+    let mut of = |number: usize| {
+        let sample = npz::read(&folder.join(format!("inputs/{number:03}.npz"))).unwrap();
+        let takes = |name: &str| session.inputs().iter().any(|p| p.name == name);
+        let given: Vec<_> = sample.into_iter().filter(|(n, _)| takes(n)).collect();
+        session.run(&given).unwrap().remove(0).1.to_f64()
+    };
+    (LEARNED..LEARNED + HELD_OUT).map(&mut of).collect()
 }

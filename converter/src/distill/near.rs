@@ -98,9 +98,11 @@ pub(super) fn of_hybrid(
     converted: &Teacher<'_>,
     target: &Target,
 ) -> Result<Option<Value>, DistillError> {
-    let reads = reads(converted, target)?;
+    let mut fed = reads(converted, target)?;
+    // The linear branch's; without it the part would reach back to earlier sites.
+    fed.push(converted.cut(target, &target.x.name, Whether::Open)?);
     let wanted = converted.cut(target, &target.merged.name, Whether::Open)?;
-    let nodes = part(converted.file, &reads, &[wanted]);
+    let nodes = part(converted.file, &fed, &[wanted]);
     let mut nodes = nodes.graph.node.iter();
     let window = nodes.find(|n| op(n) == WINDOW_ATTENTION);
     let made = window.and_then(|n| n.output.first());
