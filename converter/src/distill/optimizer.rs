@@ -8,6 +8,8 @@ use candle_core::backprop::GradStore;
 use candle_core::{Result, Tensor, Var};
 use candle_nn::{AdamW, Optimizer as _, ParamsAdamW};
 
+use super::fused::product;
+
 /// The weights of one student with what their steps depend on.
 pub(super) struct Optimizer {
     adam: AdamW,
@@ -99,9 +101,10 @@ fn orthogonal(matrix: &Tensor) -> Result<Tensor> {
         x = x.t()?.contiguous()?;
     }
     for _ in 0..ROUNDS {
-        let square = x.matmul(&x.t()?)?;
-        let mix = ((&square * B)? + (square.matmul(&square)? * C)?)?;
-        x = ((&x * A)? + mix.matmul(&x)?)?;
+        let square = product(&x, &x)?;
+        // It is its own transpose.
+        let mix = ((&square * B)? + (product(&square, &square)? * C)?)?;
+        x = ((&x * A)? + product(&mix, &x.t()?)?)?;
     }
     match tall {
         true => x.t()?.contiguous(),

@@ -10,12 +10,12 @@
 //! attention made of the same tokens. The formula is `GeneralizedLinearAttention` of the official code, as in
 //! [`crate::reference`]. Weights are `[out, in]`, as PyTorch and the checkpoint have them.
 
-use candle_core::{D, DType, Device, Result, Tensor, Var};
+use candle_core::{DType, Device, Result, Tensor, Var};
 use linfusion_models::checkpoint::{MlpPart, Part};
 use linfusion_models::random::SplitMix64;
 use linfusion_ops::schema::DEFAULT_EPS;
 
-use super::fused::{add_bias, features, hidden};
+use super::fused::{self, Cut, features, hidden, linear};
 
 /// The sizes of a site's attention.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -231,7 +231,7 @@ impl Student {
         let mut sum = Tensor::zeros((), DType::F32, &self.device)?;
         self.each_block(x, near, &mut |block, out| {
             let target = block.rows_of(target)?;
-            sum = (&sum + (out - target)?.sqr()?.sum_all()?)?;
+            sum = (&sum + fused::squared_error(&out, &target)?)?;
             Ok(())
         })?;
         Ok(sum)
@@ -273,12 +273,15 @@ impl Student {
 
     fn state(&self, rows: &Tensor, block: Block) -> Result<Tensor> {
         let [_, wk, wv] = &self.projections;
-        let k = features(&self.heads(&wk.forward(&self.shifted(1, rows)?)?, block)?)?;
-        let v = self.heads(&wv.forward(rows)?, block)?;
-        let ones = (block.samples, self.shape.heads, block.tokens, 1);
-        let ones = Tensor::ones(ones, DType::F32, &self.device)?;
-        k.transpose(2, 3)?
-            .matmul(&Tensor::cat(&[&v, &ones], D::Minus1)?)
+        let k = features(&wk.forward(&self.shifted(1, rows)?)?)?;
+        fused::state(&k, &wv.forward(rows)?, self.cut(block))
+    }
+
+    fn cut(&self, block: Block) -> Cut {
+        Cut {
+            samples: block.samples,
+            heads: self.shape.heads,
+        }
     }
 
     fn attend(
@@ -288,20 +291,17 @@ impl Student {
         state: &Tensor,
         near: Option<&Tensor>,
     ) -> Result<Tensor> {
+        let q = features(&self.projections[0].forward(&self.shifted(0, rows)?)?)?;
+        let out = fused::attend(&q, state, self.cut(block), DEFAULT_EPS)?;
+        let (Some([local, global]), Some(near)) = (&self.scales, near) else {
+            return Ok(out);
+        };
         let Shape { dim, heads } = self.shape;
-        let width = dim / heads;
-        let q = self.projections[0].forward(&self.shifted(0, rows)?)?;
-        let both = features(&self.heads(&q, block)?)?.matmul(state)?;
-        let norm = (both.narrow(D::Minus1, width, 1)? + f64::from(DEFAULT_EPS))?;
-        let mut out = both.narrow(D::Minus1, 0, width)?.broadcast_div(&norm)?;
-        if let (Some([local, global]), Some(near)) = (&self.scales, near) {
-            let per_head = |s: &Var| s.reshape((1, heads, 1, 1));
-            let near = self.heads(near, block)?;
-            out = (out.broadcast_mul(&per_head(global)?)?
-                + near.broadcast_mul(&per_head(local)?)?)?;
-        }
-        out.transpose(1, 2)?
-            .reshape((block.samples * block.tokens, dim))
+        let split = |rows: &Tensor| rows.reshape(((), heads, dim / heads));
+        let per_head = |s: &Var| s.reshape((1, heads, 1));
+        let far = split(&out)?.broadcast_mul(&per_head(global)?)?;
+        let near = split(near)?.broadcast_mul(&per_head(local)?)?;
+        (far + near)?.reshape(((), dim))
     }
 
     /// x + F(x).
@@ -310,14 +310,6 @@ impl Student {
             Some(mlps) => rows + mlps[which].forward(rows)?,
             None => rows * 2.0,
         }
-    }
-
-    /// `[B, H, N, D]` of `[B·N, H·D]`.
-    fn heads(&self, rows: &Tensor, block: Block) -> Result<Tensor> {
-        let Shape { dim, heads } = self.shape;
-        rows.reshape((block.samples, block.tokens, heads, dim / heads))?
-            .transpose(1, 2)?
-            .contiguous()
     }
 }
 
@@ -341,7 +333,8 @@ impl Block {
     fn groups(batch: usize, tokens: usize, rows: usize) -> Vec<Vec<Self>> {
         let rows = rows.max(32);
         let (samples, step) = match rows / tokens.max(1) {
-            0 => (1, rows),
+            // Parts alike, so that none is nearly empty.
+            0 => (1, tokens.div_ceil(tokens.div_ceil(rows))),
             samples => (samples, tokens.max(1)),
         };
         let group = |first_sample: usize| {
@@ -367,11 +360,7 @@ impl Block {
 
 impl Projection {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let y = x.matmul(&self.weight.t()?)?;
-        match &self.bias {
-            Some(bias) => add_bias(&y, bias),
-            None => Ok(y),
-        }
+        linear(x, &self.weight, self.bias.as_ref().map(Var::as_tensor))
     }
 }
 

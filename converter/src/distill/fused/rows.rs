@@ -1,12 +1,12 @@
-//! What is done to each row alone: activations and norms.
+//! What is done to each row alone: activations, norms, and the error of the output.
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor};
 
 use super::{NORM_EPS, SLOPE, values, with};
 
 pub struct Features;
-pub struct AddBias;
 pub struct Hidden;
+pub struct SquaredError;
 
 impl CustomOp1 for Features {
     fn name(&self) -> &'static str {
@@ -29,46 +29,38 @@ impl CustomOp1 for Features {
     }
 }
 
-impl CustomOp2 for AddBias {
+impl CustomOp2 for SquaredError {
     fn name(&self) -> &'static str {
-        "add-bias"
+        "squared-error"
     }
 
     fn cpu_fwd(
         &self,
-        rows: &CpuStorage,
-        rows_layout: &Layout,
-        bias: &CpuStorage,
-        bias_layout: &Layout,
+        out: &CpuStorage,
+        out_layout: &Layout,
+        target: &CpuStorage,
+        target_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let bias = values(bias, bias_layout)?;
-        let mut made = values(rows, rows_layout)?.to_vec();
-        for row in made.chunks_mut(bias.len().max(1)) {
-            for (value, bias) in row.iter_mut().zip(bias) {
-                *value += bias;
-            }
-        }
-        Ok((CpuStorage::F32(made), rows_layout.shape().clone()))
+        let out = values(out, out_layout)?.iter();
+        let pairs = out.zip(values(target, target_layout)?);
+        let sum: f64 = pairs.map(|(o, t)| f64::from((o - t) * (o - t))).sum();
+        Ok((CpuStorage::F32(vec![sum as f32]), Shape::from(())))
     }
 
     fn bwd(
         &self,
-        _: &Tensor,
-        bias: &Tensor,
+        out: &Tensor,
+        target: &Tensor,
         _: &Tensor,
         gradient: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let sums = with([gradient], |[gradient]| {
-            let mut sums = vec![0.0_f32; bias.elem_count()];
-            for row in gradient.chunks(sums.len().max(1)) {
-                for (sum, g) in sums.iter_mut().zip(row) {
-                    *sum += g;
-                }
-            }
-            sums
+        let scale = 2.0 * gradient.to_scalar::<f32>()?;
+        let made = with([out, target], |[out, target]| {
+            let pairs = out.iter().zip(target);
+            pairs.map(|(o, t)| scale * (o - t)).collect::<Vec<f32>>()
         })?;
-        let sums = Tensor::from_vec(sums, bias.shape(), bias.device())?;
-        Ok((Some(gradient.clone()), Some(sums)))
+        let of_out = Tensor::from_vec(made, out.shape(), out.device())?;
+        Ok((Some(of_out), None))
     }
 }
 
