@@ -4,7 +4,7 @@ use super::error::DistillError;
 use super::inputs::Sample;
 use super::learn::{Learned, Work};
 use super::measure::{Judged, Outputs, distance};
-use super::report::CostAt;
+use super::report::{CostAt, EndToEnd};
 use super::state::Done;
 use super::target::Target;
 use super::{Attention, Budget};
@@ -67,7 +67,8 @@ pub(super) fn within(
     }
     let numbers = all.sites.iter().map(|s| s.target.site);
     let effects = effects(work, &all.sites, work.held_out(), expected)?;
-    let mut effects: Vec<(f64, usize)> = effects.into_iter().zip(numbers).collect();
+    let effects = effects.iter().map(EndToEnd::pooled);
+    let mut effects: Vec<(f64, usize)> = effects.zip(numbers).collect();
     // The most harmful first.
     effects.sort_by(|a, b| a.0.total_cmp(&b.0));
     let mut best = all;
@@ -97,8 +98,8 @@ pub(super) fn within(
     Ok(best)
 }
 
-/// PSNR of the model's outputs on `samples`, for which the original gives `expected`, where one site alone is converted, for each of
-/// `sites`.
+/// How far the model's outputs on `samples` are from the original's, `expected`, where one site alone is converted, for each
+/// of `sites`.
 ///
 /// # Errors
 /// A model does not run.
@@ -107,12 +108,12 @@ pub(super) fn effects(
     sites: &[Learned],
     samples: &[Sample],
     expected: &Outputs,
-) -> Result<Vec<f64>, DistillError> {
+) -> Result<Vec<EndToEnd>, DistillError> {
     let runs = sites.len() * samples.len();
     work.begin("measuring what each site does to the output", runs);
     let alone = |site: &Learned| {
         let converted = work.converted(std::slice::from_ref(site), samples)?;
-        Ok(distance(expected, &converted).pooled())
+        Ok(distance(expected, &converted))
     };
     sites.iter().map(alone).collect()
 }

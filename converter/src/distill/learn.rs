@@ -245,7 +245,8 @@ impl Work<'_> {
         let learns = |m: &Method| *m != Method::Window;
         let count = jobs.iter().filter(|(_, m)| learns(m)).count();
         self.begin("learning", count * self.request.schedule.steps);
-        let done = self.beside(&jobs, |(ready, method)| {
+        let steps = |_| self.request.schedule.steps;
+        let done = self.beside(&jobs, &steps, |(ready, method)| {
             let phase = method.to_string();
             if let Some(done) = self.state.load(&phase, ready.target.site) {
                 self.advance(self.request.schedule.steps);
@@ -270,14 +271,16 @@ impl Work<'_> {
         Ok(chosen)
     }
 
-    /// Does `work` for all `jobs`, the largest first, each on one core: a core that is done takes the next.
+    /// Does `work` for all `jobs`, each on one core, the longest first by the sites' sizes and `steps`: a core that is done takes
+    /// the next.
     pub fn beside<'j, 'r, 't: 'r, R: Send>(
         &self,
         jobs: &'j [(&'r Ready<'t>, Method)],
+        steps: &dyn Fn(usize) -> usize,
         work: impl Fn(&'j (&'r Ready<'t>, Method)) -> Result<R, DistillError> + Sync,
     ) -> Result<Vec<R>, DistillError> {
         let mut order: Vec<(usize, &(&Ready<'_>, Method))> = jobs.iter().enumerate().collect();
-        let size = |t: &Target| t.tokens * t.shape.dim * t.shape.dim;
+        let size = |t: &Target| t.tokens * t.shape.dim * t.shape.dim * steps(t.site);
         order.sort_by_key(|(_, (ready, _))| std::cmp::Reverse(size(ready.target)));
         let mut done: Vec<(usize, R)> = self.pool()?.install(|| {
             order

@@ -14,7 +14,7 @@ use super::student::{Shape, Student, Weights};
 pub struct Schedule {
     /// Steps.
     pub steps: usize,
-    /// AdamW's learning rate at the first step; it falls to zero as a cosine.
+    /// AdamW's learning rate at the first of 300 steps, or fewer; it falls to zero as a cosine. See [`Self::rate`].
     pub learning_rate: f64,
     /// Images of a batch; `None`: as many as have 256 tokens.
     pub batch: Option<usize>,
@@ -27,14 +27,24 @@ const TOKENS: usize = 256;
 impl Default for Schedule {
     fn default() -> Self {
         Self {
-            steps: 300,
+            steps: USUAL,
             learning_rate: 5e-3,
             batch: None,
         }
     }
 }
 
+/// Steps unless told otherwise, up to which the learning rate is what it is said to be.
+const USUAL: usize = 300;
+
 impl Schedule {
+    /// The learning rate at the first step: lower as the root of the steps, so that more of them come to rest in finer detail.
+    /// (At the sites measured 5e-3 serves 300 steps best, and 1.2e-3 to 2.5e-3 2,000.)
+    #[must_use]
+    pub fn rate(&self) -> f64 {
+        self.learning_rate * (USUAL as f64 / self.steps.max(USUAL) as f64).sqrt()
+    }
+
     /// Images of a batch at a site of so many tokens.
     pub(super) fn images(&self, tokens: usize) -> usize {
         self.batch.unwrap_or_else(|| TOKENS.div_ceil(tokens.max(1)))
@@ -141,7 +151,7 @@ pub fn fit(
             .and_then(|loss| loss * scale)
             .map_err(&failed)?;
         optimizer
-            .step(&loss, schedule.learning_rate * cosine)
+            .step(&loss, schedule.rate() * cosine)
             .map_err(&failed)?;
         sum = (sum + loss.detach()).map_err(&failed)?;
         since += 1;

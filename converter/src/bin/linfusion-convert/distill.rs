@@ -67,7 +67,7 @@ pub struct HowArgs {
     /// Steps for each site.
     #[arg(long, value_name = "N", default_value_t = Schedule::default().steps, value_parser = steps)]
     pub steps: usize,
-    /// Learning rate at the first step; it falls to zero as a cosine.
+    /// Learning rate at the first of up to 300 steps, of more it is lower as their root; it falls to zero as a cosine.
     #[arg(long, value_name = "RATE", default_value_t = Schedule::default().learning_rate)]
     pub lr: f64,
     /// Images of a batch [default: as many as have 256 tokens]

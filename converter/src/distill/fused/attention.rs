@@ -128,10 +128,10 @@ impl CustomOp2 for State {
                 let g = g.slice(s![sample, head, .., ..]);
                 let (g, of_norm) = (g.slice(s![.., ..sizes.width]), g.column(sizes.width));
                 let of = s![sample, .., columns];
-                let mut of_k = of_k.slice_mut(of.clone());
+                let mut of_k = of_k.slice_mut(of);
                 of_k.assign(&of_norm);
-                general_mat_mul(1.0, &v.slice(of.clone()), &g.t(), 1.0, &mut of_k);
-                general_mat_mul(1.0, &k.slice(of.clone()), &g, 0.0, &mut of_v.slice_mut(of));
+                general_mat_mul(1.0, &v.slice(of), &g.t(), 1.0, &mut of_k);
+                general_mat_mul(1.0, &k.slice(of), &g, 0.0, &mut of_v.slice_mut(of));
             }
             Ok::<_, Error>((of_k, of_v))
         })??;
@@ -205,13 +205,13 @@ impl CustomOp2 for Attend {
             let mut of_state = Array4::<f32>::zeros(sizes.state());
             for (sample, head, columns) in sizes.parts() {
                 let of = s![sample, .., columns];
-                let (q, out) = (q.slice(of.clone()), out.slice(of.clone()));
+                let (q, out) = (q.slice(of), out.slice(of));
                 let state = state.slice(s![sample, head, .., ..]);
                 let (sums, norm) = (
                     state.slice(s![.., ..sizes.width]),
                     state.column(sizes.width),
                 );
-                let mut g = g.slice(of.clone()).to_owned();
+                let mut g = g.slice(of).to_owned();
                 let mut of_norms = norms(&q, &norm, self.eps);
                 Zip::from(g.rows_mut())
                     .and(out.rows())
