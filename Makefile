@@ -5,8 +5,8 @@
 # fuzz   each fuzz target for FUZZ_SECONDS (60); needs cargo-fuzz (cargo install cargo-fuzz)
 # lib    liblinfusion_ops.so, the operators for any ONNX Runtime; with CUDA kernels where `cuda` was run before
 # cuda   the CUDA kernels for every architecture, with a fetched compiler or NVCC; needs no GPU
-# gpu-check  on a machine with a GPU, PyTorch, Triton and onnxruntime-gpu: correctness, compute-sanitizer,
-#            benchmark into benches/results; needs no network once `cuda lib` were run
+# gpu-check  on a machine with a GPU, PyTorch, Triton and onnxruntime-gpu: correctness, compute-sanitizer, with cargo
+#            the pipelines' images, benchmark into benches/results; needs no network once `cuda lib` and `test` were run
 # ort    four releases of libonnxruntime into .cache/ort, hash-checked
 # triton-client  Triton's Python client into .cache/triton, hash-checked; what can't be fetched is skipped
 # terrain  a trained one-step diffusion UNet (MIT, 45 MB) into .cache/terrain, hash-checked

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU: correctness inside ONNX Runtime, compute-sanitizer, the benchmark. Needs no network.
+# Everything that needs a GPU: correctness inside ONNX Runtime, compute-sanitizer, pipelines, the benchmark. Needs no network,
+# and for the pipelines cargo with the crates of Cargo.lock fetched.
 # Usage: run.sh LIBRARY RESULTS [--quick]. Exit code: 0 only if all that could run was right.
 set -uo pipefail
 
@@ -48,6 +49,17 @@ else
 fi
 
 unset PYTORCH_NO_CUDA_MEMORY_CACHING
+
+echo "== pipelines"
+if command -v cargo >/dev/null; then
+    # The wheel's own, with its CUDA provider beside it.
+    runtime=$("$python" -c 'import glob, os, onnxruntime as o; print(max(glob.glob(os.path.join(os.path.dirname(o.__file__), "capi", "libonnxruntime.so.*"))))')
+    on_gpu() { (cd ../.. && LINFUSION_TEST_DEVICE=cuda:0 ORT_DYLIB_PATH=$runtime cargo test --workspace --locked "$@"); }
+    on_gpu --lib -- engine:: arithmetic:: || wrong=1
+    on_gpu --test pipelines --test conditions --test generate || wrong=1
+else
+    echo "not run: cargo is not on PATH"
+fi
 
 echo "== benchmark"
 "$python" bench.py --library "$library" -o "$results" $quick || wrong=1

@@ -6,7 +6,8 @@
 Random weights, fixed seeds; the blocks and folders are those of real pipelines, laid out as optimum exports them
 (unet or transformer, text encoders, VAE halves, tokenizers, scheduler, each model as model.onnx, here gzipped).
 cases.json says what was asked for, golden.npz has the latents and the images, image.png the image that image-to-image
-begins with. PixArt's tokenizer needs the package sentencepiece.
+begins with. The case "ladder" is an image at the native size, enlarged by image-to-image with what the same generator draws next;
+"tiled" is "i2i" with diffusers' tiled VAE. PixArt's tokenizer needs the package sentencepiece.
 """
 
 import gzip
@@ -214,8 +215,8 @@ def finish(root, cases, golden):
     np.savez_compressed(root / "golden.npz", **golden)
 
 
-def run_cases(root, text_to_image, image_to_image, guidance):
-    """Text to image alone and two at once, image to image; with the prompts' ids."""
+def run_cases(root, text_to_image, image_to_image, guidance, tiling_vae=None):
+    """Text to image alone and two at once, image to image, in tiles too if there is a VAE for it, and an image that is enlarged."""
     cases, golden = {}, {}
     common = dict(guidance_scale=guidance, negative_prompt=NEGATIVE)
     plans = {
@@ -226,23 +227,51 @@ def run_cases(root, text_to_image, image_to_image, guidance):
                                       guidance_scale=1.0), 3),
         "i2i": (image_to_image, dict(prompt=PROMPTS[0], num_inference_steps=5, strength=0.6, image=picture()), 5),
     }
+    if tiling_vae:
+        plans["tiled"] = plans["i2i"]
     for name, (run, asked, seed) in plans.items():
         asked = {**common, **asked}
         kept = {}
+        if name == "tiled":
+            tiling_vae.enable_tiling()
+            asked["vae_tile"] = tiling_vae.tile_sample_min_size
 
         def remember(pipe, step, timestep, tensors):
             kept[step] = tensors["latents"].clone()
             return {}
 
-        result = run(**asked, generator=torch.Generator("cpu").manual_seed(seed), remember=remember, kept=kept)
-        if name in ("t2i", "i2i"):
+        options = {k: v for k, v in asked.items() if k != "vae_tile"}
+        result = run(**options, generator=torch.Generator("cpu").manual_seed(seed), remember=remember, kept=kept)
+        if name in ("t2i", "i2i", "tiled"):
             golden[f"{name}.image"] = result
         golden[f"{name}.latents"] = kept[max(kept)].numpy()
         if "image" in asked:
             asked["image"] = "image.png"
         cases[name] = asked | {"seed": seed}
+        if name == "tiled":
+            tiling_vae.disable_tiling()
         print(root.name, name, result.shape, result.std().round(1), golden[f"{name}.latents"].std())
+    cases["ladder"] = ladder(text_to_image, image_to_image, dict(**common, num_inference_steps=10), golden)
     finish(root, cases, golden)
+
+
+def ladder(text_to_image, image_to_image, common, golden):
+    """SDEdit: the image of the native size, resized as diffusers resizes images, is changed by 0.4."""
+    asked = dict(prompt=PROMPTS[0], **common)
+    seed, kept = 23, {}
+
+    def remember(*_):
+        return {}
+
+    generator = torch.Generator("cpu").manual_seed(seed)
+    first = text_to_image(**asked, width=128, height=128, generator=generator, remember=remember, kept=kept)
+    enlarged = Image.fromarray(first[0]).resize((256, 256), Image.LANCZOS)
+    second = image_to_image(
+        **asked, image=enlarged, strength=0.4, generator=generator, remember=remember, kept=kept
+    )
+    golden["ladder.image"] = second
+    print("ladder", first.std().round(1), second.std().round(1))
+    return asked | dict(width=256, height=256, seed=seed)
 
 
 def with_callback(pipe):
@@ -265,7 +294,7 @@ def stable_diffusion(root, unet, scheduler, scale):
     write_clip(root / "text_encoder", text, states=False)
     write_unet(root, unet, xl=False)
     write_vae(root, parts["vae"])
-    run_cases(root, with_callback(kind), with_callback(other), 7.5)
+    run_cases(root, with_callback(kind), with_callback(other), 7.5, tiling_vae=parts["vae"])
 
 
 def sd15(root):

@@ -18,3 +18,7 @@ pub mod tensor;
 pub mod torch_random;
 pub mod triton;
 pub mod whole;
+
+#[cfg(test)]
+#[path = "../tests/support/device.rs"]
+mod test_device;

@@ -29,11 +29,13 @@ struct Case {
     num_images_per_prompt: Option<usize>,
     image: Option<String>,
     strength: Option<f64>,
+    vae_tile: Option<usize>,
     seed: u64,
 }
 
 fn request(root: &Path, case: &Case) -> Request {
     let size = case.width.zip(case.height);
+    let usual = Request::new(case.prompt.clone(), root.join("out.png"));
     Request {
         negative: Some(case.negative_prompt.clone()),
         images: case.num_images_per_prompt.unwrap_or(1),
@@ -49,7 +51,8 @@ fn request(root: &Path, case: &Case) -> Request {
             },
             None => Init::Noise,
         },
-        ..Request::new(case.prompt.clone(), root.join("out.png"))
+        vae_tile: case.vae_tile.unwrap_or(usual.vae_tile),
+        ..usual
     }
 }
 
@@ -81,30 +84,89 @@ fn images_are_those_of_diffusers(
     request.batching = batching;
     let generated = make(root, &request, shared, &mut Blind).unwrap();
 
-    let expected = array(&golden, &format!("{case}.latents")).unwrap();
-    let found = generated.latents.mapv(f64::from).into_dyn();
+    assert_latents(
+        &generated.latents,
+        &array(&golden, &format!("{case}.latents")).unwrap(),
+    );
+    assert_eq!(generated.images.len(), request.images);
+    if let Some(expected) = array(&golden, &format!("{case}.image")) {
+        assert_pixels(&generated.images[0], expected);
+    }
+}
+
+fn assert_latents(found: &Array4<f32>, expected: &ArrayD<f64>) {
+    let found = found.mapv(f64::from).into_dyn();
     assert_eq!(found.shape(), expected.shape());
-    let largest = expected.iter().fold(0.0_f64, |m, v| m.max(v.abs()));
-    let worst = (&found - &expected)
-        .iter()
-        .fold(0.0_f64, |m, d| m.max(d.abs()));
+    let largest = largest_of(expected);
+    let worst = largest_of(&(&found - expected));
     assert!(
         worst <= LATENTS * largest,
         "latents: {worst:e} of {largest:e}"
     );
+}
 
-    assert_eq!(generated.images.len(), request.images);
-    if let Some(expected) = array(&golden, &format!("{case}.image")) {
-        let image = read(&generated.images[0]).unwrap();
-        let shape = (image.height() as usize, image.width() as usize, 3);
-        let found = ArrayView::from_shape(shape, image.bytes()).unwrap();
-        let expected = expected.into_shape_with_order(shape).unwrap();
-        let worst = found
-            .iter()
-            .zip(&expected)
-            .fold(0.0_f64, |m, (a, b)| m.max((f64::from(*a) - b).abs()));
-        assert!(worst <= 1.0, "a pixel is {worst} off");
-    }
+fn largest_of(array: &ArrayD<f64>) -> f64 {
+    array.iter().fold(0.0, |m, v| m.max(v.abs()))
+}
+
+/// Each level is at most 1 of 255 from the one expected.
+fn assert_pixels(path: &Path, expected: ArrayD<f64>) {
+    let image = read(path).unwrap();
+    let shape = (image.height() as usize, image.width() as usize, 3);
+    let found = ArrayView::from_shape(shape, image.bytes()).unwrap();
+    let expected = expected.into_shape_with_order(shape).unwrap();
+    let worst = found
+        .iter()
+        .zip(&expected)
+        .fold(0.0_f64, |m, (a, b)| m.max((f64::from(*a) - b).abs()));
+    assert!(worst <= 1.0, "a pixel is {worst} off");
+}
+
+/// diffusers' tiled VAE cuts and joins as ours does, coming and going.
+#[rstest]
+fn tiles_are_those_of_diffusers(
+    #[values("sd15", "sd21")] name: &str,
+    #[values(Location::Host, Location::Device)] shared: Location,
+) {
+    let Some(bench) = Bench::new(name) else {
+        return;
+    };
+    let root = &bench.pipeline;
+    let golden = npz::read(&root.join("golden.npz")).unwrap();
+    let case = &cases(root)["tiled"];
+    assert!(case.vae_tile.is_some());
+    let generated = make(root, &request(root, case), shared, &mut Blind).unwrap();
+    assert_latents(
+        &generated.latents,
+        &array(&golden, "tiled.latents").unwrap(),
+    );
+    let image = array(&golden, "tiled.image").unwrap();
+    // Tiles are seen: attention in the VAE's middle and its norms are of a tile.
+    let whole = array(&golden, "i2i.image").unwrap();
+    assert!(largest_of(&(&image - &whole)) > 1.0);
+    assert_pixels(&generated.images[0], image);
+}
+
+/// diffusers' text-to-image at the native size, then its image-to-image on that image, enlarged by Pillow.
+#[rstest]
+fn enlarged_images_are_those_of_diffusers(
+    #[values("sd15", "sd21", "sdxl", "pixart")] name: &str,
+    #[values(Location::Host, Location::Device)] shared: Location,
+) {
+    let Some(bench) = Bench::new(name) else {
+        return;
+    };
+    let root = &bench.pipeline;
+    let golden = npz::read(&root.join("golden.npz")).unwrap();
+    let request = request(root, &cases(root)["ladder"]);
+    let generated = make(root, &request, shared, &mut Blind).unwrap();
+    let denoised = generated.stages.iter().filter(|s| s.steps > 0).count();
+    assert_eq!(denoised, 2);
+    // The image between the stages is of 8 bits: a level there may be the next one, which the latents then show.
+    assert_pixels(
+        &generated.images[0],
+        array(&golden, "ladder.image").unwrap(),
+    );
 }
 
 #[test]

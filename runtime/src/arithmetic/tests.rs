@@ -1,16 +1,21 @@
-//! The same operations on the host and in graphs of ONNX Runtime's CPU provider.
+//! The same operations on the host and in graphs of ONNX Runtime, on the device that tests run on.
 
 use half::{bf16, f16};
 use ndarray::{Array4, ArrayD};
 
 use super::*;
 use crate::engine::load_library;
+use crate::test_device::device;
 
 /// Both, or the host alone where there is no library.
 fn all() -> Vec<Box<dyn Arithmetic>> {
     let mut all: Vec<Box<dyn Arithmetic>> = vec![Box::new(Host)];
+    let options = SessionOptions {
+        device: device(),
+        ..SessionOptions::default()
+    };
     match load_library(None) {
-        Ok(_) => all.push(Box::new(Graphs::new(&SessionOptions::default()))),
+        Ok(_) => all.push(Box::new(Graphs::new(&options))),
         Err(_) => println!("skipped: no ONNX Runtime library"),
     }
     all
@@ -32,6 +37,13 @@ fn columns_first(tensor: &ArrayD<f64>) -> Tensor {
     Tensor::F64(other)
 }
 
+/// A value is in the memory that the arithmetic is for.
+fn assert_stays(value: &Value, arithmetic: &dyn Arithmetic) {
+    let on_host = arithmetic.location() == Location::Host;
+    assert_eq!(value.host().is_some(), on_host);
+    assert_eq!(value.device(), if on_host { Device::Cpu } else { device() });
+}
+
 #[test]
 fn what_goes_up_comes_down_the_same() {
     for mut arithmetic in all() {
@@ -40,10 +52,7 @@ fn what_goes_up_comes_down_the_same() {
             let tensor = values(dtype);
             let value = arithmetic.upload(tensor.clone()).unwrap();
             assert_eq!((value.dtype(), value.shape()), (dtype, tensor.shape()));
-            assert_eq!(
-                value.host().is_some(),
-                arithmetic.location() == Location::Host
-            );
+            assert_stays(&value, arithmetic.as_ref());
             assert_eq!(arithmetic.download(&value).unwrap(), tensor);
         }
         let rows = values(DType::F64);
@@ -69,7 +78,9 @@ fn sums_take_any_type_and_give_the_one_asked_for() {
                     dtype: to,
                 };
                 let sum = arithmetic.sum(&[(-1.5, &half), (0.5, &single)], form);
-                let sum = arithmetic.download(&sum.unwrap()).unwrap();
+                let sum = sum.unwrap();
+                assert_stays(&sum, arithmetic.as_ref());
+                let sum = arithmetic.download(&sum).unwrap();
                 assert_eq!(sum.dtype(), to);
                 assert_eq!(
                     sum.to_f64(),
@@ -116,6 +127,9 @@ fn parts_joined_are_the_whole() {
                 let rest = arithmetic.part(&whole, axis, 1..length).unwrap();
                 assert_eq!(rest.shape()[axis], length - 1);
                 let joined = arithmetic.join(axis, &[&first, &rest]).unwrap();
+                for value in [&first, &rest, &joined] {
+                    assert_stays(value, arithmetic.as_ref());
+                }
                 assert_eq!(
                     arithmetic.download(&joined).unwrap(),
                     values(dtype),

@@ -1,5 +1,6 @@
 //! Engines that run ONNX graphs: ONNX Runtime, loaded when first asked for, and tract, built in.
 
+mod cuda;
 mod device;
 pub mod library;
 mod ort;

@@ -10,8 +10,9 @@ use ort::logging::LogLevel;
 use ort::memory::{AllocationDevice, AllocatorType, MemoryInfo, MemoryType};
 use ort::session::SessionInputValue;
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
-use ort::value::{DynValue, TensorElementType, TensorRef, ValueType};
+use ort::value::{DynTensorValueType, DynValue, TensorElementType, TensorRef, ValueType};
 
+use super::cuda;
 use super::library::{self, Candidate, LibraryError};
 use super::value::Held;
 use super::{
@@ -215,14 +216,9 @@ fn builder(
             .map_err(|e| refused(e.into()))?;
     }
     if let Device::Cuda(number) = options.device {
-        let mut provider = ort::ep::CUDA::default()
-            .with_device_id(i32::try_from(number).unwrap_or(i32::MAX))
-            .with_arena_extend_strategy(ort::ep::ArenaExtendStrategy::SameAsRequested);
-        if let Some(bytes) = options.device_memory {
-            provider = provider.with_memory_limit(bytes);
-        }
+        let provider = cuda::provider(number, options.device_memory).build();
         builder = builder
-            .with_execution_providers([provider.build().error_on_failure()])
+            .with_execution_providers([provider.error_on_failure()])
             .map_err(|e| refused(e.into()))?;
     }
     match &options.operators {
@@ -352,6 +348,20 @@ impl Bound {
 
     pub(super) fn shape(&self) -> &[usize] {
         &self.shape
+    }
+
+    pub(super) fn device(&self) -> Device {
+        let Ok(tensor) = self.value.view().downcast::<DynTensorValueType>() else {
+            return Device::Cpu;
+        };
+        let memory = tensor.memory_info();
+        match u32::try_from(memory.device_id()) {
+            Ok(number) if memory.allocation_device() == AllocationDevice::CUDA => {
+                Device::Cuda(number)
+            }
+            // Memory that is pinned for copies to a GPU is the host's, too.
+            _ => Device::Cpu,
+        }
     }
 }
 

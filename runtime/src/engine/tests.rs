@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use super::*;
 use crate::npz;
+use crate::test_device::{device, named};
 
 fn fixture(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
@@ -14,6 +15,8 @@ fn fixture(name: &str) -> PathBuf {
 
 fn engines() -> Vec<Engine> {
     let mut engines = vec![Engine::Tract];
+    // Fails where a device is asked for that cannot be used.
+    let device = device();
     match load_library(None) {
         Ok(_) => engines.push(Engine::Ort),
         Err(error) => {
@@ -22,6 +25,7 @@ fn engines() -> Vec<Engine> {
                 "{} is set: {error}",
                 library::VARIABLE
             );
+            assert_eq!(device, Device::Cpu, "{error}");
             eprintln!("skipping ONNX Runtime: {error}");
         }
     }
@@ -30,7 +34,15 @@ fn engines() -> Vec<Engine> {
 
 fn open(engine: Engine) -> Session {
     let model = fixture("sd15-tiny/unet.onnx");
-    Session::from_file(engine, model, &SessionOptions::default()).unwrap()
+    Session::from_file(engine, model, &options()).unwrap()
+}
+
+/// On the device that tests run on.
+fn options() -> SessionOptions {
+    SessionOptions {
+        device: device(),
+        ..SessionOptions::default()
+    }
 }
 
 /// The case's inputs, in the types that the model takes.
@@ -80,13 +92,13 @@ fn both_engines_agree_and_memory_equals_file() {
         assert_eq!(outputs[0].1.shape(), [2, 4, 16, 16]);
         // A second run, with the inputs in another order.
         let reversed: Vec<_> = inputs.iter().cloned().rev().collect();
-        assert_eq!(session.run(&reversed).unwrap(), outputs, "{engine}");
+        assert_same(&session.run(&reversed).unwrap()[0].1, &outputs[0].1);
 
         let bytes = std::fs::read(fixture("sd15-tiny/unet.onnx")).unwrap();
         let options = SessionOptions {
             threads: NonZeroUsize::new(1),
             optimization: Optimization::Basic,
-            ..SessionOptions::default()
+            ..options()
         };
         let mut memory = Session::from_bytes(engine, &bytes, &options).unwrap();
         let from_memory = memory.run(&inputs).unwrap();
@@ -101,6 +113,14 @@ fn both_engines_agree_and_memory_equals_file() {
 fn max_difference(a: &Tensor, b: &Tensor) -> f64 {
     let difference = a.to_f64() - b.to_f64();
     difference.iter().fold(0.0, |max, d| d.abs().max(max))
+}
+
+/// Two runs of one session give the same; on a GPU the second may take other kernels, whose sums have another order.
+fn assert_same(a: &Tensor, b: &Tensor) {
+    match device() {
+        Device::Cpu => assert_eq!(a, b),
+        Device::Cuda(_) => assert!(max_difference(a, b) < 1e-5),
+    }
 }
 
 #[test]
@@ -214,7 +234,7 @@ fn values_run_wherever_they_are() {
         for given in &both[..count] {
             let outputs = session.run_values(given, Location::Host).unwrap();
             assert_eq!(outputs[0].0, expected[0].0);
-            assert_eq!(outputs[0].1.host(), Some(&expected[0].1), "{engine}");
+            assert_same(outputs[0].1.host().unwrap(), &expected[0].1);
             let first = session.run_values(given, Location::Device).unwrap();
             let mut other = given.to_vec();
             other[0].1 = Tensor::from(ndarray::Array4::<f32>::zeros((2, 4, 8, 8))).into();
@@ -226,6 +246,11 @@ fn values_run_wherever_they_are() {
                 (&[2, 4, 16, 16][..], &[2, 4, 8, 8][..])
             );
             assert_eq!(first.host().is_some(), engine == Engine::Tract);
+            let there = match engine {
+                Engine::Ort => device(),
+                Engine::Tract => Device::Cpu,
+            };
+            assert_eq!((first.device(), second.device()), (there, there));
             // A result is an input like any other, and no later run changes it.
             let again = [
                 (given[0].0.clone(), first.clone()),
@@ -236,7 +261,7 @@ fn values_run_wherever_they_are() {
             as_tensors[0].1 = expected[0].1.clone();
             let outputs = session.run_values(&again, Location::Host).unwrap();
             let expected = session.run(&as_tensors).unwrap();
-            assert_eq!(outputs[0].1.host(), Some(&expected[0].1), "{engine}");
+            assert_same(outputs[0].1.host().unwrap(), &expected[0].1);
         }
         let mut wrong = adopted.clone();
         wrong[0].1 = session.adopt(inputs[0].1.cast(DType::F64)).unwrap();
@@ -262,4 +287,85 @@ fn tract_cannot_reach_what_onnx_runtime_holds() {
         .collect();
     let error = session.run_values(&inputs, Location::Host).err().unwrap();
     assert!(error.to_string().contains("`sample`"), "{error}");
+}
+
+#[test]
+fn a_test_device_that_cannot_be_used_is_no_processor() {
+    assert_eq!(named("cpu"), Ok(Device::Cpu));
+    for wrong in ["", "auto", "gpu", "cuda:x"] {
+        let problem = named(wrong).unwrap_err();
+        assert!(
+            problem.contains(&format!("`{wrong}`")) || wrong == "cuda:x",
+            "{problem}"
+        );
+    }
+    // No machine has so many.
+    assert!(named("cuda:4000000000").is_err());
+}
+
+/// A graph of one node that takes `x` and a weight of these dimensions, the identity.
+fn of_one_node(operator: &str, dims: &[usize]) -> Vec<u8> {
+    use linfusion_models::onnx::{ElementType, make, proto};
+    let side = dims[0];
+    let mut identity = vec![0.0_f32; side * side];
+    identity.iter_mut().step_by(side + 1).for_each(|v| *v = 1.0);
+    let rank = dims.len();
+    let signed: Vec<i64> = dims.iter().map(|d| i64::try_from(*d).unwrap()).collect();
+    let value = |name| make::value_info(name, ElementType::F32, &vec![make::Dim::Unknown; rank]);
+    let graph = proto::GraphProto {
+        name: Some("one".to_owned()),
+        node: vec![make::node(operator, "node", &["x", "w"], &["y"], vec![])],
+        initializer: vec![make::tensor_f32("w", &signed, &identity)],
+        input: vec![value("x")],
+        output: vec![value("y")],
+        ..Default::default()
+    };
+    let model = proto::ModelProto {
+        ir_version: Some(8),
+        opset_import: vec![make::opset("", 17)],
+        graph: buffa::MessageField::some(graph),
+        ..Default::default()
+    };
+    buffa::Message::encode_to_vec(&model)
+}
+
+/// 1 + 2⁻¹² is 1 in TF32, which rounds to 11 bits.
+#[test]
+fn products_are_of_single_precision() {
+    let x = 1.0 + 2.0_f32.powi(-12);
+    for engine in engines() {
+        for (operator, weight, input) in [
+            ("MatMul", &[64, 64][..], &[64, 64][..]),
+            ("Conv", &[64, 64, 1, 1], &[1, 64, 16, 16]),
+        ] {
+            let bytes = of_one_node(operator, weight);
+            let mut session = Session::from_bytes(engine, &bytes, &options()).unwrap();
+            let given = Tensor::from(ndarray::ArrayD::from_elem(input, x));
+            let found = session.run(&[("x", given.clone())]).unwrap();
+            // Algorithms that transform their input round as often as sums have terms.
+            let bound = 2.0_f64.powi(-16);
+            assert!(
+                max_difference(&found[0].1, &given) < bound,
+                "{engine}, {operator}"
+            );
+        }
+    }
+}
+
+/// The limit is for ONNX Runtime's arena.
+#[test]
+fn a_gpu_gives_no_more_than_it_may() {
+    if device() == Device::Cpu || !engines().contains(&Engine::Ort) {
+        return;
+    }
+    let options = SessionOptions {
+        device_memory: Some(1 << 16),
+        ..options()
+    };
+    let model = fixture("sd15-tiny/unet.onnx");
+    let error = Session::from_file(Engine::Ort, model, &options)
+        .and_then(|mut session| session.run(&inputs(&session)))
+        .err();
+    let message = error.unwrap().to_string().to_lowercase();
+    assert!(message.contains("memory"), "{message}");
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::ort;
+use super::{Device, ort};
 use crate::tensor::{DType, Tensor};
 
 /// Where a tensor is.
@@ -38,6 +38,14 @@ impl Value {
         match &self.0 {
             Held::Host(tensor) => tensor.shape(),
             Held::Ort(bound) => bound.shape(),
+        }
+    }
+
+    /// Whose memory it is in.
+    pub fn device(&self) -> Device {
+        match &self.0 {
+            Held::Host(_) => Device::Cpu,
+            Held::Ort(bound) => bound.device(),
         }
     }
 

@@ -1,6 +1,8 @@
 //! A tiny pipeline and `linfusion-run generate` on it.
 #![allow(dead_code)] // Each test file uses its part.
 
+mod device;
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -8,12 +10,14 @@ use linfusion_models::fixtures;
 use linfusion_models::onnx::OnnxFile;
 use linfusion_models::onnx::proto::ModelProto;
 use linfusion_models::onnx::write::Overwrite;
-use linfusion_runtime::engine::{Engine, Location, SessionOptions, load_library};
+use linfusion_runtime::engine::{self, Engine, Location, SessionOptions, load_library};
 use linfusion_runtime::image::Metadata;
 use linfusion_runtime::pipeline::{
     Folder, Generated, Observer, PipelineError, Place, Progress, Request, generate,
 };
 use ndarray::{Array4, Zip};
+
+pub use device::device;
 
 /// A tiny pipeline in a folder of its own; nothing where there is no ONNX Runtime.
 pub struct Bench {
@@ -23,6 +27,8 @@ pub struct Bench {
 
 impl Bench {
     pub fn new(name: &str) -> Option<Self> {
+        // Fails where a device is asked for that cannot be used.
+        device();
         if load_library(None).is_err() {
             println!("skipped: no ONNX Runtime library");
             return None;
@@ -38,14 +44,19 @@ impl Bench {
     }
 
     pub fn run(&self, arguments: &[&str]) -> Output {
-        Command::new(env!("CARGO_BIN_EXE_linfusion-run"))
-            .arg("generate")
-            .arg(&self.pipeline)
-            .args(["--engine", "ort"])
-            .args(arguments)
-            .current_dir(self.scratch.path())
-            .output()
-            .unwrap()
+        self.command(arguments).output().unwrap()
+    }
+
+    /// `generate` on the device that tests run on, if `arguments` don't name one.
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_linfusion-run"));
+        command.arg("generate").arg(&self.pipeline);
+        command.args(["--engine", "ort"]).args(arguments);
+        if !arguments.contains(&"--device") {
+            command.args(["--device", &device().to_string()]);
+        }
+        command.current_dir(self.scratch.path());
+        command
     }
 
     /// Files beside the pipeline.
@@ -82,11 +93,12 @@ pub fn edit(path: &Path, change: impl FnOnce(&OnnxFile, &mut ModelProto)) {
 /// graphs, loops and PyTorch sum in other orders.
 pub const LATENTS: f64 = 2e-4;
 
-/// ONNX Runtime with tensors that runs share kept there.
+/// ONNX Runtime on the device that tests run on, with tensors that runs share kept there.
 pub fn place(shared: Location) -> Place {
     Place {
         engine: Engine::Ort,
         options: SessionOptions {
+            device: device(),
             shared: Some(shared),
             ..SessionOptions::default()
         },
