@@ -3,13 +3,17 @@
 use std::io::{self, Write};
 use std::path::Path;
 
+use linfusion_models::leftovers::{Leftover, unnamed};
+
 /// Writes a file under another name and renames it, so that whoever looks sees all of it or what was there before.
 ///
 /// # Errors
 /// The folder is missing or full, or cannot be written to.
 pub fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let folder = path.parent().filter(|f| !f.as_os_str().is_empty());
-    let mut file = tempfile::NamedTempFile::new_in(folder.unwrap_or(Path::new(".")))?;
+    let mut file =
+        tempfile::NamedTempFile::new_in(folder.unwrap_or(Path::new("."))).map_err(unnamed)?;
+    let _leftover = Leftover::new(file.path());
     file.write_all(bytes)?;
     file.as_file().sync_all()?;
     // What a program makes for its user is not for the user's eyes alone.
@@ -36,6 +40,7 @@ mod tests {
             assert_eq!(std::fs::read_to_string(&path).unwrap(), text);
         }
         assert_eq!(folder.path().read_dir().unwrap().count(), 1);
-        assert!(write_whole(&folder.path().join("no/x.json"), b"").is_err());
+        let error = write_whole(&folder.path().join("no/x.json"), b"").unwrap_err();
+        assert_eq!(error.to_string(), "No such file or directory (os error 2)");
     }
 }

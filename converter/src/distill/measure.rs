@@ -2,12 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
-use linfusion_models::leftovers::Leftover;
+use linfusion_models::leftovers::TemporaryFolder;
 use linfusion_models::onnx::write::Overwrite;
 use linfusion_runtime::compare::difference;
 use linfusion_runtime::engine::{Engine, Operators, Session, SessionOptions};
 use linfusion_runtime::tensor::Tensor;
-use tempfile::TempDir;
 
 use super::error::DistillError;
 use super::inputs::Sample;
@@ -45,8 +44,7 @@ pub(super) fn outputs(
 
 /// A converted model in a folder that goes with it.
 pub(super) struct Scratch {
-    folder: TempDir,
-    _leftover: Leftover,
+    folder: TemporaryFolder,
 }
 
 impl Scratch {
@@ -66,14 +64,13 @@ pub(super) fn converted(
     selection: &Selection,
     scratch: &Path,
 ) -> Result<Scratch, DistillError> {
-    let folder = tempfile::tempdir_in(scratch).map_err(|source| DistillError::Scratch {
-        folder: scratch.to_owned(),
-        source,
-    })?;
-    let converted = Scratch {
-        _leftover: Leftover::new(folder.path()),
-        folder,
-    };
+    let builder = tempfile::Builder::new();
+    let folder =
+        TemporaryFolder::within(scratch, &builder).map_err(|source| DistillError::Scratch {
+            folder: scratch.to_owned(),
+            source,
+        })?;
+    let converted = Scratch { folder };
     let request = convert::Request {
         model: model.to_owned(),
         out: Some(converted.path()),

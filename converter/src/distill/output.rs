@@ -3,16 +3,14 @@
 use std::path::{Path, PathBuf};
 
 use linfusion_models::checkpoint::write::{NewModule, write_folder};
-use linfusion_models::leftovers::Leftover;
+use linfusion_models::leftovers::{TemporaryFolder, unnamed};
 use linfusion_models::onnx::write::Overwrite;
-use tempfile::TempDir;
 
 use super::error::DistillError;
 
 /// A new folder beside its place.
 pub(super) struct Staged {
-    folder: TempDir,
-    _leftover: Leftover,
+    folder: TemporaryFolder,
     place: PathBuf,
 }
 
@@ -29,15 +27,22 @@ pub(super) fn check(place: &Path, overwrite: Overwrite) -> Result<(), DistillErr
     scratch_beside(place).map(drop)
 }
 
-fn scratch_beside(place: &Path) -> Result<TempDir, DistillError> {
+fn scratch_beside(place: &Path) -> Result<TemporaryFolder, DistillError> {
+    TemporaryFolder::within(around(place), &hidden()).map_err(|source| DistillError::Write {
+        path: place.to_owned(),
+        source,
+    })
+}
+
+fn around(place: &Path) -> &Path {
     let parent = place.parent().filter(|p| !p.as_os_str().is_empty());
-    tempfile::Builder::new()
-        .prefix(".linfusion-distill-")
-        .tempdir_in(parent.unwrap_or(Path::new(".")))
-        .map_err(|source| DistillError::Write {
-            path: place.to_owned(),
-            source,
-        })
+    parent.unwrap_or(Path::new("."))
+}
+
+fn hidden() -> tempfile::Builder<'static, 'static> {
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".linfusion-distill-");
+    builder
 }
 
 /// Writes `modules` beside `place`.
@@ -46,10 +51,8 @@ fn scratch_beside(place: &Path) -> Result<TempDir, DistillError> {
 /// The disk is full, or a module's weights have not the sizes that it states.
 pub(super) fn stage(place: &Path, modules: &[NewModule]) -> Result<Staged, DistillError> {
     let folder = scratch_beside(place)?;
-    let leftover = Leftover::new(folder.path());
     write_folder(folder.path(), modules)?;
     Ok(Staged {
-        _leftover: leftover,
         folder,
         place: place.to_owned(),
     })
@@ -75,21 +78,23 @@ impl Staged {
             return Err(DistillError::Exists { path: self.place });
         }
         // Under a folder of its own, so that an error on the way leaves the old one to be put back.
-        let aside = scratch_beside(&self.place)?;
+        // On no list of leftovers: it holds what was there before.
+        let aside = hidden().tempdir_in(around(&self.place));
+        let aside = aside.map_err(|error| failed(unnamed(error)))?;
         let old = aside.path().join("old");
         if there {
             std::fs::rename(&self.place, &old).map_err(failed)?;
         }
-        let made = self.folder.keep();
-        open_to_others(&made).map_err(failed)?;
-        if let Err(error) = std::fs::rename(&made, &self.place) {
+        let made = self.folder.path();
+        let published = open_to_others(made).and_then(|()| std::fs::rename(made, &self.place));
+        if let Err(error) = published {
             if there {
                 std::fs::rename(&old, &self.place).map_err(failed)?;
             }
-            // The first error is the one to tell.
-            let _ = std::fs::remove_dir_all(&made);
             return Err(failed(error));
         }
+        // Its old name is gone; nothing is left to remove.
+        self.folder.keep();
         Ok(())
     }
 }

@@ -3,6 +3,7 @@
 
 use std::path::Path;
 
+use linfusion_models::leftovers::TemporaryFolder;
 use linfusion_models::onnx::write::Overwrite;
 use linfusion_models::random::SplitMix64;
 use linfusion_runtime::image::Metadata;
@@ -64,7 +65,7 @@ pub(super) fn samples(
 ) -> Result<Vec<Sample>, DistillError> {
     let prompts = prompts(asked.prompts)?;
     let folder = Folder::open(asked.folder)?;
-    let scratch = tempfile::tempdir().map_err(|source| DistillError::Scratch {
+    let scratch = TemporaryFolder::new().map_err(|source| DistillError::Scratch {
         folder: std::env::temp_dir(),
         source,
     })?;

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use linfusion_models::checkpoint::Part;
+use linfusion_models::leftovers::{Leftover, unnamed};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView, serialize};
 use sha2::{Digest, Sha256};
 
@@ -135,7 +136,9 @@ impl State {
         let written = views
             .and_then(|views| serialize(views, Some(told)))
             .map_err(|e| failed(std::io::Error::other(e)))?;
-        let mut file = tempfile::NamedTempFile::new_in(&self.folder).map_err(failed)?;
+        let mut file = tempfile::NamedTempFile::new_in(&self.folder)
+            .map_err(|error| failed(unnamed(error)))?;
+        let _leftover = Leftover::new(file.path());
         std::io::Write::write_all(&mut file, &written).map_err(failed)?;
         file.persist(&path).map_err(|e| failed(e.error))?;
         Ok(())

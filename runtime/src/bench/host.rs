@@ -2,10 +2,12 @@
 
 use std::fmt;
 use std::io::{BufRead, BufReader, Lines, Write};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 use linfusion_models::onnx::OnnxFile;
+use rustix::process::{Pid, Signal, kill_process};
 
 use super::size::{ImageInput, NotDivisible, Pixels};
 use super::verdict::speedup;
@@ -307,8 +309,10 @@ struct Process(Child);
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // Both fail only if the process is gone already.
-        let _ = self.0.kill();
+        // SIGTERM leaves it the time to remove its temporary files. Both fail only if the process is gone already.
+        if let Ok(None) = self.0.try_wait() {
+            let _ = kill_process(Pid::from_child(&self.0), Signal::TERM);
+        }
         let _ = self.0.wait();
     }
 }
@@ -329,6 +333,8 @@ impl Worker {
             .arg(job)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
+            // Ctrl-C is for this process, which ends its workers; they have nothing to say of it.
+            .process_group(0)
             .spawn()
             .map_err(died)?;
         let pipes = child.stdin.take().zip(child.stdout.take());

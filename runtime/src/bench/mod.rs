@@ -21,7 +21,7 @@ pub use self::profile::{OperatorTime, Profile};
 pub use self::size::{ImageInput, NotDivisible, Pixels};
 pub use self::verdict::{Speedup, Verdict};
 pub use self::worker::{
-    EngineName, Expected, Fault, Job, OperatorsFrom, Profiling, StageTime, serve,
+    EngineName, Expected, Fault, Job, OperatorsFrom, Profiling, StageTime, end_with_parent, serve,
 };
 
 use crate::engine::Engine;

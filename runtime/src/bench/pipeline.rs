@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use linfusion_models::leftovers::TemporaryFolder;
 use linfusion_models::onnx::write::Overwrite;
 use serde::{Deserialize, Serialize};
 
@@ -46,12 +47,12 @@ pub(super) struct Pipeline {
     /// The most that any stage had in memory, in bytes.
     pub peak: Option<u64>,
     /// Holds the image, and goes with it.
-    _scratch: tempfile::TempDir,
+    _scratch: TemporaryFolder,
 }
 
 impl Pipeline {
     pub fn open(job: &Job) -> Result<Self, WorkerError> {
-        let scratch = tempfile::tempdir().map_err(WorkerError::Scratch)?;
+        let scratch = TemporaryFolder::new().map_err(WorkerError::Scratch)?;
         let request = Request {
             seed: job.seed,
             steps: job.images.steps,

@@ -8,6 +8,7 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use linfusion_models::leftovers::TemporaryFolder;
 use linfusion_models::onnx::{OnnxFile, ReadError};
 use linfusion_models::shapes::{Footprint, operations};
 use serde::{Deserialize, Serialize};
@@ -77,6 +78,17 @@ impl Job {
             ..SessionOptions::default()
         }
     }
+}
+
+/// From here on the process gets SIGTERM when the one that started it ends, however that comes.
+///
+/// # Errors
+/// The operating system refuses.
+pub fn end_with_parent() -> std::io::Result<()> {
+    let signal = rustix::process::Signal::TERM;
+    Ok(rustix::process::set_parent_process_death_signal(Some(
+        signal,
+    ))?)
 }
 
 /// Who has to change something so that there is something to measure.
@@ -434,7 +446,7 @@ fn profiled(
     inputs: &[(String, Tensor)],
     options: &SessionOptions,
 ) -> Result<Profile, WorkerError> {
-    let scratch = tempfile::tempdir().map_err(WorkerError::Scratch)?;
+    let scratch = TemporaryFolder::new().map_err(WorkerError::Scratch)?;
     let options = SessionOptions {
         profile: Some(scratch.path().join("profile")),
         ..options.clone()

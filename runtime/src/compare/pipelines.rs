@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use linfusion_models::leftovers::TemporaryFolder;
 use linfusion_models::onnx::write::Overwrite;
 use ndarray::Array4;
 use serde::Serialize;
@@ -110,7 +111,7 @@ pub fn pipelines(
         true => Some(models(reference, other)?),
         false => None,
     };
-    let scratch = tempfile::tempdir().map_err(CompareError::Scratch)?;
+    let scratch = TemporaryFolder::new().map_err(CompareError::Scratch)?;
     let mut images = Vec::new();
     let mut samples = Vec::new();
     for request in requests {

@@ -4,6 +4,7 @@ use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
+use linfusion_models::leftovers::TemporaryFolder;
 use tempfile::TempDir;
 
 use super::error::TritonError;
@@ -22,7 +23,7 @@ pub enum Existing {
 pub struct Unfinished {
     place: PathBuf,
     existing: Existing,
-    scratch: TempDir,
+    scratch: TemporaryFolder,
 }
 
 impl Unfinished {
@@ -39,7 +40,8 @@ impl Unfinished {
         Ok(Self {
             place: place.to_owned(),
             existing,
-            scratch: beside(around).map_err(TritonError::io("create a folder in", around))?,
+            scratch: TemporaryFolder::within(around, &hidden())
+                .map_err(TritonError::io("create a folder in", around))?,
         })
     }
 
@@ -59,8 +61,10 @@ impl Unfinished {
         let around = self.scratch.path().parent().unwrap_or(Path::new("."));
         let aside = match self.place.exists() {
             true => {
-                let folder =
-                    beside(around).map_err(TritonError::io("create a folder in", around))?;
+                // On no list of leftovers: it holds what was there before.
+                let folder: TempDir = hidden()
+                    .tempdir_in(around)
+                    .map_err(TritonError::io("create a folder in", around))?;
                 rename(&self.place, &folder.path().join("old"))?;
                 Some(folder)
             }
@@ -70,7 +74,7 @@ impl Unfinished {
         match (placed, aside) {
             (Ok(()), _) => {
                 // Its old name is gone; nothing is left to remove.
-                let _ = self.scratch.keep();
+                self.scratch.keep();
                 Ok(())
             }
             (Err(error), Some(folder)) => {
@@ -86,11 +90,12 @@ impl Unfinished {
 }
 
 /// A hidden folder with the permissions of an ordinary one: a server is often another user.
-fn beside(around: &Path) -> std::io::Result<TempDir> {
-    tempfile::Builder::new()
+fn hidden() -> tempfile::Builder<'static, 'static> {
+    let mut builder = tempfile::Builder::new();
+    builder
         .prefix(".linfusion-triton-")
-        .permissions(Permissions::from_mode(0o777))
-        .tempdir_in(around)
+        .permissions(Permissions::from_mode(0o777));
+    builder
 }
 
 fn admit(place: &Path, existing: Existing) -> Result<(), TritonError> {

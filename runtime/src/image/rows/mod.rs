@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use linfusion_models::leftovers::Leftover;
+use linfusion_models::leftovers::{Leftover, unnamed};
 use linfusion_models::onnx::write::Overwrite;
 use tempfile::TempPath;
 
@@ -251,7 +251,7 @@ fn temporary_file(path: &Path) -> Result<tempfile::NamedTempFile<File>, ImageErr
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
     builder
         .tempfile_in(folder)
-        .map_err(|error| ImageError::write(path, error))
+        .map_err(|error| ImageError::write(path, unnamed(error)))
 }
 
 #[cfg(test)]

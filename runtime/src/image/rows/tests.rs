@@ -52,6 +52,20 @@ fn rows_that_come_in_parts_are_read_back() {
 }
 
 #[test]
+fn only_the_file_that_was_asked_for_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("nowhere/a.png");
+    let error = check_output(&path, Overwrite::Refuse).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        format!(
+            "cannot write {}: No such file or directory (os error 2); make its folder first",
+            path.display()
+        )
+    );
+}
+
+#[test]
 fn a_png_has_the_texts_in_the_chunks_that_hold_them() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("a.png");
