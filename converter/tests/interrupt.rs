@@ -3,9 +3,9 @@
 
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
-use std::time::{Duration, Instant};
 
 use linfusion_models::fixtures;
+use linfusion_models::fixtures::signals::{interrupt, library_with_destructor, wait_until};
 
 const SPEC: &str = r#"{"sample": {"normal": {}, "shape": [1, 4, 16, 16]},
     "timestep": {"integers": {"min": 0, "max": 999}},
@@ -39,22 +39,8 @@ fn interrupted(command: &mut Command, holds: impl Fn() -> bool) -> Output {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    let begin = Instant::now();
-    while !holds() {
-        assert!(
-            begin.elapsed() < Duration::from_secs(120),
-            "it did not get so far"
-        );
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    let pid = child.id().to_string();
-    assert!(
-        Command::new("kill")
-            .args(["-INT", &pid])
-            .status()
-            .unwrap()
-            .success()
-    );
+    wait_until("a site that is kept", holds);
+    interrupt(&child);
     child.wait_with_output().unwrap()
 }
 
@@ -65,22 +51,6 @@ fn with_model() -> tempfile::TempDir {
     std::fs::copy(fixtures::path("sd15-tiny/unet.onnx"), model).unwrap();
     std::fs::write(folder.path().join("spec.json"), SPEC).unwrap();
     folder
-}
-
-/// A library like ONNX Runtime's has destructors that must not run beside its threads; this one's ends the process.
-fn library_with_destructor(folder: &Path) -> std::path::PathBuf {
-    let source = folder.join("destructor.c");
-    let code =
-        "#include <stdlib.h>\n__attribute__((destructor)) static void end(void) { abort(); }\n";
-    std::fs::write(&source, code).unwrap();
-    let library = folder.join("destructor.so");
-    let compiled = Command::new("cc")
-        .args(["-shared", "-fPIC", "-o"])
-        .args([&library, &source])
-        .status()
-        .expect("a C compiler");
-    assert!(compiled.success());
-    library
 }
 
 #[test]

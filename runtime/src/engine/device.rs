@@ -29,6 +29,17 @@ impl fmt::Display for Device {
     }
 }
 
+impl Device {
+    /// How many bytes there are, in words: of the machine's memory what is free, of a GPU's all.
+    pub fn has(self, bytes: u64) -> String {
+        let bytes = crate::memory::shown(bytes);
+        match self {
+            Self::Cpu => format!("{bytes} are free"),
+            Self::Cuda(_) => format!("{self} has {bytes}"),
+        }
+    }
+}
+
 /// What was asked for.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum DeviceChoice {
@@ -165,6 +176,8 @@ mod tests {
         }
         assert_eq!("auto".parse(), Ok(DeviceChoice::Auto));
         assert_eq!(Device::Cuda(3).to_string(), "cuda:3");
+        assert_eq!(Device::Cuda(3).has(80_000_000_000), "cuda:3 has 80.0 GB");
+        assert_eq!(Device::Cpu.has(812_000_000), "812 MB are free");
         for wrong in ["", "gpu", "cuda:", "cuda:-1", "cpu:0", "CPU"] {
             assert!(wrong.parse::<DeviceChoice>().is_err(), "{wrong}");
         }

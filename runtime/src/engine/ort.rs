@@ -130,8 +130,13 @@ fn load(candidate: &Candidate) -> Result<Environment, String> {
         }
         _ => candidate.path.clone(),
     };
-    let environment = ort::init_from(path)
-        .map_err(|e| e.to_string())?
+    let environment = ort::init_from(&path)
+        // Whoever reports it names the file.
+        .map_err(|e| {
+            let message = e.to_string();
+            let named = format!("failed to load from `{}`: ", path.display());
+            message.strip_prefix(&named).unwrap_or(&message).to_owned()
+        })?
         .with_name("linfusion")
         .with_telemetry(false)
         .with_logger(Arc::new(log))

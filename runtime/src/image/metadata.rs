@@ -61,7 +61,7 @@ fn is_key_character(character: char) -> bool {
 /// ```text
 /// a lighthouse
 /// Negative prompt: fog
-/// Steps: 20, Sampler: Euler, CFG scale: 7.5, Seed: 1, Size: 512x512, Model: sd15, Version: ...
+/// Steps: 20, Sampler: Euler, CFG scale: 7.5, Seed: 1, Size: 512x512, Model: sd15, Version: ..., Hashes: {"model":"6ce0161689"}
 /// ```
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Parameters {
@@ -89,6 +89,9 @@ pub struct Parameters {
     pub others: Vec<(String, String)>,
     /// The program and its version.
     pub version: String,
+    /// First digits of the SHA-256 of everything that took part, in the JSON object `Hashes`, by which sites for models find
+    /// them: `model`, `vae`, and others; left out if empty.
+    pub hashes: Vec<(String, String)>,
 }
 
 impl Display for Parameters {
@@ -112,7 +115,14 @@ impl Display for Parameters {
         for (key, value) in &self.others {
             write!(f, ", {key}: {}", quoted(value))?;
         }
-        write!(f, ", Version: {}", quoted(&self.version))
+        write!(f, ", Version: {}", quoted(&self.version))?;
+        if self.hashes.is_empty() {
+            return Ok(());
+        }
+        let hash = |(name, hash): &(String, String)| (name.clone(), hash.as_str().into());
+        let object: serde_json::Map<_, _> = self.hashes.iter().map(hash).collect();
+        // Not quoted: readers look for the braces.
+        write!(f, ", Hashes: {}", serde_json::Value::from(object))
     }
 }
 
@@ -168,6 +178,17 @@ mod tests {
             "Steps: 20, Sampler: Euler, CFG scale: 7, Seed: 18446744073709551615, Size: 512x768, \
              Model hash: 6ce0161689, Model: \"a, \\\"b\\\"\\nc\", Tiling: \"x: 灯\", Version: linfusion 0.1.0"
         );
+    }
+
+    #[test]
+    fn hashes_are_an_object_at_the_end() {
+        let mut parameters = parameters();
+        let hash = |name: &str, hash: &str| (name.to_owned(), hash.to_owned());
+        parameters.hashes = vec![hash("model", "6ce0161689"), hash("vae", "735e4c3a44")];
+        let text = parameters.to_string();
+        let (rest, object) = text.split_once(", Hashes: ").unwrap();
+        assert!(rest.ends_with("Version: linfusion 0.1.0"), "{text}");
+        assert_eq!(object, r#"{"model":"6ce0161689","vae":"735e4c3a44"}"#);
     }
 
     #[test]

@@ -93,13 +93,13 @@ pub enum PipelineError {
         place: String,
     },
     /// The estimate exceeds the machine.
-    #[error("{stage} needs about {needed} of memory, and {available} are free; {hint}")]
+    #[error("{stage} needs about {needed} of memory, and {available}; {hint}")]
     Memory {
         /// Which stage.
         stage: String,
         /// Estimate, with its unit.
         needed: String,
-        /// What is there, with its unit.
+        /// What is there, in words.
         available: String,
         /// What to change.
         hint: String,

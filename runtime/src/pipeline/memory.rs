@@ -98,7 +98,12 @@ impl Opened<'_> {
         Err(PipelineError::Memory {
             stage: largest.stage.clone(),
             needed: shown(largest.total()),
-            available: shown(free),
+            available: match limit {
+                Some(limit) if limit as u64 == free => {
+                    format!("--gpu-memory allows {}", shown(free))
+                }
+                _ => options.device.has(free),
+            },
             hint: self.hint(largest),
         })
     }

@@ -71,12 +71,9 @@ impl Bench {
     }
 }
 
-/// What a command wrote to standard error, with its line breaks taken out.
+/// What a command wrote to standard error.
 pub fn said(output: &Output) -> String {
-    // The report wraps lines to the terminal's width.
-    let text = String::from_utf8_lossy(&output.stderr).into_owned();
-    let words: Vec<&str> = text.split_whitespace().filter(|w| *w != "│").collect();
-    words.join(" ")
+    String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
 /// Changes a model in its file.

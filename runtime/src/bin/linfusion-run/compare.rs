@@ -13,8 +13,9 @@ use miette::{IntoDiagnostic, WrapErr, miette};
 
 use crate::args::{Report, Shape, Where};
 use crate::failure::{OrReport, usage, usage_with};
-use crate::generate::{STOPPED, Terminal, place};
+use crate::generate::{Terminal, place};
 use crate::images::{PromptArgs, SamplerArgs, prompt_outputs};
+use crate::interruption::STOPPED;
 use crate::output::{self, Comparison};
 use crate::{print, session_options};
 
@@ -106,7 +107,7 @@ fn run_pipelines(args: &CompareArgs) -> miette::Result<ExitCode> {
         })
         .collect();
     let place = place(&args.place)?;
-    let mut terminal = Terminal::new(place.options.device)?;
+    let mut terminal = Terminal::new(place.options.device);
     let compared = pipelines(
         &reference,
         &other,

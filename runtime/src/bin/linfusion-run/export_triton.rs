@@ -4,18 +4,15 @@ use std::num::NonZeroU32;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::{Args, ValueEnum};
 use linfusion_runtime::triton::{
     Existing, Exported, InstanceKind, Note, Placing, Request, TritonError, export,
 };
-use miette::IntoDiagnostic;
 
 use crate::args::{Report, byte_count};
 use crate::failure::OrReport;
-use crate::generate::STOPPED;
+use crate::interruption::{self, STOPPED};
 
 #[derive(Args)]
 pub struct ExportTritonArgs {
@@ -84,12 +81,10 @@ fn absolute(text: &str) -> Result<String, String> {
 }
 
 pub fn run(args: &ExportTritonArgs) -> miette::Result<ExitCode> {
-    let stop = Arc::new(AtomicBool::new(false));
-    let flag = Arc::clone(&stop);
-    ctrlc::set_handler(move || flag.store(true, Ordering::SeqCst)).into_diagnostic()?;
+    interruption::may_wait();
     let mut watch = |model: &str| {
         eprintln!("{model}");
-        match stop.load(Ordering::SeqCst) {
+        match interruption::is_asked_for() {
             true => ControlFlow::Break(()),
             false => ControlFlow::Continue(()),
         }

@@ -4,30 +4,25 @@ use std::io::{self, IsTerminal};
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
-use linfusion_models::leftovers;
 use linfusion_runtime::engine::{Device, memory_of};
-use linfusion_runtime::image::{Metadata, Parameters, Rgb, check_output, read};
+use linfusion_runtime::image::{Rgb, check_output, read};
 use linfusion_runtime::pipeline::{
     Folder, Generated, Guidance, Init, Observer, PipelineError, Place, Progress, Request, Size,
     SizeHints, generate,
 };
-use linfusion_runtime::{memory, npz, pipeline, provenance, scheduler};
+use linfusion_runtime::{memory, npz, pipeline, provenance};
 use miette::{IntoDiagnostic, miette};
 use ndarray::Ix4;
 use serde::Serialize;
-use sha2::{Digest, Sha256};
 
 use crate::args::{Report, Where};
 use crate::failure::OrReport;
 use crate::images::{PromptArgs, SamplerArgs, prompt_outputs, size};
-
-/// Exit code of a run that the user stopped, as shells give it for Ctrl-C.
-pub const STOPPED: u8 = 130;
+use crate::interruption::{self, STOPPED};
+use crate::origin::Origin;
 
 #[derive(Args)]
 pub struct GenerateArgs {
@@ -148,28 +143,15 @@ fn crop(text: &str) -> Result<[usize; 2], String> {
 pub struct Terminal {
     device: Device,
     bar: ProgressBar,
-    stop: Arc<AtomicBool>,
 }
 
 impl Terminal {
-    pub fn new(device: Device) -> miette::Result<Self> {
-        let stop = Arc::new(AtomicBool::new(false));
-        let flag = Arc::clone(&stop);
-        ctrlc::set_handler(move || {
-            // The second time it means it, even in the middle of a step: without the destructors of ONNX Runtime, whose
-            // threads still run.
-            if flag.swap(true, Ordering::SeqCst) {
-                leftovers::remove_all();
-                signal_hook::low_level::exit(i32::from(STOPPED));
-            }
-            eprintln!("stopping after this step; Ctrl-C again stops at once");
-        })
-        .into_diagnostic()?;
-        Ok(Self {
+    pub fn new(device: Device) -> Self {
+        interruption::may_wait();
+        Self {
             device,
             bar: ProgressBar::hidden(),
-            stop,
-        })
+        }
     }
 
     fn say(&self, text: &str) {
@@ -185,14 +167,13 @@ impl Observer for Terminal {
     fn progress(&mut self, progress: Progress) {
         match progress {
             Progress::Memory(stages) => {
-                let free = memory_of(self.device).map_or(String::new(), |free| {
-                    format!(" on {} of {}", self.device, memory::shown(free))
-                });
                 let stages: Vec<String> = stages
                     .iter()
                     .map(|s| format!("{} {}", s.stage, memory::shown(s.total())))
                     .collect();
-                eprintln!("expected memory{free}: {}", stages.join(", "));
+                let free = memory_of(self.device)
+                    .map_or(String::new(), |free| format!("; {}", self.device.has(free)));
+                eprintln!("expected memory: {}{free}", stages.join(", "));
             }
             Progress::Begin { stage, steps } => {
                 self.bar = if io::stderr().is_terminal() {
@@ -221,7 +202,7 @@ impl Observer for Terminal {
     }
 
     fn stopped(&self) -> bool {
-        self.stop.load(Ordering::SeqCst)
+        interruption::is_asked_for()
     }
 }
 
@@ -245,20 +226,16 @@ pub fn run(args: &GenerateArgs) -> miette::Result<ExitCode> {
     }
     let folder = Folder::open(&args.pipeline).or_report()?;
     let place = place(&args.place)?;
-    let origin = Origin {
-        model: hash(&folder, folder.denoiser())?,
-        vae: hash(&folder, "vae_decoder")?,
-        sampler: sampler(&folder, args.sampler.scheduler.as_deref())?,
-    };
+    let origin = Origin::of(&folder, args.sampler.scheduler.as_deref())?;
     if provenance::is_untrained(&args.pipeline) {
         eprintln!("note: the model was converted without trained weights: the images mean nothing");
     }
-    let mut terminal = Terminal::new(place.options.device)?;
+    let mut terminal = Terminal::new(place.options.device);
     let mut summaries = Vec::new();
     for (number, (prompt, output)) in prompts.iter().zip(outputs).enumerate() {
         let seed = args.seed.wrapping_add(number as u64);
         let request = request(args, prompt, seed, output)?;
-        let metadata = |size| metadata(args, &request, &origin, size);
+        let metadata = |size| origin.metadata(&request, size);
         match generate(&folder, &place, &request, &metadata, &mut terminal) {
             Ok(generated) => summaries.push(Summary {
                 prompt: prompt.clone(),
@@ -345,97 +322,6 @@ fn request(
         force: args.sampler.force,
         preview: args.preview.map(NonZeroUsize::get),
     })
-}
-
-/// What images tell of where they come from.
-struct Origin {
-    model: String,
-    vae: String,
-    sampler: String,
-}
-
-/// First digits of the SHA-256 of a component's files, as other tools give it.
-fn hash(folder: &Folder, component: &str) -> miette::Result<String> {
-    let model = folder.model(component).or_report()?;
-    let mut hasher = Sha256::new();
-    let parent = model.parent().unwrap_or(Path::new("."));
-    let mut files: Vec<PathBuf> = std::fs::read_dir(parent)
-        .into_diagnostic()?
-        .flatten()
-        .map(|e| e.path())
-        .filter(|p| p.is_file() && p.extension().is_none_or(|e| e != "json"))
-        .collect();
-    files.sort();
-    for path in files {
-        let mut file = std::fs::File::open(&path).into_diagnostic()?;
-        io::copy(&mut file, &mut Hashing(&mut hasher)).into_diagnostic()?;
-    }
-    let digest = hasher.finalize();
-    Ok(digest.iter().take(5).map(|b| format!("{b:02x}")).collect())
-}
-
-struct Hashing<'a>(&'a mut Sha256);
-
-impl io::Write for Hashing<'_> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.update(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-/// How much an image to begin with, and enlarged ones, were changed.
-fn stages(request: &Request) -> Vec<(String, String)> {
-    let mut fields = Vec::new();
-    if let Init::Image { strength, .. } | Init::Inpaint { strength, .. } = request.init {
-        fields.push(("Denoising strength".to_owned(), strength.to_string()));
-    } else if !request.direct {
-        let list: Vec<String> = request.upscale.iter().map(f64::to_string).collect();
-        fields.push(("Upscale strengths".to_owned(), list.join(" ")));
-    }
-    fields
-}
-
-/// The class of the sampler, or the name that was asked for.
-fn sampler(folder: &Folder, asked: Option<&str>) -> miette::Result<String> {
-    if let Some(asked) = asked {
-        return Ok(asked.to_owned());
-    }
-    let text = folder
-        .text("scheduler", "scheduler_config.json")
-        .or_report()?;
-    let fields = scheduler::config(&text).into_diagnostic()?;
-    let class = fields.get("_class_name").and_then(|name| name.as_str());
-    Ok(class.unwrap_or_default().to_owned())
-}
-
-fn metadata(args: &GenerateArgs, request: &Request, origin: &Origin, size: Size) -> Metadata {
-    let root = args.pipeline.canonicalize();
-    let root = root.as_deref().unwrap_or(&args.pipeline);
-    let name = root.file_name().map(|n| n.to_string_lossy().into_owned());
-    let mut others = vec![("VAE hash".to_owned(), origin.vae.clone())];
-    others.extend(stages(request));
-    let parameters = Parameters {
-        prompt: request.prompt.clone(),
-        negative_prompt: request.negative.clone().unwrap_or_default(),
-        steps: request.steps,
-        sampler: origin.sampler.clone(),
-        cfg_scale: request.guidance,
-        seed: request.seed,
-        width: size.width as u32,
-        height: size.height as u32,
-        model_hash: Some(origin.model.clone()),
-        model: name,
-        others,
-        version: format!("linfusion-run {}", env!("CARGO_PKG_VERSION")),
-    };
-    let mut metadata = Metadata::default();
-    // The key is a valid one.
-    let _ = metadata.push("parameters", parameters.to_string());
-    metadata
 }
 
 #[cfg(test)]

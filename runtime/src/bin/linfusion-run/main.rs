@@ -8,6 +8,8 @@ mod export_triton;
 mod failure;
 mod generate;
 mod images;
+mod interruption;
+mod origin;
 mod output;
 
 use std::io::{self, IsTerminal, Write};
@@ -17,7 +19,7 @@ use clap::{CommandFactory, Parser};
 use miette::{IntoDiagnostic, WrapErr};
 
 use args::{Arguments, Command, DoctorArgs, Where};
-use linfusion_runtime::bench::{OperatorsFrom, serve};
+use linfusion_runtime::bench::{OperatorsFrom, end_with_parent, serve};
 use linfusion_runtime::doctor;
 use linfusion_runtime::engine::{Device, Engine, SessionOptions};
 
@@ -36,7 +38,24 @@ fn main() -> ExitCode {
         .with_writer(io::stderr)
         .with_ansi(io::stderr().is_terminal())
         .init();
-    let done = match &arguments.command {
+    // As it is, or the terminal breaks commands and paths to be copied in the middle.
+    // Fails only where there is one already.
+    let _ = miette::set_hook(Box::new(|_| {
+        let options = miette::MietteHandlerOpts::new();
+        Box::new(options.wrap_lines(false).break_words(false).build())
+    }));
+    let done = interruption::handle().and_then(|()| run(&arguments.command));
+    done.unwrap_or_else(|report| {
+        eprintln!("{report:?}");
+        match failure::is_usage(&report) {
+            true => ExitCode::from(WRONG_USAGE),
+            false => ExitCode::FAILURE,
+        }
+    })
+}
+
+fn run(command: &Command) -> miette::Result<ExitCode> {
+    match command {
         Command::Doctor(args) => run_doctor(args),
         Command::Compare(args) => compare::run(args),
         Command::Bench(args) => bench::run(args),
@@ -53,17 +72,12 @@ fn main() -> ExitCode {
             print(&String::from_utf8_lossy(&text)).map(|()| ExitCode::SUCCESS)
         }
         Command::Man => man(),
-        Command::MeasureWorker { job } => serve(job, io::stdin().lock(), io::stdout())
-            .into_diagnostic()
-            .map(|()| ExitCode::SUCCESS),
-    };
-    done.unwrap_or_else(|report| {
-        eprintln!("{report:?}");
-        match failure::is_usage(&report) {
-            true => ExitCode::from(WRONG_USAGE),
-            false => ExitCode::FAILURE,
+        Command::MeasureWorker { job } => {
+            end_with_parent().into_diagnostic()?;
+            serve(job, io::stdin().lock(), io::stdout()).into_diagnostic()?;
+            Ok(ExitCode::SUCCESS)
         }
-    })
+    }
 }
 
 fn run_doctor(args: &DoctorArgs) -> miette::Result<ExitCode> {

@@ -317,11 +317,11 @@ pub fn diagnosis(diagnosis: &Diagnosis) -> String {
             problem.as_deref().unwrap_or("no reason known")
         ),
     };
-    let others = diagnosis.candidates.iter().filter(|c| {
-        diagnosis
-            .onnx_runtime
-            .as_ref()
-            .is_none_or(|r| r.path != c.path)
+    // Where none loads, the reason names them all.
+    let loaded = diagnosis.onnx_runtime.iter();
+    let others = loaded.flat_map(|found| {
+        let candidates = diagnosis.candidates.iter();
+        candidates.filter(|candidate| candidate.path != found.path)
     });
     for candidate in others {
         let _ = writeln!(

@@ -1,0 +1,40 @@
+//! What happens on SIGINT, SIGTERM and SIGHUP: the program ends at once, and leaves no temporary files, or it stops when it may.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use linfusion_models::leftovers;
+use miette::IntoDiagnostic;
+
+/// Exit code of a run that the user stopped, as shells give it for Ctrl-C.
+pub const STOPPED: u8 = 130;
+
+/// Whether the first signal only asks to stop.
+static MAY_WAIT: AtomicBool = AtomicBool::new(false);
+static ASKED: AtomicBool = AtomicBool::new(false);
+
+/// To be called once, before anything is done.
+pub fn handle() -> miette::Result<()> {
+    // Runs on a thread of its own.
+    ctrlc::set_handler(|| {
+        // The second time it means it, even in the middle of a step.
+        let again = ASKED.swap(true, Ordering::SeqCst);
+        if MAY_WAIT.load(Ordering::SeqCst) && !again {
+            eprintln!("stopping after this step; Ctrl-C again stops at once");
+            return;
+        }
+        leftovers::remove_all();
+        // Without the destructors of ONNX Runtime, whose threads still run.
+        signal_hook::low_level::exit(i32::from(STOPPED));
+    })
+    .into_diagnostic()
+}
+
+/// From here on somebody looks between two steps whether it [`is_asked_for`]: the first signal only asks.
+pub fn may_wait() {
+    MAY_WAIT.store(true, Ordering::SeqCst);
+}
+
+/// Whether there was a signal.
+pub fn is_asked_for() -> bool {
+    ASKED.load(Ordering::SeqCst)
+}

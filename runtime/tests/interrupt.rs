@@ -1,0 +1,162 @@
+//! Ctrl-C: what it leaves, what it says, and how the program ends.
+
+mod support;
+
+use std::io::{BufRead, BufReader, Lines};
+use std::path::Path;
+use std::process::{Child, ChildStderr, Command, Stdio};
+
+use linfusion_models::fixtures;
+use linfusion_models::fixtures::signals::{
+    end_of, handles_interrupts, interrupt, library_with_destructor, wait_until,
+};
+use linfusion_runtime::image::read;
+use support::Bench;
+
+/// A program and what it says, line by line.
+struct Running {
+    child: Child,
+    lines: Lines<BufReader<ChildStderr>>,
+}
+
+impl Running {
+    fn new(command: &mut Command) -> Self {
+        let mut child = command
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let lines = BufReader::new(child.stderr.take().unwrap()).lines();
+        Self { child, lines }
+    }
+
+    /// Reads up to a line that begins so.
+    fn until(&mut self, begin: &str) {
+        let mut lines = self.lines.by_ref().map_while(Result::ok);
+        assert!(
+            lines.any(|line| line.starts_with(begin)),
+            "no line begins with {begin}"
+        );
+    }
+
+    /// Its exit code, and the lines that are left.
+    fn end(mut self) -> (Option<i32>, Vec<String>) {
+        let rest = self.lines.map_while(Result::ok).collect();
+        (end_of(&mut self.child).code(), rest)
+    }
+}
+
+/// ONNX Runtime leaves a file of its own, `.ses`, where temporary files go; ours are folders.
+fn is_empty(folder: &Path) -> bool {
+    let entries = folder.read_dir().unwrap().flatten();
+    !entries.into_iter().any(|entry| entry.path().is_dir())
+}
+
+/// SIGINT after the first stage leaves its image and says where, and never replaces one that was there.
+#[test]
+fn a_stopped_run_leaves_the_last_finished_stage() {
+    let Some(bench) = Bench::new("sd15") else {
+        return;
+    };
+    let mine = bench.path("out-192x96.png");
+    std::fs::write(&mine, "mine").unwrap();
+    let arguments = ["--prompt", "x", "--size", "384x192", "--steps", "900"];
+    let more = ["--scheduler", "ddim", "--upscale", "0.9", "-o", "out.png"];
+    let mut running = Running::new(&mut bench.command(&[arguments, more].concat()));
+    running.until("encode");
+    interrupt(&running.child);
+    let (code, rest) = running.end();
+    assert_eq!(code, Some(130), "{rest:?}");
+    let last = rest.last().unwrap();
+    let kept = last.rsplit_once(" in ").unwrap().1.trim();
+    assert!(
+        kept.starts_with("out-") && kept.ends_with(".png"),
+        "{rest:?}"
+    );
+    let image = read(&bench.path(kept)).unwrap();
+    assert!(image.width() < 384, "{rest:?}");
+    assert_eq!(std::fs::read_to_string(&mine).unwrap(), "mine");
+    assert!(!bench.path("out.png").exists());
+}
+
+/// In the middle of a step, one of which takes seconds here; with what was to be compared lying in a temporary folder.
+#[test]
+fn a_second_interruption_runs_no_destructors_and_leaves_nothing() {
+    let Some(bench) = Bench::new("sd15") else {
+        return;
+    };
+    let library = library_with_destructor(bench.scratch.path());
+    let temporary = bench.path("temporary");
+    std::fs::create_dir(&temporary).unwrap();
+    let large = ["--prompt", "x", "--size", "1024x1024", "--force"];
+    let mut generate = bench.command(&large);
+    generate.arg("--direct");
+    let mut compare = Command::new(env!("CARGO_BIN_EXE_linfusion-run"));
+    // Stages of the small size take long enough.
+    compare
+        .arg("compare")
+        .args([&bench.pipeline, &bench.pipeline])
+        .args(["--engine", "ort", "--device", "cpu", "--prompt", "x"])
+        .args(["--steps", "900", "--scheduler", "ddim"])
+        .current_dir(bench.scratch.path());
+    for command in [&mut generate, &mut compare] {
+        command
+            .env("LD_PRELOAD", &library)
+            .env("TMPDIR", &temporary);
+        let mut running = Running::new(command);
+        running.until("text");
+        interrupt(&running.child);
+        running.until("stopping after this step");
+        interrupt(&running.child);
+        let (code, rest) = running.end();
+        assert_eq!(code, Some(130), "{rest:?}");
+        assert!(is_empty(&temporary));
+    }
+}
+
+#[test]
+fn bench_ends_its_workers_and_leaves_nothing() {
+    let Some(bench) = Bench::new("sd15") else {
+        return;
+    };
+    let temporary = bench.path("temporary");
+    std::fs::create_dir(&temporary).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_linfusion-run"));
+    command
+        .args([
+            "bench",
+            "--engine",
+            "ort",
+            "--sizes",
+            "128",
+            "--repeats",
+            "100000",
+        ])
+        .arg(&bench.pipeline)
+        .env("TMPDIR", &temporary);
+    let running = Running::new(&mut command);
+    // Where the worker's images go.
+    wait_until("a worker's folder", || !is_empty(&temporary));
+    interrupt(&running.child);
+    let (code, rest) = running.end();
+    assert_eq!((code, rest.as_slice()), (Some(130), &[][..]));
+    // It ends a moment after who started it.
+    wait_until("the end of the worker", || is_empty(&temporary));
+}
+
+#[test]
+fn a_comparison_of_models_ends_at_once() {
+    let Some(_) = Bench::new("sd15") else {
+        return;
+    };
+    let model = fixtures::path("sd15-tiny/unet.onnx");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_linfusion-run"));
+    command
+        .args(["compare", "--engine", "ort", "--latent", "192"])
+        .args([&model, &model]);
+    let running = Running::new(&mut command);
+    wait_until("a handler", || handles_interrupts(&running.child));
+    interrupt(&running.child);
+    let (code, rest) = running.end();
+    assert_eq!((code, rest.as_slice()), (Some(130), &[][..]));
+}
