@@ -20,7 +20,7 @@ use crate::onnx::proto::{
 };
 use bytes::Bytes;
 
-pub use footprint::Footprint;
+pub use footprint::{Footprint, Halves, Runner};
 pub use probe::{Probe, looks_like_text};
 pub use value::{Elements, Fact};
 pub use walk::Walk;

@@ -10,13 +10,15 @@ use std::time::Instant;
 
 use linfusion_models::leftovers::TemporaryFolder;
 use linfusion_models::onnx::{OnnxFile, ReadError};
-use linfusion_models::shapes::{Footprint, operations};
+use linfusion_models::shapes::{Footprint, Runner, operations};
 use serde::{Deserialize, Serialize};
 
 use super::pipeline::{Images, Pipeline};
 use super::profile::{self, Profile, ProfileError};
 use super::size::{ImageInput, NotDivisible, Pixels};
-use crate::engine::{Device, Engine, EngineError, Operators, Session, SessionOptions, memory_of};
+use crate::engine::{
+    Device, Engine, EngineError, Operators, Session, SessionOptions, halves, memory_of,
+};
 use crate::inputs::{self, InputsError, Request};
 use crate::memory;
 use crate::pipeline::PipelineError;
@@ -415,8 +417,11 @@ impl Model {
             image.pixels_at(tensor.shape())
         };
         let pixels = image.as_ref().and_then(rows_and_columns);
-        let kernels = job.operators != OperatorsFrom::None;
-        let footprint = Footprint::of(&file.model, &shapes, kernels);
+        let runner = Runner {
+            kernels: job.operators != OperatorsFrom::None,
+            halves: halves(job.engine.into(), job.device),
+        };
+        let footprint = Footprint::of(&file.model, &shapes, runner);
         Ok(Self {
             session,
             inputs,

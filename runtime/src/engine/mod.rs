@@ -15,6 +15,8 @@ use std::fmt;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
+use linfusion_models::shapes::Halves;
+
 pub use self::device::{Chosen, Device, DeviceChoice};
 pub use self::ort::{execution_providers, load_library};
 pub use self::value::{Location, Value};
@@ -27,6 +29,14 @@ pub fn memory_of(device: Device) -> Option<u64> {
     match device {
         Device::Cpu => crate::memory::available(),
         Device::Cuda(number) => linfusion_ops::cuda::driver::total_memory(number).ok(),
+    }
+}
+
+/// How an engine computes with float16 there.
+pub fn halves(engine: Engine, device: Device) -> Halves {
+    match (engine, device) {
+        (Engine::Ort, Device::Cpu) => Halves::Widened,
+        (Engine::Ort, Device::Cuda(_)) | (Engine::Tract, _) => Halves::Kept,
     }
 }
 

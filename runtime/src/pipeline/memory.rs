@@ -4,7 +4,7 @@ use std::path::Path;
 
 use linfusion_models::onnx::proto::ModelProto;
 use linfusion_models::onnx::{ElementType, OnnxFile, make};
-use linfusion_models::shapes::{Footprint, Probe, Shapes, operations};
+use linfusion_models::shapes::{Footprint, Probe, Runner, Shapes, operations};
 use serde::Serialize;
 
 use super::conditions::is_residual;
@@ -15,7 +15,7 @@ use super::ladder::Size;
 use super::opened::{Opened, scheduler};
 use super::request::Init;
 use super::vae;
-use crate::engine::{Device, Operators, memory_of};
+use crate::engine::{Device, Operators, halves, memory_of};
 use crate::memory::{resident, shown};
 use crate::scheduler::kept;
 
@@ -136,8 +136,12 @@ impl Opened<'_> {
             }
         }
         let shapes = Shapes::propagate(model, &read, probe);
-        let kernels = self.place.options.operators != Operators::None;
-        let mut footprint = Footprint::of(model, &shapes, kernels);
+        let options = &self.place.options;
+        let runner = Runner {
+            kernels: options.operators != Operators::None,
+            halves: halves(self.place.engine, options.device),
+        };
+        let mut footprint = Footprint::of(model, &shapes, runner);
         // While ONNX Runtime makes its tensors of those in the model's file, it holds the file's as well.
         footprint.weights = footprint.weights.saturating_add(inline(model));
         let outputs = model.graph.output.iter().filter_map(|value| {

@@ -8,12 +8,12 @@ use linfusion_convert::plan::MethodRule;
 use linfusion_convert::resize::ImageSize;
 use linfusion_models::onnx::OnnxFile;
 use linfusion_models::onnx::write::Overwrite;
-use linfusion_models::shapes::{Footprint, operations};
+use linfusion_models::shapes::{Footprint, Runner, operations};
 use linfusion_runtime::bench::{
     self, EngineName, Images, Job, Measurement, OperatorsFrom, Plan, Profiling, Sizes,
     WorkerCommand, plot,
 };
-use linfusion_runtime::engine::{Device, Engine, Operators};
+use linfusion_runtime::engine::{Device, Engine, Operators, halves};
 use linfusion_runtime::memory::shown;
 use linfusion_runtime::subgraph::shapes;
 use linfusion_runtime::table::table;
@@ -156,8 +156,12 @@ impl Demo {
 fn counted(model: &Path) -> Result<bench::Expected, Box<dyn Error>> {
     let file = OnnxFile::open(model)?;
     let shapes = shapes(&file, &pictures::noise(0, SIDE));
+    let runner = Runner {
+        kernels: true,
+        halves: halves(Engine::Ort, Device::Cpu),
+    };
     Ok(bench::Expected {
         operations: operations(&file.model, &shapes),
-        bytes: Footprint::of(&file.model, &shapes, true).total(),
+        bytes: Footprint::of(&file.model, &shapes, runner).total(),
     })
 }
