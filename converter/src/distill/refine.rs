@@ -21,21 +21,33 @@ use super::target::Target;
 use super::train::Schedule;
 use crate::plan::Method;
 
-/// The sites are taken in so many parts, each on a model converted anew. Not in as many as there are cores: what is learned
-/// must not depend on them.
+/// The sites are taken in at most so many parts, each on a model converted anew, of at least so many sites. Not in as many as
+/// there are cores: what is learned must not depend on them.
 const PARTS: usize = 2;
+const OF_A_PART: usize = 2;
 /// Samples, of those learned from, on which the sites' effects are measured.
 const LOOKS: usize = 4;
 /// Share of the whole error that the sites which learn on make up.
-const SHARE: f64 = 0.98;
+const SHARE: f64 = 0.99;
 /// Work, in that of the first time.
-const TIMES: f64 = 4.0;
+const TIMES: f64 = 6.0;
 /// Steps that a site gets at most, in those of the first time.
-const MOST: f64 = 16.0;
+const MOST: f64 = 20.0;
 /// What is left of a site's error after so many times the steps falls about as their power of -2/3 at the sites measured.
 /// Then the whole is least where each gets steps as the power 1 / (1 + 2/3) of its error for the work of a step.
 const POWER: f64 = 0.6;
 const REFINED: &str = "refined";
+
+/// What a site's error counts for.
+#[derive(Clone, Copy, Debug)]
+struct Worth {
+    /// Its place among those learned.
+    index: usize,
+    /// Of the whole error.
+    share: f64,
+    /// Of a step.
+    work: f64,
+}
 
 /// A site that learns on.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -56,7 +68,7 @@ impl Work<'_> {
         let mut sites = before.to_vec();
         let turns = self.turns(&sites)?;
         let state = self.state.with(&depends(before, &turns));
-        for part in turns.chunks(turns.len().div_ceil(PARTS).max(1)) {
+        for part in turns.chunks(turns.len().div_ceil(PARTS).max(OF_A_PART)) {
             let mut part = part;
             for fitting in self.fitting(&sites, part)? {
                 let (group, rest) = part.split_at(fitting.min(part.len()));
@@ -109,30 +121,20 @@ impl Work<'_> {
             })
             .collect();
         chosen.sort_by_key(|(_, index)| *index);
-        Ok(self.steps(sites, &chosen))
-    }
-
-    /// [`TIMES`] as much work for the chosen as the first time was for all, by what each one's error is worth.
-    fn steps(&self, sites: &[Learned], chosen: &[(f64, usize)]) -> Vec<Turn> {
         let first = self.request.schedule;
         let work = |site: &Learned| {
             let target = &site.target;
             (first.images(target.tokens) * target.tokens * target.shape.dim) as f64
         };
-        let all: f64 = sites.iter().map(work).sum();
-        let chosen = chosen.iter().filter_map(|(share, index)| {
-            let work = work(sites.get(*index)?);
-            Some((*index, (share / work).powf(POWER), work))
-        });
-        let weighed: f64 = chosen.clone().map(|(_, weight, work)| weight * work).sum();
-        let turn = |(index, weight, _): (usize, f64, f64)| {
-            let times = TIMES * all * weight / weighed.max(f64::MIN_POSITIVE);
-            Turn {
-                index,
-                steps: (first.steps as f64 * times.min(MOST)) as usize,
-            }
+        let worth = |(share, index): &(f64, usize)| {
+            Some(Worth {
+                index: *index,
+                share: *share,
+                work: work(sites.get(*index)?),
+            })
         };
-        chosen.map(turn).collect()
+        let worths: Vec<Worth> = chosen.iter().filter_map(worth).collect();
+        Ok(turns(&worths, sites.iter().map(work).sum(), first.steps))
     }
 
     /// How many of the sites, in order, the disk holds the activations of at once.
@@ -268,6 +270,20 @@ impl Work<'_> {
     }
 }
 
+/// [`TIMES`] as much work for these sites as `steps` for `all` the work of a step of each site learned.
+fn turns(worths: &[Worth], all: f64, steps: usize) -> Vec<Turn> {
+    let weight = |site: &Worth| (site.share / site.work.max(1.0)).powf(POWER);
+    let weighed: f64 = worths.iter().map(|site| weight(site) * site.work).sum();
+    let turn = |site: &Worth| {
+        let times = TIMES * all * weight(site) / weighed.max(f64::MIN_POSITIVE);
+        Turn {
+            index: site.index,
+            steps: (steps as f64 * times.min(MOST)) as usize,
+        }
+    };
+    worths.iter().map(turn).collect()
+}
+
 /// The share of each site's effect in the sum of all, mean over the samples: so that no sample counts more than others because
 /// small differences show there.
 fn shares(effects: &[EndToEnd]) -> Vec<f64> {
@@ -309,4 +325,56 @@ fn after(first: &Done, mut then: Done) -> Done {
     then.report.seconds += report.seconds;
     then.report.tried = report.tried.clone();
     then
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_sample_counts_alike() {
+        let effect = |psnr_db: [Option<f64>; 3]| EndToEnd {
+            psnr_db: psnr_db.into(),
+            mean_psnr_db: None,
+            pooled_psnr_db: None,
+        };
+        // Three to one in the first sample, one to three in the second, which is a thousand times worse; equal outputs in
+        // the third say nothing.
+        let three = 10.0 * 3.0_f64.log10();
+        let found = shares(&[
+            effect([Some(60.0 - three), Some(30.0), None]),
+            effect([Some(60.0), Some(30.0 - three), None]),
+        ]);
+        assert_eq!(found.len(), 2);
+        for share in found {
+            assert!((share - 1.0 / 3.0).abs() < 1e-12, "{share}");
+        }
+        let broken = shares(&[
+            effect([Some(f64::NEG_INFINITY), Some(30.0), None]),
+            effect([Some(60.0), Some(30.0), None]),
+        ]);
+        assert!(broken.iter().all(|s| s.is_finite()), "{broken:?}");
+    }
+
+    #[test]
+    fn steps_go_where_they_count_and_the_work_is_kept_to() {
+        let site = |index, share, work| Worth { index, share, work };
+        let sites = [site(0, 0.5, 1e5), site(2, 0.1, 1e5), site(3, 0.1, 4e5)];
+        let all = 3e5;
+        let found = turns(&sites, all, 300);
+        let places: Vec<usize> = found.iter().map(|t| t.index).collect();
+        assert_eq!(places, [0, 2, 3]);
+        let [a, b, c] = [found[0].steps, found[1].steps, found[2].steps];
+        assert!(a > b && b > c, "{found:?}");
+        let work: f64 = found
+            .iter()
+            .zip(&sites)
+            .map(|(t, s)| t.steps as f64 * s.work)
+            .sum();
+        assert!((work / (TIMES * all * 300.0) - 1.0).abs() < 1e-2, "{work}");
+        // One site alone is not drilled for ever.
+        let alone = turns(&sites[..1], 1e6, 300);
+        assert_eq!(alone[0].steps, (300.0 * MOST) as usize);
+        assert!(turns(&[], all, 300).is_empty());
+    }
 }
