@@ -49,7 +49,7 @@ demo:
 	  echo "demo: going on without ONNX Runtime, on tract, which takes longer" >&2
 	@[ -n "$${ORT_DYLIB_PATH:-}" ] || export ORT_DYLIB_PATH="$(NEWEST_ORT)"
 	@$(CARGO) build --release --locked -p linfusion-convert -p linfusion-runtime -p linfusion-tests
-	@$(CARGO) run --release --locked --quiet -p linfusion-tests --bin demo
+	@'$(TARGET)/release/demo'
 
 test: ort triton-client $(if $(LINFUSION_NO_CUDA),,cuda) lib
 	@command -v $(CARGO) >/dev/null || { echo "cargo is not there: install Rust from https://rustup.rs" >&2; exit 1; }

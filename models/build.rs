@@ -21,6 +21,15 @@ fn compile(name: &str) {
         .encode_file_descriptor_set();
     let set_path = out.join(format!("{name}.fds"));
     std::fs::write(&set_path, set).expect("OUT_DIR is writable");
+    // `buffa-build` lets Cargo watch this file, which is younger than the build that writes it: everything
+    // would be built again each time.
+    let written = std::fs::metadata(PathBuf::from("proto").join(&file))
+        .and_then(|proto| proto.modified())
+        .and_then(|time| {
+            let set = std::fs::File::options().write(true).open(&set_path)?;
+            set.set_modified(time)
+        });
+    written.expect("OUT_DIR keeps times");
     buffa_build::Config::new()
         .files(&[&file])
         .descriptor_set(&set_path)

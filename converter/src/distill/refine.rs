@@ -32,7 +32,7 @@ const SHARE: f64 = 0.99;
 /// Work, in that of the first time.
 const TIMES: f64 = 6.0;
 /// Steps that a site gets at most, in those of the first time.
-const MOST: f64 = 20.0;
+const MOST: f64 = 16.0;
 /// What is left of a site's error after so many times the steps falls about as their power of -2/3 at the sites measured.
 /// Then the whole is least where each gets steps as the power 1 / (1 + 2/3) of its error for the work of a step.
 const POWER: f64 = 0.6;
