@@ -192,6 +192,13 @@ impl<'a> Sizes<'a> {
                     declared: port.to_string(),
                     asked,
                 }),
+                (Some(Role::Packed), Some(asked)) if (asked / PACKED).pow(2) != *size => {
+                    Err(InputsError::FixedSize {
+                        name: port.name.clone(),
+                        declared: port.to_string(),
+                        asked,
+                    })
+                }
                 _ => Ok(*size),
             };
         }

@@ -436,13 +436,15 @@ fn refined_sites_are_not_refined_again_after_an_interruption() {
             };
             match stage.as_str() {
                 "refining" => drop(refining.fetch_add(1, Ordering::Relaxed)),
-                // The first is what was learned, the second what was refined, and there may be others in between.
-                "measuring what each site does to the output" => began.store(1, Ordering::Relaxed),
+                // The first is what was untrained, the second what was learned; what is measured is not measured again.
                 "running the converted model"
-                    if began.load(Ordering::Relaxed) == 1
+                    if began.fetch_add(1, Ordering::Relaxed) >= 2
                         && refining.load(Ordering::Relaxed) == begins =>
                 {
                     let _ = std::fs::remove_dir_all(&scratch);
+                }
+                "measuring what each site does to the output" => {
+                    assert_ne!(begins, 0, "what was measured is kept");
                 }
                 _ => {}
             }

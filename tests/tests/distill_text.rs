@@ -14,6 +14,7 @@ use linfusion_models::onnx::{ElementType, OnnxFile};
 use linfusion_models::random::SplitMix64;
 use linfusion_ops::schema::{Border, Window, WindowSpec};
 use linfusion_runtime::engine::{Engine, Operators, SessionOptions};
+use linfusion_runtime::inputs::raster_ids;
 use linfusion_runtime::npz;
 use linfusion_runtime::subgraph::{Cut, load, part};
 use linfusion_runtime::tensor::Tensor;
@@ -27,8 +28,11 @@ const HELD_OUT: usize = 4;
 /// Of the fixtures.
 const TEXT: usize = 9;
 
-/// Records what the model is given: the fixture's own inputs, with other numbers.
-fn record(fixture: &str, into: &Path) {
+/// Rows and columns of FLUX's image where there is more text than image.
+const SMALL: [usize; 2] = [2, 2];
+
+/// Records what the model is given: the fixture's own inputs, with other numbers, and of another image where `ids` says so.
+fn record(fixture: &str, ids: Option<[usize; 2]>, into: &Path) {
     let given = npz::read(&linfusion_models::fixtures::path(&format!(
         "{fixture}/inputs.npz"
     )));
@@ -37,11 +41,23 @@ fn record(fixture: &str, into: &Path) {
     let mut random = SplitMix64::new(5);
     for number in 0..LEARNED + HELD_OUT {
         let mut redrawn = |(name, tensor): &(String, Tensor)| {
+            let mut shape = tensor.shape().to_vec();
+            if let Some([rows, cols]) = ids {
+                match name.as_str() {
+                    "hidden_states" => shape[1] = rows * cols,
+                    "img_ids" => {
+                        let ids = raster_ids(rows, cols).map(|id| id as f32).collect();
+                        let ids = ArrayD::from_shape_vec(IxDyn(&[rows * cols, 3]), ids);
+                        return (name.clone(), Tensor::F32(ids.unwrap()));
+                    }
+                    _ => {}
+                }
+            }
             let drawn = match name.as_str() {
                 "img_ids" | "txt_ids" | "timestep" | "guidance" => tensor.clone(),
                 _ => {
-                    let shape = IxDyn(tensor.shape());
-                    let values = ArrayD::from_shape_simple_fn(shape, || random.normal() as f32);
+                    let values =
+                        ArrayD::from_shape_simple_fn(IxDyn(&shape), || random.normal() as f32);
                     Tensor::F32(values)
                 }
             };
@@ -53,8 +69,12 @@ fn record(fixture: &str, into: &Path) {
 }
 
 fn request(fixture: &str, folder: &Path) -> Request {
+    of_image(fixture, None, folder)
+}
+
+fn of_image(fixture: &str, ids: Option<[usize; 2]>, folder: &Path) -> Request {
     let inputs = folder.join("inputs");
-    record(fixture, &inputs);
+    record(fixture, ids, &inputs);
     let model = folder.join("model.onnx");
     let bytes = linfusion_models::fixtures::bytes(&format!("{fixture}/model.onnx.gz"));
     std::fs::write(&model, bytes.unwrap()).unwrap();
@@ -143,6 +163,23 @@ fn the_reported_error_is_the_graphs(#[case] fixture: &str, #[case] image: Range<
     let request = request(fixture, folder.path());
     let report = quietly(&request);
     agree(measured(&request, folder.path(), 0, image), &report, 0);
+}
+
+/// Layers that read both are read off as well where text outnumbers the image.
+#[test]
+fn more_text_than_image_is_learned() {
+    if !has_ort() {
+        return;
+    }
+    let folder = TempDir::new().unwrap();
+    let request = of_image("hybrid-flux", Some(SMALL), folder.path());
+    let report = quietly(&request);
+    let found: Vec<usize> = report.sites.iter().map(|s| s.tokens).collect();
+    assert_eq!(found, [4; 4]);
+    // The window has the whole image: half of it is right before anything is learned, and nearly all after.
+    for site in &report.sites {
+        assert!(site.after.relative < 0.5 * site.before.relative, "{site:?}");
+    }
 }
 
 /// Hybrid sites learn on in the converted model, with the windows of its own activations: the last site's error is that of

@@ -232,12 +232,14 @@ pub fn random(
             .check()
             .map_err(|e| fault(format!("'{}': {e}", port.name)))?;
         let stated = match (entry.values.shape(port), entry.shape) {
-            (Some(own), Some(other)) if own != other => {
+            (Some(own), Some(other)) if own.last_chunk::<2>() != other.last_chunk::<2>() => {
                 return Err(fault(format!(
                     "'{}': shape is {other:?}, and its rows and columns make {own:?}",
                     port.name
                 )));
             }
+            // The same ids for each image of a batch.
+            (Some(_), Some(other)) => Some(other),
             (own, stated) => own.or(stated),
         };
         let shape = shape(port, stated.as_deref()).map_err(&fault)?;
@@ -364,7 +366,7 @@ impl Distribution {
             }
             Self::Constant(value) => Box::new(move || value),
             Self::RasterIds { rows, cols } => {
-                let mut ids = raster_ids(rows, cols);
+                let mut ids = raster_ids(rows, cols).cycle();
                 Box::new(move || ids.next().unwrap_or_default())
             }
         }

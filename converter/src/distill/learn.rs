@@ -280,8 +280,12 @@ impl Work<'_> {
         work: impl Fn(&'j (&'r Ready<'t>, Method)) -> Result<R, DistillError> + Sync,
     ) -> Result<Vec<R>, DistillError> {
         let mut order: Vec<(usize, &(&Ready<'_>, Method))> = jobs.iter().enumerate().collect();
-        let size = |t: &Target| t.tokens * t.shape.dim * t.shape.dim * steps(t.site);
-        order.sort_by_key(|(_, (ready, _))| std::cmp::Reverse(size(ready.target)));
+        let schedule = &self.request.schedule;
+        let time = |(_, (ready, _)): &(usize, &(&Ready<'_>, Method))| {
+            let target = ready.target;
+            schedule.work(target.tokens, target.shape.dim) * steps(target.site) as f64
+        };
+        order.sort_by(|a, b| time(b).total_cmp(&time(a)));
         let mut done: Vec<(usize, R)> = self.pool()?.install(|| {
             order
                 .into_par_iter()

@@ -93,11 +93,8 @@ pub(super) fn capture(
     Ok(sites.into_iter().map(|s| s.map(|s| s.store)).collect())
 }
 
-/// What the window of a hybrid site gives in a converted model, if there is one.
-pub(super) fn of_hybrid(
-    converted: &Teacher<'_>,
-    target: &Target,
-) -> Result<Option<Value>, DistillError> {
+/// What the window of a hybrid site gives in a converted model.
+pub(super) fn of_hybrid(converted: &Teacher<'_>, target: &Target) -> Result<Value, DistillError> {
     let mut fed = reads(converted, target)?;
     // The linear branch's; without it the part would reach back to earlier sites.
     fed.push(converted.cut(target, &target.x.name, Whether::Open)?);
@@ -106,11 +103,17 @@ pub(super) fn of_hybrid(
     let mut nodes = nodes.graph.node.iter();
     let window = nodes.find(|n| op(n) == WINDOW_ATTENTION);
     let made = window.and_then(|n| n.output.first());
-    Ok(made.map(|name| Value {
+    let name = made.ok_or_else(|| {
+        target.fault(
+            &target.merged.name,
+            "has no window in the converted model, where the site is hybrid",
+        )
+    })?;
+    Ok(Value {
         name: name.clone(),
         layout: Layout::Tokens,
         text: target.merged.text,
-    }))
+    })
 }
 
 /// What a site's window reads.

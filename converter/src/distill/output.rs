@@ -88,8 +88,9 @@ impl Staged {
         let made = self.folder.path();
         let published = open_to_others(made).and_then(|()| std::fs::rename(made, &self.place));
         if let Err(error) = published {
-            if there {
-                std::fs::rename(&old, &self.place).map_err(failed)?;
+            if there && std::fs::rename(&old, &self.place).is_err() {
+                // Better a hidden folder left behind than a checkpoint lost.
+                let _ = aside.keep();
             }
             return Err(failed(error));
         }

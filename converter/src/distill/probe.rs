@@ -80,7 +80,7 @@ fn answers(
         .filter(|s| !s.is_empty())
         .ok_or_else(|| target.fault(&from.name, "has no known shape"))?;
     let elements: usize = shape.iter().product();
-    let batch = elements / (dim * target.tokens).max(1);
+    let batch = elements / (dim * from.all(target.tokens)).max(1);
     let dtype = DType::from_onnx(fed.element.onnx())
         .ok_or_else(|| target.fault(&from.name, "has an element type that is not supported"))?;
     let mut wanted = Vec::new();

@@ -1,5 +1,6 @@
 //! The whole way of a distillation.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -9,6 +10,7 @@ use linfusion_models::shapes::Shapes;
 use linfusion_runtime::engine::{Engine, EngineError, Session, SessionOptions};
 use linfusion_runtime::memory;
 use linfusion_runtime::pipeline::{Folder, Place};
+use sha2::{Digest, Sha256};
 
 use super::capture::{Teacher, shapes};
 use super::choose;
@@ -72,7 +74,7 @@ pub fn run(
         teacher,
         samples: &samples,
         scratch: scratch_folder(request),
-        state: State::of(&request.out, &fingerprint(request, &file)),
+        state: State::of(&request.out, &fingerprint(request, &file, engine, &samples)),
         progress,
         outputs: Default::default(),
     };
@@ -334,14 +336,37 @@ fn scratch_folder(request: &Request) -> PathBuf {
     request.scratch.clone().unwrap_or_else(std::env::temp_dir)
 }
 
+/// To be raised when the same request gives other weights than before: what is unfinished is not mixed then.
+const LEARNING: u32 = 2;
+
 /// Everything that a site's weights depend on.
-fn fingerprint(request: &Request, file: &OnnxFile) -> String {
-    let stamp = std::fs::metadata(file.path())
-        .and_then(|m| Ok((m.len(), m.modified()?)))
-        .ok();
+fn fingerprint(request: &Request, file: &OnnxFile, engine: Engine, samples: &[Sample]) -> String {
+    let stamp = |path: &Path| {
+        let stamp = std::fs::metadata(path).and_then(|m| Ok((m.len(), m.modified()?)));
+        stamp.ok()
+    };
+    let folder = file.path().parent().unwrap_or(Path::new(""));
+    let stored = file.model.graph.initializer.iter();
+    let data: BTreeSet<&str> = stored
+        .flat_map(|tensor| &tensor.external_data)
+        .filter(|entry| entry.key.as_deref() == Some("location"))
+        .filter_map(|entry| entry.value.as_deref())
+        .collect();
+    let stamps: Vec<_> = data.iter().map(|name| stamp(&folder.join(name))).collect();
+    let mut given = Sha256::new();
+    for (name, tensor) in samples.iter().flatten() {
+        given.update(name);
+        given.update(format!("{:?}", tensor.shape()));
+        for value in tensor.to_f64() {
+            given.update(value.to_le_bytes());
+        }
+    }
     format!(
-        "{:?} {stamp:?} {:?} {:?} {:?} {:?} {} {} {:?} {:?} {}",
+        "{LEARNING} {} {engine:?} {:?} {stamps:?} {:?} {:?} {:?} {:?} {:?} {:?} {} {} {:?} {:?} {}",
+        env!("CARGO_PKG_VERSION"),
+        given.finalize(),
         std::fs::canonicalize(file.path()).ok(),
+        stamp(file.path()),
         request.attention,
         request.selection.window,
         request.selection.grid,

@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use linfusion_models::checkpoint::Part;
 use linfusion_models::leftovers::{Leftover, unnamed};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView, serialize};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
 
 use super::error::DistillError;
@@ -111,7 +113,6 @@ impl State {
             path: path.clone(),
             source,
         };
-        std::fs::create_dir_all(&self.folder).map_err(failed)?;
         let report =
             serde_json::to_string(&done.report).map_err(|e| failed(std::io::Error::other(e)))?;
         let bytes: Vec<(String, Vec<u8>)> = done
@@ -136,11 +137,43 @@ impl State {
         let written = views
             .and_then(|views| serialize(views, Some(told)))
             .map_err(|e| failed(std::io::Error::other(e)))?;
+        self.write(&path, &written)
+    }
+
+    /// What [`Self::save_value`] kept for the same request.
+    pub fn load_value<T: DeserializeOwned>(&self, name: &str) -> Option<T> {
+        let bytes = std::fs::read(self.folder.join(format!("{name}.json"))).ok()?;
+        let (key, value): (String, T) = serde_json::from_slice(&bytes).ok()?;
+        (key == self.key).then_some(value)
+    }
+
+    /// Keeps what was measured.
+    ///
+    /// # Errors
+    /// As [`Self::save`].
+    pub fn save_value<T: Serialize>(&self, name: &str, value: &T) -> Result<(), DistillError> {
+        let path = self.folder.join(format!("{name}.json"));
+        let failed = |source: std::io::Error| DistillError::Write {
+            path: path.clone(),
+            source,
+        };
+        let bytes = serde_json::to_vec(&(&self.key, value));
+        let bytes = bytes.map_err(|e| failed(std::io::Error::other(e)))?;
+        self.write(&path, &bytes)
+    }
+
+    /// Writes a file of the folder, whole or not at all.
+    fn write(&self, path: &Path, bytes: &[u8]) -> Result<(), DistillError> {
+        let failed = |source: std::io::Error| DistillError::Write {
+            path: path.to_owned(),
+            source,
+        };
+        std::fs::create_dir_all(&self.folder).map_err(failed)?;
         let mut file = tempfile::NamedTempFile::new_in(&self.folder)
             .map_err(|error| failed(unnamed(error)))?;
         let _leftover = Leftover::new(file.path());
-        std::io::Write::write_all(&mut file, &written).map_err(failed)?;
-        file.persist(&path).map_err(|e| failed(e.error))?;
+        std::io::Write::write_all(&mut file, bytes).map_err(failed)?;
+        file.persist(path).map_err(|e| failed(e.error))?;
         Ok(())
     }
 

@@ -231,7 +231,7 @@ impl Value {
     /// Expected and found shape.
     pub fn matrix(&self, tensor: &Tensor, tokens: usize) -> Result<Array3<f32>, String> {
         let found = tensor.shape().to_vec();
-        let all = tokens + self.text.map_or(0, |text| text.tokens);
+        let all = self.all(tokens);
         let wrong = || format!("has shape {found:?}, not {all} tokens as {:?}", self.layout);
         let Tensor::F32(values) = tensor.cast(DType::F32) else {
             return Err(wrong());
@@ -286,7 +286,15 @@ impl Value {
             .as_standard_layout()
             .into_owned()
             .into_shape_with_order(IxDyn(shape))
-            .map_err(|_| format!("has shape {shape:?}, which is not that of {found:?}"))
+            .map_err(|_| {
+                format!("has shape {shape:?}, where one of {found:?} elements was expected")
+            })
+    }
+
+    /// How many tokens it has where the image has so many.
+    #[must_use]
+    pub fn all(&self, tokens: usize) -> usize {
+        tokens + self.text.map_or(0, |text| text.tokens)
     }
 
     /// Where the image's tokens lie among all.

@@ -27,22 +27,27 @@ const TOKENS: usize = 256;
 impl Default for Schedule {
     fn default() -> Self {
         Self {
-            steps: USUAL,
+            steps: 300,
             learning_rate: 5e-3,
             batch: None,
         }
     }
 }
 
-/// Steps unless told otherwise, up to which the learning rate is what it is said to be.
-const USUAL: usize = 300;
+/// Steps up to which the learning rate is what it is said to be.
+const SHORT: usize = 300;
 
 impl Schedule {
     /// The learning rate at the first step: lower as the root of the steps, so that more of them come to rest in finer detail.
     /// (At the sites measured 5e-3 serves 300 steps best, and 1.2e-3 to 2.5e-3 2,000.)
     #[must_use]
     pub fn rate(&self) -> f64 {
-        self.learning_rate * (USUAL as f64 / self.steps.max(USUAL) as f64).sqrt()
+        self.learning_rate * (SHORT as f64 / self.steps.max(SHORT) as f64).sqrt()
+    }
+
+    /// About what a step at a site takes: its layers' products.
+    pub(super) fn work(&self, tokens: usize, dim: usize) -> f64 {
+        (self.images(tokens) * tokens) as f64 * (dim * dim) as f64
     }
 
     /// Images of a batch at a site of so many tokens.
@@ -418,7 +423,7 @@ mod tests {
         }
     }
 
-    const SHORT: Schedule = Schedule {
+    const QUICK: Schedule = Schedule {
         steps: 100,
         learning_rate: 5e-3,
         batch: Some(4),
@@ -431,7 +436,7 @@ mod tests {
         let stores = lesson(folder.path(), &student(&layers));
         let activations = activations(folder.path(), &stores);
         let student = student(&layers);
-        let fitted = fit(&student, &activations, &SHORT, 1, &Device::Cpu, &|_| {}).unwrap();
+        let fitted = fit(&student, &activations, &QUICK, 1, &Device::Cpu, &|_| {}).unwrap();
         // Outputs are kept in half precision: half of the last of 11 bits, squared.
         let rounding = 2.0_f64.powi(-24);
         assert!(fitted.before.relative < rounding, "{fitted:?}");
@@ -452,8 +457,8 @@ mod tests {
             let steps = std::cell::Cell::new(0);
             let student = student(&begin);
             let tick = |n| steps.set(steps.get() + n);
-            let fitted = fit(&student, &activations, &SHORT, seed, &Device::Cpu, &tick).unwrap();
-            assert_eq!(steps.get(), SHORT.steps);
+            let fitted = fit(&student, &activations, &QUICK, seed, &Device::Cpu, &tick).unwrap();
+            assert_eq!(steps.get(), QUICK.steps);
             fitted
         };
         let first = learn(5);
@@ -464,5 +469,19 @@ mod tests {
         assert_eq!(first, learn(5));
         assert_ne!(first.weights, learn(6).weights);
         assert!(first.after.unexplained > first.after.relative);
+    }
+
+    #[test]
+    fn many_steps_begin_at_a_lower_rate() {
+        let rate = |steps| {
+            let schedule = Schedule {
+                steps,
+                learning_rate: 0.5,
+                ..QUICK
+            };
+            schedule.rate()
+        };
+        assert_eq!([0, 1, 300].map(rate), [0.5; 3]);
+        assert_eq!(rate(1200), 0.25);
     }
 }

@@ -85,7 +85,7 @@ impl Footprint {
                     let element = shapes.fact(name).element;
                     element.is_some_and(widened)
                 });
-                shapes.inside(node) * if takes_halves { 2 } else { 1 }
+                (shapes.inside(node)).saturating_mul(if takes_halves { 2 } else { 1 })
             }
         };
         let given = graph.input.iter().filter_map(|v| v.name.as_deref());

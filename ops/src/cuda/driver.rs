@@ -182,8 +182,8 @@ fn is_present() -> bool {
     present
 }
 
-/// What a driver's library is called.
-const DRIVERS: [&str; 3] = ["libcuda.so", "libcuda.so.1", "nvcuda.dll"];
+/// What a driver's library is called: of cudarc's names for it, those in use.
+const DRIVERS: [&str; 2] = ["libcuda.so", "libcuda.so.1"];
 
 fn error_text(result: CUresult, of: unsafe fn(CUresult, *mut *const c_char) -> CUresult) -> String {
     let mut text = ptr::null();

@@ -4,10 +4,10 @@
 use candle_core::{CpuStorage, CustomOp2, Error, Layout, Result, Shape, Tensor};
 use ndarray::linalg::general_mat_mul;
 use ndarray::{
-    Array1, Array3, Array4, ArrayView1, ArrayView2, ArrayView3, ArrayView4, Axis, Zip, s,
+    Array1, Array3, Array4, ArrayView1, ArrayView2, ArrayView3, ArrayView4, Axis, Ix3, Ix4, Zip, s,
 };
 
-use super::{values, with};
+use super::{values, view, with};
 
 /// How rows of tokens are cut: `[samples · N, heads · D]`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,12 +55,12 @@ struct Sizes {
 }
 
 impl Sizes {
-    fn rows(self) -> [usize; 3] {
-        [self.samples, self.tokens, self.heads * self.width]
+    fn rows(self) -> Ix3 {
+        Ix3(self.samples, self.tokens, self.heads * self.width)
     }
 
-    fn state(self) -> [usize; 4] {
-        [self.samples, self.heads, self.width, self.width + 1]
+    fn state(self) -> Ix4 {
+        Ix4(self.samples, self.heads, self.width, self.width + 1)
     }
 
     /// Each sample and head, with the columns of the head.
@@ -74,11 +74,11 @@ impl Sizes {
 }
 
 fn rows(values: &[f32], sizes: Sizes) -> Result<ArrayView3<'_, f32>> {
-    ArrayView3::from_shape(sizes.rows(), values).map_err(Error::wrap)
+    view(values, sizes.rows())
 }
 
 fn states(values: &[f32], sizes: Sizes) -> Result<ArrayView4<'_, f32>> {
-    ArrayView4::from_shape(sizes.state(), values).map_err(Error::wrap)
+    view(values, sizes.state())
 }
 
 impl CustomOp2 for State {

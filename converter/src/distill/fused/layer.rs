@@ -3,7 +3,7 @@
 
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor};
 use ndarray::linalg::general_mat_mul;
-use ndarray::{Array2, ArrayView2, Axis};
+use ndarray::{Array2, ArrayView2, Axis, Ix2};
 
 use super::{values, view, with};
 
@@ -37,7 +37,11 @@ fn gradients(rows: &Tensor, weight: &Tensor, gradient: &Tensor) -> Result<[Optio
     let (r, i) = rows.dims2()?;
     let (o, _) = weight.dims2()?;
     let made = with([rows, weight, gradient], |[x, w, g]| {
-        let (x, w, g) = (view(x, [r, i])?, view(w, [o, i])?, view(g, [r, o])?);
+        let (x, w, g) = (
+            view(x, Ix2(r, i))?,
+            view(w, Ix2(o, i))?,
+            view(g, Ix2(r, o))?,
+        );
         let of_rows = rows.track_op().then(|| product(g, w));
         let of_weight = weight.track_op().then(|| product(g.t(), x));
         Ok::<_, candle_core::Error>([of_rows, of_weight])
@@ -63,8 +67,8 @@ impl CustomOp2 for Product {
     ) -> Result<(CpuStorage, Shape)> {
         let (r, i) = rows_layout.shape().dims2()?;
         let (o, _) = weight_layout.shape().dims2()?;
-        let rows = view(values(rows, rows_layout)?, [r, i])?;
-        let weight = view(values(weight, weight_layout)?, [o, i])?;
+        let rows = view(values(rows, rows_layout)?, Ix2(r, i))?;
+        let weight = view(values(weight, weight_layout)?, Ix2(o, i))?;
         Ok(stored(product(rows, weight.t())))
     }
 
@@ -96,9 +100,9 @@ impl CustomOp3 for Linear {
     ) -> Result<(CpuStorage, Shape)> {
         let (r, i) = rows_layout.shape().dims2()?;
         let (o, _) = weight_layout.shape().dims2()?;
-        let rows = view(values(rows, rows_layout)?, [r, i])?;
-        let weight = view(values(weight, weight_layout)?, [o, i])?;
-        let bias = view(values(bias, bias_layout)?, [1, o])?;
+        let rows = view(values(rows, rows_layout)?, Ix2(r, i))?;
+        let weight = view(values(weight, weight_layout)?, Ix2(o, i))?;
+        let bias = view(values(bias, bias_layout)?, Ix2(1, o))?;
         let mut made = Array2::zeros((r, o));
         made.assign(&bias);
         general_mat_mul(1.0, &rows, &weight.t(), 1.0, &mut made);
@@ -114,9 +118,9 @@ impl CustomOp3 for Linear {
         gradient: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let [of_rows, of_weight] = gradients(rows, weight, gradient)?;
-        let dims = gradient.dims2()?;
+        let (r, o) = gradient.dims2()?;
         let of_bias = with([gradient], |[g]| {
-            Ok::<_, candle_core::Error>(view(g, dims.into())?.sum_axis(Axis(0)))
+            Ok::<_, candle_core::Error>(view(g, Ix2(r, o))?.sum_axis(Axis(0)))
         })??;
         let of_bias = Tensor::from_vec(of_bias.to_vec(), bias.shape(), bias.device())?;
         Ok((of_rows, of_weight, Some(of_bias)))

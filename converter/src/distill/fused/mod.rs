@@ -6,7 +6,7 @@ mod layer;
 mod rows;
 
 use candle_core::{CpuStorage, Error, Layout, Result, Storage, Tensor};
-use ndarray::ArrayView2;
+use ndarray::{ArrayView, Dimension};
 
 pub(super) use self::attention::Cut;
 use self::attention::{Attend, State};
@@ -142,9 +142,16 @@ fn values<'s>(storage: &'s CpuStorage, layout: &Layout) -> Result<&'s [f32]> {
         .ok_or_else(|| Error::Msg("a tensor is not contiguous".to_owned()))
 }
 
-/// `values` as a matrix.
-fn view(values: &[f32], shape: [usize; 2]) -> Result<ArrayView2<'_, f32>> {
-    ArrayView2::from_shape(shape, values).map_err(Error::wrap)
+/// `values` as an array of so many elements, neither more nor fewer.
+fn view<D: Dimension>(values: &[f32], shape: D) -> Result<ArrayView<'_, f32, D>> {
+    if values.len() != shape.size() {
+        return Err(Error::Msg(format!(
+            "{} elements are not {:?}",
+            values.len(),
+            shape.slice()
+        )));
+    }
+    ArrayView::from_shape(shape, values).map_err(Error::wrap)
 }
 
 /// Runs `work` on the values of tensors, which are made contiguous.
@@ -289,9 +296,28 @@ mod tests {
     #[test]
     fn what_does_not_fit_is_an_error() {
         let mut random = SplitMix64::new(7);
-        let (q, v) = (var(&mut random, &[8, 6]), var(&mut random, &[7, 6]));
-        assert!(state(&q, &v, CUT).is_err());
-        assert!(linear(&q, &var(&mut random, &[5, 4]), None).is_err());
+        let q = var(&mut random, &[8, 6]);
+        for rows in [7, 9, 10] {
+            let other = var(&mut random, &[rows, 6]);
+            assert!(state(&q, &other, CUT).is_err());
+            assert!(squared_error(&q, &other).is_err());
+        }
+        for inner in [4, 7] {
+            let weight = var(&mut random, &[5, inner]);
+            let bias = var(&mut random, &[5]);
+            assert!(linear(&q, &weight, None).is_err());
+            assert!(linear(&q, &weight, Some(&bias)).is_err());
+            let norm = var(&mut random, &[inner]);
+            assert!(hidden(&q, &norm, &norm).is_err());
+        }
+        for width in [1, 3] {
+            let states = var(&mut random, &[2, 3, width, width + 1]);
+            assert!(attend(&q, &states, CUT, 0.5).is_err());
+        }
+        for outputs in [4, 6] {
+            let bias = var(&mut random, &[outputs]);
+            assert!(linear(&q, &var(&mut random, &[5, 6]), Some(&bias)).is_err());
+        }
         let odd = Cut {
             samples: 3,
             heads: 3,

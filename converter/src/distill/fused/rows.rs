@@ -1,6 +1,8 @@
 //! What is done to each row alone: activations, norms, and the error of the output.
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor};
+use candle_core::{
+    CpuStorage, CustomOp1, CustomOp2, CustomOp3, Error, Layout, Result, Shape, Tensor,
+};
 
 use super::{NORM_EPS, SLOPE, values, with};
 
@@ -23,7 +25,9 @@ impl CustomOp1 for Features {
         // Below 1 the output is exp(u), its own derivative.
         let made = with([out, gradient], |[out, gradient]| {
             let pairs = out.iter().zip(gradient);
-            pairs.map(|(o, g)| o.min(1.0) * g).collect::<Vec<f32>>()
+            // `f32::min` would make 1 of NaN.
+            let slope = |o: f32| if o > 1.0 { 1.0 } else { o };
+            pairs.map(|(o, g)| slope(*o) * g).collect::<Vec<f32>>()
         })?;
         Tensor::from_vec(made, out.shape(), out.device()).map(Some)
     }
@@ -41,6 +45,13 @@ impl CustomOp2 for SquaredError {
         target: &CpuStorage,
         target_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
+        if out_layout.shape() != target_layout.shape() {
+            return Err(Error::Msg(format!(
+                "an output of {:?} has no error to {:?}",
+                out_layout.shape(),
+                target_layout.shape()
+            )));
+        }
         let out = values(out, out_layout)?.iter();
         let pairs = out.zip(values(target, target_layout)?);
         let sum: f64 = pairs.map(|(o, t)| f64::from((o - t) * (o - t))).sum();
@@ -87,6 +98,14 @@ impl CustomOp3 for Hidden {
         bias_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let (weight, bias) = (values(weight, weight_layout)?, values(bias, bias_layout)?);
+        let (_, width) = rows_layout.shape().dims2()?;
+        if width != weight.len() || width != bias.len() {
+            return Err(Error::Msg(format!(
+                "rows of {width} have a norm of {} and {}",
+                weight.len(),
+                bias.len()
+            )));
+        }
         let mut made = values(rows, rows_layout)?.to_vec();
         for row in made.chunks_mut(weight.len().max(1)) {
             let (mean, scale) = moments(row);

@@ -1,5 +1,6 @@
 //! What happens on SIGINT, SIGTERM and SIGHUP: the program ends at once, and leaves no temporary files, or it stops when it may.
 
+use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use linfusion_models::leftovers;
@@ -19,7 +20,11 @@ pub fn handle() -> miette::Result<()> {
         // The second time it means it, even in the middle of a step.
         let again = ASKED.swap(true, Ordering::SeqCst);
         if MAY_WAIT.load(Ordering::SeqCst) && !again {
-            eprintln!("stopping after this step; Ctrl-C again stops at once");
+            // Nobody may be there to read it, as after SIGHUP.
+            let _ = writeln!(
+                std::io::stderr(),
+                "stopping after this step; Ctrl-C again stops at once"
+            );
             return;
         }
         leftovers::remove_all();
