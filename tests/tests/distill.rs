@@ -1,5 +1,6 @@
 //! Distillation from end to end, on models of two small attentions over an image.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -308,6 +309,15 @@ fn weights_are_learned_and_the_model_converts_with_them() {
     );
     let conversion = convert(&conversion, &mut |_| {}).unwrap();
     assert_eq!(conversion.converted, 2);
+    // Whoever may read the one file may read the other.
+    let mode = |name: &str| {
+        let file = std::fs::metadata(request.out.join(name)).unwrap();
+        file.permissions().mode()
+    };
+    assert_eq!(
+        mode("diffusion_pytorch_model.safetensors"),
+        mode("config.json")
+    );
     let plot = std::fs::read_to_string(folder.path().join("losses.svg")).unwrap();
     assert!(plot.contains("<svg") && plot.contains("polyline"));
     assert_eq!(
@@ -647,6 +657,10 @@ fn what_cannot_be_done_is_said_before_work_begins() {
     refused(&|r| r.samples = 0, "--samples");
     refused(&|r| r.holdout = 0, "--holdout");
     refused(&|r| r.schedule.batch = Some(0), "--batch");
+    refused(
+        &|r| r.plot = Some(PathBuf::from("nowhere/losses.svg")),
+        "nowhere/losses.svg",
+    );
     refused(&|r| r.schedule.learning_rate = f64::NAN, "--lr");
     refused(&|r| r.disk_budget = 1000, "--disk-budget");
     refused(&|r| r.out = folder.path().join("no/where"), "where");

@@ -7,7 +7,6 @@ use linfusion_models::onnx::ReadError;
 use linfusion_runtime::engine::EngineError;
 use linfusion_runtime::npz::NpzError;
 use linfusion_runtime::pipeline::PipelineError;
-use linfusion_runtime::plot::PlotError;
 use linfusion_runtime::subgraph::PartError;
 
 use super::graph::GraphError;
@@ -125,9 +124,6 @@ pub enum DistillError {
         /// What the operating system said.
         r#source: std::io::Error,
     },
-    /// A plot cannot be drawn.
-    #[error(transparent)]
-    Plot(#[from] PlotError),
     /// The weights cannot be written as a checkpoint, or read back.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),

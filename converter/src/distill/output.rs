@@ -27,6 +27,19 @@ pub(super) fn check(place: &Path, overwrite: Overwrite) -> Result<(), DistillErr
     scratch_beside(place).map(drop)
 }
 
+/// # Errors
+/// The folder of a file that is to be written takes none.
+pub(super) fn check_file(place: &Path) -> Result<(), DistillError> {
+    let found = match place.is_dir() {
+        true => Err(std::io::Error::from(std::io::ErrorKind::IsADirectory)),
+        false => tempfile::tempfile_in(around(place)).map(drop),
+    };
+    found.map_err(|source| DistillError::Write {
+        path: place.to_owned(),
+        source,
+    })
+}
+
 fn scratch_beside(place: &Path) -> Result<TemporaryFolder, DistillError> {
     TemporaryFolder::within(around(place), &hidden()).map_err(|source| DistillError::Write {
         path: place.to_owned(),

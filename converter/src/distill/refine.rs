@@ -31,7 +31,7 @@ const LOOKS: usize = 4;
 /// Share of the whole error that the sites which learn on make up.
 const SHARE: f64 = 0.99;
 /// Work, in that of the first time.
-const TIMES: f64 = 4.5;
+const TIMES: f64 = 5.0;
 /// Steps that a site gets at most, in those of the first time.
 const MOST: f64 = 16.0;
 /// Steps are a multiple of this, so that the last digits of a measurement do not decide, and a site that would get none stays

@@ -43,6 +43,9 @@ pub fn run(
     memory::reset_peak();
     check(request)?;
     output::check(&request.out, request.overwrite)?;
+    if let Some(plot) = &request.plot {
+        output::check_file(plot)?;
+    }
     let path = model_path(&request.model)?;
     let file = OnnxFile::open(&path)?;
     let model = path.display().to_string();
@@ -129,7 +132,7 @@ pub fn run(
         .map(|site| site.done.report)
         .collect();
     let warnings = doubts(&sites, &best.end_to_end);
-    let report = Report {
+    let mut report = Report {
         model,
         output: request.out.display().to_string(),
         engine: engine.to_string(),
@@ -150,7 +153,10 @@ pub fn run(
         warnings,
     };
     if let Some(path) = &request.plot {
-        super::plot::write(&report, path)?;
+        // The weights are there, and what is to be told of them is not lost for a picture.
+        if let Err(error) = super::plot::write(&report, path) {
+            report.warnings.push(error.to_string());
+        }
     }
     Ok(report)
 }

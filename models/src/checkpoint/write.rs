@@ -60,7 +60,11 @@ pub fn write_folder(folder: &Path, modules: &[NewModule]) -> Result<(), Checkpoi
         .map_err(|e| io(&tensors_path, std::io::Error::other(e)))?;
     let forms: Vec<CheckpointModule> = modules.iter().map(|m| m.form.clone()).collect();
     let config_path = folder.join(CONFIG);
-    std::fs::write(&config_path, config_json(&forms)).map_err(|e| io(&config_path, e))
+    std::fs::write(&config_path, config_json(&forms)).map_err(|e| io(&config_path, e))?;
+    // The library keeps its files to their owner; who may read the one may read the other.
+    std::fs::metadata(&config_path)
+        .and_then(|config| std::fs::set_permissions(&tensors_path, config.permissions()))
+        .map_err(|e| io(&tensors_path, e))
 }
 
 pub(super) fn config_json(modules: &[CheckpointModule]) -> String {

@@ -269,6 +269,8 @@ fn source(how: &HowArgs, model: &Path) -> Result<Source, Failure> {
         (_, Some(spec), _) => Ok(Source::Random(spec.clone())),
         (.., Some(folder)) => Ok(pipeline(folder)),
         _ if model.is_dir() => Ok(pipeline(model)),
+        // Told when it is opened.
+        _ if !model.exists() => Ok(pipeline(model)),
         _ => Err(Failure::new(
             2,
             format!(
