@@ -65,21 +65,6 @@ pub(super) enum Whether {
     Open,
 }
 
-/// The shapes that a model has on samples.
-pub(super) fn shapes(file: &OnnxFile, samples: &[Sample]) -> Shapes {
-    let sizes: Vec<(&str, Vec<i64>)> = samples
-        .first()
-        .into_iter()
-        .flatten()
-        .map(|(name, t)| {
-            let shape = t.shape().iter().map(|d| *d as i64).collect();
-            (name.as_str(), shape)
-        })
-        .collect();
-    let given: Vec<(&str, &[i64])> = sizes.iter().map(|(n, s)| (*n, s.as_slice())).collect();
-    Shapes::at(&file.model, &|t| file.tensor_bytes(t).ok(), &given)
-}
-
 /// Names a sample in messages.
 pub(super) fn sample_name(index: usize) -> String {
     format!("sample {}", index + 1)

@@ -8,9 +8,10 @@ use std::sync::Arc;
 
 use linfusion_models::onnx::OnnxFile;
 use linfusion_runtime::engine::{Operators, SessionOptions};
+use linfusion_runtime::subgraph;
 use serde::{Deserialize, Serialize};
 
-use super::capture::{Teacher, capture, groups, shapes};
+use super::capture::{Teacher, capture, groups};
 use super::choose::effects;
 use super::error::DistillError;
 use super::learn::{Learned, Ready, Work};
@@ -205,7 +206,7 @@ impl Work<'_> {
         let runs = if missing.is_empty() { 1 } else { 2 };
         self.begin("running the converted model", runs * self.samples.len());
         let tick = || self.advance(1);
-        let shapes = shapes(&file, self.samples);
+        let shapes = subgraph::shapes(&file, self.samples.first().map_or(&[], Vec::as_slice));
         let options = SessionOptions {
             operators: Operators::InProcess,
             ..self.teacher.options.clone()
@@ -227,9 +228,8 @@ impl Work<'_> {
         let windows = near.iter().zip(&targets);
         let windows = windows.filter_map(|(value, target)| Some((*target, value.as_ref()?)));
         let inputs = targets.iter().map(|t| (*t, &t.x));
-        let inputs: Vec<_> = inputs.chain(windows).collect();
-        let inputs = capture(&student, &inputs, self.samples, &self.scratch, &tick)?;
-        let mut inputs = inputs;
+        let wanted: Vec<_> = inputs.chain(windows).collect();
+        let mut inputs = capture(&student, &wanted, self.samples, &self.scratch, &tick)?;
         let mut windows = inputs.split_off(targets.len()).into_iter();
         let values: Vec<_> = missing.iter().map(|t| (*t, &t.merged)).collect();
         let mut fresh: HashMap<usize, Arc<Store>> = HashMap::new();

@@ -5,14 +5,15 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use candle_core::Device;
-use linfusion_models::onnx::OnnxFile;
+use linfusion_models::onnx::{ExternalRef, OnnxFile, is_external};
 use linfusion_models::shapes::Shapes;
 use linfusion_runtime::engine::{Engine, EngineError, Session, SessionOptions};
 use linfusion_runtime::memory;
 use linfusion_runtime::pipeline::{Folder, Place};
+use linfusion_runtime::subgraph;
 use sha2::{Digest, Sha256};
 
-use super::capture::{Teacher, shapes};
+use super::capture::Teacher;
 use super::choose;
 use super::end_to_end::Whole;
 use super::error::{DistillError, learning};
@@ -59,7 +60,7 @@ pub fn run(
     let options = SessionOptions::default();
     progress(Progress::Note(format!("the original runs on {engine}")));
     let samples = samples(request, &path, engine, &options, progress)?;
-    let shapes = shapes(&file, &samples);
+    let shapes = subgraph::shapes(&file, samples.first().map_or(&[], Vec::as_slice));
     let teacher = Teacher {
         file: &file,
         shapes: &shapes,
@@ -353,10 +354,9 @@ fn fingerprint(request: &Request, file: &OnnxFile, engine: Engine, samples: &[Sa
     };
     let folder = file.path().parent().unwrap_or(Path::new(""));
     let stored = file.model.graph.initializer.iter();
-    let data: BTreeSet<&str> = stored
-        .flat_map(|tensor| &tensor.external_data)
-        .filter(|entry| entry.key.as_deref() == Some("location"))
-        .filter_map(|entry| entry.value.as_deref())
+    let data: BTreeSet<String> = stored
+        .filter(|tensor| is_external(tensor))
+        .filter_map(|tensor| Some(ExternalRef::of(tensor).ok()?.location))
         .collect();
     let stamps: Vec<_> = data.iter().map(|name| stamp(&folder.join(name))).collect();
     let mut given = Sha256::new();

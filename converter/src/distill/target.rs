@@ -256,10 +256,12 @@ impl Value {
         if matrix.shape().get(1) != Some(&all) {
             return Err(wrong());
         }
-        Ok(matrix
-            .slice(s![.., self.of_image(tokens), ..])
-            .as_standard_layout()
-            .into_owned())
+        let image = matrix.slice_move(s![.., self.of_image(tokens), ..]);
+        // Copies what is not in order already, and nothing else.
+        match image.is_standard_layout() {
+            true => Ok(image),
+            false => Ok(image.as_standard_layout().into_owned()),
+        }
     }
 
     /// The inverse of [`Self::matrix`]: a tensor of `shape`, which the value has; text is zero there.

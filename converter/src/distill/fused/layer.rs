@@ -1,7 +1,7 @@
 //! Products of matrices, by ndarray. candle's own ask the system how many cores it has at each product, which on Linux is
 //! a reading of `/proc/cpuinfo`: a third of the time of a step of learning on two cores, more where there are more.
 
-use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, Error, Layout, Result, Shape, Tensor};
 use ndarray::linalg::general_mat_mul;
 use ndarray::{Array2, ArrayView2, Axis, Ix2};
 
@@ -19,6 +19,12 @@ fn product(a: ArrayView2<'_, f32>, b: ArrayView2<'_, f32>) -> Array2<f32> {
     made
 }
 
+/// A stored matrix.
+fn matrix<'s>(storage: &'s CpuStorage, layout: &Layout) -> Result<ArrayView2<'s, f32>> {
+    let (rows, columns) = layout.shape().dims2()?;
+    view(values(storage, layout)?, Ix2(rows, columns))
+}
+
 fn stored(made: Array2<f32>) -> (CpuStorage, Shape) {
     let shape = Shape::from(made.dim());
     (CpuStorage::F32(made.into_raw_vec_and_offset().0), shape)
@@ -30,6 +36,18 @@ fn tensor(made: Array2<f32>, like: &Tensor) -> Result<Tensor> {
         like.shape(),
         like.device(),
     )
+}
+
+/// ndarray panics where a product has no sense.
+fn fit(rows: &ArrayView2<'_, f32>, weight: &ArrayView2<'_, f32>) -> Result<()> {
+    match rows.ncols() == weight.ncols() {
+        true => Ok(()),
+        false => Err(Error::Msg(format!(
+            "rows of {} have no layer of {:?}",
+            rows.ncols(),
+            weight.dim()
+        ))),
+    }
 }
 
 /// The gradients of `rows` and `weight`; none for what is not learned, as a model's activations.
@@ -44,7 +62,7 @@ fn gradients(rows: &Tensor, weight: &Tensor, gradient: &Tensor) -> Result<[Optio
         );
         let of_rows = rows.track_op().then(|| product(g, w));
         let of_weight = weight.track_op().then(|| product(g.t(), x));
-        Ok::<_, candle_core::Error>([of_rows, of_weight])
+        Ok::<_, Error>([of_rows, of_weight])
     })??;
     let [of_rows, of_weight] = made;
     Ok([
@@ -65,10 +83,8 @@ impl CustomOp2 for Product {
         weight: &CpuStorage,
         weight_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let (r, i) = rows_layout.shape().dims2()?;
-        let (o, _) = weight_layout.shape().dims2()?;
-        let rows = view(values(rows, rows_layout)?, Ix2(r, i))?;
-        let weight = view(values(weight, weight_layout)?, Ix2(o, i))?;
+        let (rows, weight) = (matrix(rows, rows_layout)?, matrix(weight, weight_layout)?);
+        fit(&rows, &weight)?;
         Ok(stored(product(rows, weight.t())))
     }
 
@@ -98,13 +114,10 @@ impl CustomOp3 for Linear {
         bias: &CpuStorage,
         bias_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let (r, i) = rows_layout.shape().dims2()?;
-        let (o, _) = weight_layout.shape().dims2()?;
-        let rows = view(values(rows, rows_layout)?, Ix2(r, i))?;
-        let weight = view(values(weight, weight_layout)?, Ix2(o, i))?;
-        let bias = view(values(bias, bias_layout)?, Ix2(1, o))?;
-        let mut made = Array2::zeros((r, o));
-        made.assign(&bias);
+        let (rows, weight) = (matrix(rows, rows_layout)?, matrix(weight, weight_layout)?);
+        fit(&rows, &weight)?;
+        let mut made = Array2::zeros((rows.nrows(), weight.nrows()));
+        made.assign(&view(values(bias, bias_layout)?, Ix2(1, weight.nrows()))?);
         general_mat_mul(1.0, &rows, &weight.t(), 1.0, &mut made);
         Ok(stored(made))
     }
@@ -120,7 +133,7 @@ impl CustomOp3 for Linear {
         let [of_rows, of_weight] = gradients(rows, weight, gradient)?;
         let (r, o) = gradient.dims2()?;
         let of_bias = with([gradient], |[g]| {
-            Ok::<_, candle_core::Error>(view(g, Ix2(r, o))?.sum_axis(Axis(0)))
+            Ok::<_, Error>(view(g, Ix2(r, o))?.sum_axis(Axis(0)))
         })??;
         let of_bias = Tensor::from_vec(of_bias.to_vec(), bias.shape(), bias.device())?;
         Ok((of_rows, of_weight, Some(of_bias)))
