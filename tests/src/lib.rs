@@ -5,9 +5,12 @@ pub mod digits;
 use std::path::{Path, PathBuf};
 
 use linfusion_convert::convert::{Request, WeightsFrom};
+use linfusion_convert::distill;
+use linfusion_convert::plan::Selection;
 use linfusion_models::checkpoint::synth::{SynthModule, SynthOptions, write_checkpoint};
 use linfusion_models::checkpoint::{MlpWidth, SiteAttention};
 use linfusion_models::onnx::OnnxFile;
+use linfusion_models::onnx::write::Overwrite;
 use linfusion_runtime::engine::{Engine, Operators, Session, SessionOptions, library};
 use linfusion_runtime::tensor::Tensor;
 
@@ -21,6 +24,31 @@ pub fn unpack(name: &str, folder: &Path) -> std::io::Result<PathBuf> {
     let path = folder.join(stem);
     std::fs::write(&path, linfusion_models::fixtures::bytes(name)?)?;
     Ok(path)
+}
+
+/// A request that learns from `source` into `linfusion` in `folder`, where `model` is, quickly and without refinement.
+#[must_use]
+pub fn distillation(folder: &Path, model: PathBuf, source: distill::Source) -> distill::Request {
+    distill::Request {
+        model,
+        out: folder.join("linfusion"),
+        source,
+        samples: 8,
+        holdout: 4,
+        schedule: distill::Schedule::default(),
+        mid: distill::Mid::Auto,
+        selection: Selection::default(),
+        attention: distill::Attention::Planned,
+        refinement: distill::Refinement::Never,
+        end_to_end: None,
+        budget: None,
+        plot: None,
+        seed: 0,
+        disk_budget: 1 << 30,
+        scratch: Some(folder.to_owned()),
+        threads: None,
+        overwrite: Overwrite::Refuse,
+    }
 }
 
 /// A request that writes `out` with the weights given.

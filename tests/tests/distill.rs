@@ -7,11 +7,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use buffa::Message;
 use linfusion_convert::convert::{WeightsFrom, convert};
 use linfusion_convert::distill::{
-    Attention, Budget, DistillError, Mid, Progress, Refinement, Report, Request, Schedule,
-    SiteReport, Source, Together, run,
+    Attention, Budget, DistillError, Progress, Refinement, Report, Request, Schedule, SiteReport,
+    Source, Together, run,
 };
 use linfusion_convert::patterns::Patterns;
-use linfusion_convert::plan::{Method, Selection};
+use linfusion_convert::plan::Method;
 use linfusion_convert::verify::compare_weights;
 use linfusion_models::checkpoint::{Checkpoint, MlpWidth, SiteAttention};
 use linfusion_models::onnx::make::{
@@ -209,29 +209,13 @@ fn request(folder: &Path, looks: Looks) -> Request {
     let spec = folder.join("spec.json");
     std::fs::write(&spec, SPEC).unwrap();
     Request {
-        model: model(folder, looks),
-        out: folder.join("linfusion"),
-        source: Source::Random(spec),
-        samples: 8,
-        holdout: 4,
         // Small models learn fast, and slowly at the rate of large ones.
         schedule: Schedule {
             steps: 40,
             learning_rate: 2e-2,
             ..Schedule::default()
         },
-        mid: Mid::Auto,
-        selection: Selection::default(),
-        attention: Attention::Planned,
-        refinement: Refinement::Never,
-        end_to_end: None,
-        budget: None,
-        plot: None,
-        seed: 0,
-        disk_budget: 1 << 30,
-        scratch: Some(folder.to_owned()),
-        threads: None,
-        overwrite: Overwrite::Refuse,
+        ..linfusion_tests::distillation(folder, model(folder, looks), Source::Random(spec))
     }
 }
 

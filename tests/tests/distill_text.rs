@@ -5,11 +5,8 @@ use std::path::{Path, PathBuf};
 
 use linfusion_convert::analysis::Analysis;
 use linfusion_convert::convert::{WeightsFrom, convert};
-use linfusion_convert::distill::{
-    Attention, Mid, Progress, Refinement, Report, Request, Schedule, Source, run,
-};
+use linfusion_convert::distill::{Progress, Refinement, Report, Request, Schedule, Source, run};
 use linfusion_convert::plan::{Method, Selection};
-use linfusion_models::onnx::write::Overwrite;
 use linfusion_models::onnx::{ElementType, OnnxFile};
 use linfusion_models::random::SplitMix64;
 use linfusion_ops::schema::{Border, Window, WindowSpec};
@@ -79,16 +76,12 @@ fn of_image(fixture: &str, ids: Option<[usize; 2]>, folder: &Path) -> Request {
     let bytes = linfusion_models::fixtures::bytes(&format!("{fixture}/model.onnx.gz"));
     std::fs::write(&model, bytes.unwrap()).unwrap();
     Request {
-        model,
-        out: folder.join("linfusion"),
-        source: Source::Folder(inputs),
         samples: LEARNED,
         holdout: HELD_OUT,
         schedule: Schedule {
             steps: 60,
             ..Schedule::default()
         },
-        mid: Mid::Auto,
         selection: Selection {
             window: Some(WindowSpec {
                 window: Window::Rect { rows: 3, cols: 3 },
@@ -96,16 +89,7 @@ fn of_image(fixture: &str, ids: Option<[usize; 2]>, folder: &Path) -> Request {
             }),
             ..Selection::default()
         },
-        attention: Attention::Planned,
-        refinement: Refinement::Never,
-        end_to_end: None,
-        budget: None,
-        plot: None,
-        seed: 0,
-        disk_budget: 1 << 30,
-        scratch: Some(folder.to_owned()),
-        threads: None,
-        overwrite: Overwrite::Refuse,
+        ..linfusion_tests::distillation(folder, model, Source::Folder(inputs))
     }
 }
 
