@@ -192,7 +192,7 @@ impl<'a> Sizes<'a> {
                     declared: port.to_string(),
                     asked,
                 }),
-                (Some(Role::Packed), Some(asked)) if (asked / PACKED).pow(2) != *size => {
+                (Some(Role::Packed), Some(asked)) if packed(asked) != *size => {
                     Err(InputsError::FixedSize {
                         name: port.name.clone(),
                         declared: port.to_string(),
@@ -213,7 +213,7 @@ impl<'a> Sizes<'a> {
             Some(Role::Edge) => latent,
             Some(Role::PixelEdge) => latent.saturating_mul(PIXELS_PER_LATENT),
             Some(Role::Sequence) => self.request.sequence,
-            Some(Role::Packed) => (latent / PACKED).saturating_mul(latent / PACKED),
+            Some(Role::Packed) => packed(latent),
             Some(Role::Single) => 1,
             None => {
                 return Err(InputsError::Open {
@@ -253,6 +253,11 @@ fn role(port: &Port, axis: usize, dim: &Dim) -> Option<Role> {
         (1, 0) => Some(Role::Single),
         _ => None,
     }
+}
+
+/// Tokens that a square of so many latent pixels a side is packed into.
+fn packed(latent: usize) -> usize {
+    (latent / PACKED).saturating_mul(latent / PACKED)
 }
 
 /// What ids are of.
@@ -519,6 +524,10 @@ mod tests {
             [0.0, 1.0, 2.0],
         ];
         assert_eq!(values, [raster.concat(), vec![0.0; 6]]);
+        // No size is beyond being refused.
+        let asked = usize::MAX;
+        let refused = make(&ports, &at(asked)).unwrap_err();
+        assert!(matches!(refused, InputsError::FixedSize { asked: a, .. } if a == asked));
     }
 
     #[test]

@@ -141,7 +141,7 @@ impl ImageInput {
     /// They are no whole number.
     pub fn elements(&self, side: usize) -> Result<usize, NotDivisible> {
         let scale = match self.packed {
-            true => self.scale * PACKED,
+            true => self.scale.saturating_mul(PACKED),
             false => self.scale,
         };
         match side.is_multiple_of(scale) {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use linfusion_runtime::image::{Metadata, Parameters};
 use linfusion_runtime::pipeline::{Folder, Init, Request, Size};
 use linfusion_runtime::scheduler;
-use miette::IntoDiagnostic;
+use miette::{Context, IntoDiagnostic};
 use sha2::{Digest, Sha256};
 
 use crate::failure::OrReport;
@@ -74,21 +74,24 @@ impl Origin {
     }
 }
 
-/// First digits of the SHA-256 of a component's files, as other tools give it.
+/// First digits of the SHA-256 of a component's files, one after the other in the order of their names, but for the
+/// configuration.
 fn hash(folder: &Folder, component: &str) -> miette::Result<String> {
     let model = folder.model(component).or_report()?;
     let mut hasher = Sha256::new();
     let parent = model.parent().unwrap_or(Path::new("."));
+    let unread = |path: &Path| format!("{} cannot be read", path.display());
     let mut files: Vec<PathBuf> = std::fs::read_dir(parent)
-        .into_diagnostic()?
-        .flatten()
-        .map(|e| e.path())
-        .filter(|p| p.is_file() && p.extension().is_none_or(|e| e != "json"))
-        .collect();
+        .and_then(|entries| entries.map(|e| Ok(e?.path())).collect())
+        .into_diagnostic()
+        .wrap_err_with(|| unread(parent))?;
+    files.retain(|p| p.is_file() && p.extension().is_none_or(|e| e != "json"));
     files.sort();
     for path in files {
-        let mut file = std::fs::File::open(&path).into_diagnostic()?;
-        io::copy(&mut file, &mut Hashing(&mut hasher)).into_diagnostic()?;
+        std::fs::File::open(&path)
+            .and_then(|mut file| io::copy(&mut file, &mut Hashing(&mut hasher)))
+            .into_diagnostic()
+            .wrap_err_with(|| unread(&path))?;
     }
     let digest = hasher.finalize();
     Ok(digest.iter().take(5).map(|b| format!("{b:02x}")).collect())
