@@ -10,3 +10,4 @@ pub mod onnx;
 pub mod random;
 pub mod sentencepiece;
 pub mod shapes;
+pub mod signals;

@@ -8,7 +8,7 @@ use std::process::{Child, ChildStderr, Command, Stdio};
 
 use linfusion_models::fixtures;
 use linfusion_models::fixtures::signals::{
-    end_of, handles_interrupts, interrupt, library_with_destructor, wait_until,
+    end_of, handles_hangups, handles_interrupts, interrupt, library_with_destructor, wait_until,
 };
 use linfusion_runtime::image::read;
 use support::Bench;
@@ -142,6 +142,27 @@ fn bench_ends_its_workers_and_leaves_nothing() {
     assert_eq!((code, rest.as_slice()), (Some(130), &[][..]));
     // It ends a moment after who started it.
     wait_until("the end of the worker", || is_empty(&temporary));
+}
+
+#[test]
+fn nohup_is_respected() {
+    let Some(_) = Bench::new("sd15") else {
+        return;
+    };
+    let model = fixtures::path("sd15-tiny/unet.onnx");
+    let run = "exec \"$0\" compare --engine ort --latent 192 \"$1\" \"$1\"";
+    for (before, handled) in [("", true), ("trap '' HUP; ", false)] {
+        let mut command = Command::new("sh");
+        command
+            .args(["-c", &format!("{before}{run}")])
+            .arg(env!("CARGO_BIN_EXE_linfusion-run"))
+            .arg(&model);
+        let running = Running::new(&mut command);
+        wait_until("a handler", || handles_interrupts(&running.child));
+        assert_eq!(handles_hangups(&running.child), handled, "{before}");
+        interrupt(&running.child);
+        assert_eq!(running.end().0, Some(130));
+    }
 }
 
 #[test]

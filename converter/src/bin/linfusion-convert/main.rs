@@ -26,10 +26,10 @@ use linfusion_convert::report::ConvertReport;
 use linfusion_convert::verify::{StoredWeights, Verified, VerifyError};
 use linfusion_convert::{diff, verify};
 use linfusion_models::checkpoint::Checkpoint;
-use linfusion_models::leftovers;
 use linfusion_models::onnx::text::{Elided, PrintOptions, print_model};
 use linfusion_models::onnx::write::{Overwrite, clean_up_unfinished};
 use linfusion_models::onnx::{OnnxFile, ReadError};
+use linfusion_models::{leftovers, signals};
 
 fn main() -> ExitCode {
     let filter = tracing_subscriber::EnvFilter::try_from_env("LINFUSION_LOG")
@@ -42,7 +42,7 @@ fn main() -> ExitCode {
     // Runs on a thread of its own. Without it a signal would still leave no output,
     // but perhaps a hidden scratch file. The exit runs no destructors: those of ONNX Runtime
     // would take from its threads what they still use. Reports are flushed as they are printed.
-    let handler = ctrlc::set_handler(|| {
+    let handler = signals::on_each(|| {
         clean_up_unfinished();
         leftovers::remove_all();
         #[cfg(feature = "distill")]

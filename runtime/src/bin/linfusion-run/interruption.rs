@@ -1,9 +1,9 @@
-//! What happens on SIGINT, SIGTERM and SIGHUP: the program ends at once, and leaves no temporary files, or it stops when it may.
+//! What happens on a signal that ends a program: it ends at once, and leaves no temporary files, or it stops when it may.
 
 use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use linfusion_models::leftovers;
+use linfusion_models::{leftovers, signals};
 use miette::IntoDiagnostic;
 
 /// Exit code of a run that the user stopped, as shells give it for Ctrl-C.
@@ -15,8 +15,7 @@ static ASKED: AtomicBool = AtomicBool::new(false);
 
 /// To be called once, before anything is done.
 pub fn handle() -> miette::Result<()> {
-    // Runs on a thread of its own.
-    ctrlc::set_handler(|| {
+    signals::on_each(|| {
         // The second time it means it, even in the middle of a step.
         let again = ASKED.swap(true, Ordering::SeqCst);
         if MAY_WAIT.load(Ordering::SeqCst) && !again {
