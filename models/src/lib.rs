@@ -11,3 +11,4 @@ pub mod random;
 pub mod sentencepiece;
 pub mod shapes;
 pub mod signals;
+pub mod staged;

@@ -14,7 +14,8 @@ pub fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let mut file =
         tempfile::NamedTempFile::new_in(folder.unwrap_or(Path::new("."))).map_err(unnamed)?;
     let _leftover = Leftover::new(file.path());
-    file.write_all(bytes)?;
+    // Not by way of the temporary file, whose errors have its name.
+    file.as_file_mut().write_all(bytes)?;
     file.as_file().sync_all()?;
     // What a program makes for its user is not for the user's eyes alone.
     #[cfg(unix)]

@@ -1,5 +1,6 @@
 //! Distillation from end to end, on models of two small attentions over an image.
 
+use std::fs::File;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -613,7 +614,15 @@ fn inputs_may_be_recorded() {
         ["sample", "t"],
         SIDE,
         f32::NAN,
-        &["sample 12", "blocks.0.attn1", "NaN"],
+        &["011.npz", "array 'sample'", "NaN"],
+    );
+    // Finite itself, and its square is not.
+    refused(
+        11,
+        ["sample", "t"],
+        SIDE,
+        1e30,
+        &["011.npz", "blocks.0.attn1", "NaN"],
     );
     request.samples = 9;
     let error = quietly(&request).unwrap_err().to_string();
@@ -621,6 +630,22 @@ fn inputs_may_be_recorded() {
         error.contains("12 .npz files") && error.contains("13"),
         "{error}"
     );
+}
+
+#[test]
+fn two_do_not_learn_into_one_output() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut request = request(folder.path(), Looks::Anywhere);
+    request.schedule.steps = 5;
+    let kept = folder.path().join("linfusion.unfinished");
+    std::fs::create_dir(&kept).unwrap();
+    let other = File::open(&kept).unwrap();
+    other.lock().unwrap();
+    let error = quietly(&request).unwrap_err();
+    assert!(matches!(error, DistillError::Busy { .. }), "{error}");
+    drop(other);
+    quietly(&request).unwrap();
+    assert!(!kept.exists());
 }
 
 #[test]

@@ -23,6 +23,17 @@ pub enum Layout {
     Image,
 }
 
+impl std::fmt::Display for Layout {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Layout::Tokens => "[B, N, C]",
+            Layout::Rows => "[B·N, C]",
+            Layout::ChannelsFirst => "[B, C, N] or [B, C, rows, cols]",
+            Layout::Image => "[B, rows, cols, C]",
+        })
+    }
+}
+
 /// Which columns of a tap an operand takes, `head·D + channel` in order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Columns {

@@ -65,11 +65,6 @@ pub(super) enum Whether {
     Open,
 }
 
-/// Names a sample in messages.
-pub(super) fn sample_name(index: usize) -> String {
-    format!("sample {}", index + 1)
-}
-
 /// One value of one site.
 pub(super) type Wanted<'t> = (&'t Target, &'t Value);
 
@@ -100,9 +95,11 @@ pub(super) fn capture(
         stores.push(Store::new(folder, len).map_err(scratch)?);
     }
     let mut session = teacher.part(&[], &cuts)?;
-    for (index, sample) in samples.iter().enumerate() {
-        let values: HashMap<String, Tensor> =
-            session.run(&given(&session, sample))?.into_iter().collect();
+    for sample in samples {
+        let values: HashMap<String, Tensor> = session
+            .run(&given(&session, &sample.inputs))?
+            .into_iter()
+            .collect();
         for ((target, value), store) in wanted.iter().zip(&mut stores) {
             let tensor = values
                 .get(&value.name)
@@ -114,7 +111,7 @@ pub(super) fn capture(
                 return Err(DistillError::NotFinite {
                     module: target.module.clone(),
                     value: value.name.clone(),
-                    sample: sample_name(index),
+                    sample: sample.origin.clone(),
                 });
             }
             if matrix.shape().get(2) != Some(&target.shape.dim) {
@@ -137,10 +134,10 @@ pub(super) fn capture(
     Ok(stores)
 }
 
-/// The inputs of `sample` that the session takes.
-pub(super) fn given(session: &Session, sample: &Sample) -> Sample {
+/// Those of a sample's inputs that the session takes.
+pub(super) fn given(session: &Session, inputs: &[(String, Tensor)]) -> Vec<(String, Tensor)> {
     let takes = |name: &str| session.inputs().iter().any(|p| p.name == name);
-    sample
+    inputs
         .iter()
         .filter(|(name, _)| takes(name))
         .cloned()

@@ -13,7 +13,7 @@ use linfusion_runtime::tensor::{DType, Tensor as Fed};
 use serde::{Deserialize, Serialize};
 
 use super::Request;
-use super::capture::{Teacher, sample_name};
+use super::capture::Teacher;
 use super::error::{DistillError, learning};
 use super::graph::{Program, Replaced};
 use super::inputs::{Sample, TRUTH, truths};
@@ -75,6 +75,7 @@ impl Whole {
     pub fn new(
         teacher: &Teacher<'_>,
         targets: &[Target],
+        samples: &[Sample],
         request: &Request,
         together: Together,
     ) -> Result<Self, DistillError> {
@@ -96,12 +97,12 @@ impl Whole {
         let whole = Self::of(teacher, targets, together)?;
         let truths = truths(&request.source, request.samples)?;
         let found: Option<Vec<i64>> = whole.shape_of_output(teacher).map(<[i64]>::to_vec);
-        for (index, truth) in truths.iter().enumerate() {
+        for (sample, truth) in samples.iter().zip(&truths) {
             let Some(truth) = truth else { continue };
             let dims: Vec<i64> = truth.shape().iter().map(|d| *d as i64).collect();
             if Some(&dims) != found.as_ref() {
                 return Err(DistillError::Inputs {
-                    place: sample_name(index),
+                    place: sample.origin.clone(),
                     problem: format!(
                         "array '{TRUTH}' has shape {dims:?}, and the first output has {found:?}"
                     ),
@@ -204,7 +205,7 @@ impl Whole {
         };
         let expected = held_out
             .iter()
-            .map(|sample| Ok(self.original.run(sample, &|_, x| Ok(x.clone()))?))
+            .map(|sample| Ok(self.original.run(&sample.inputs, &|_, x| Ok(x.clone()))?))
             .collect::<Result<Vec<_>, DistillError>>()?;
         let before = self.error(students, held_out, &expected)?;
         let (mut least, mut best, mut idle) = (before, all().map_err(&failed)?, 0);
@@ -216,11 +217,13 @@ impl Whole {
             let Some(sample) = samples.get(at) else { break };
             let cosine = 0.5 * (1.0 + (PI * step as f64 / steps as f64).cos());
             optimizer.set_learning_rate(self.together.learning_rate * cosine);
-            let original = self.original.run(sample, &|_, x| Ok(x.clone()))?;
+            let original = self.original.run(&sample.inputs, &|_, x| Ok(x.clone()))?;
             let truth = self.truth(at).map_err(&failed)?;
             let sites = |i: usize, x: &Tensor| self.site(students, i, x);
             let loss = |results: &[Tensor]| self.loss(results, &original, truth.as_ref());
-            let gradient = self.student.gradient(sample, &sites, &weights, &loss)?;
+            let gradient = self
+                .student
+                .gradient(&sample.inputs, &sites, &weights, &loss)?;
             optimizer.step(&gradient.by).map_err(&failed)?;
             tick(1);
             if (step + 1) % every != 0 && step + 1 != steps {
@@ -307,7 +310,7 @@ impl Whole {
         for (sample, expected) in samples.iter().zip(expected) {
             let found = self
                 .student
-                .run(sample, &|i, x| self.site(students, i, x))?;
+                .run(&sample.inputs, &|i, x| self.site(students, i, x))?;
             for (found, expected) in found.iter().zip(expected).take(self.outputs) {
                 error += (found - expected)
                     .and_then(|d| energy(&d))

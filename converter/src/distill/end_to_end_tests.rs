@@ -21,7 +21,7 @@ struct Lesson {
 /// The fixture's inputs, with other noise in each sample, and students as learning begins.
 fn lesson(together: Together) -> Lesson {
     let file = OnnxFile::open(fixtures::path("sd15-tiny/unet.onnx")).unwrap();
-    let given: Sample = npz::read(&fixtures::path("sd15-tiny/inputs.npz")).unwrap();
+    let given = npz::read(&fixtures::path("sd15-tiny/inputs.npz")).unwrap();
     let mut random = SplitMix64::new(21);
     let mut noisy = || -> Sample {
         let draw = |(name, tensor): &(String, Fed)| {
@@ -31,7 +31,10 @@ fn lesson(together: Together) -> Lesson {
             };
             (name.clone(), Fed::from_f64(values, tensor.dtype()))
         };
-        given.iter().map(draw).collect()
+        Sample {
+            origin: String::new(),
+            inputs: given.iter().map(draw).collect(),
+        }
     };
     let samples: Vec<Sample> = (0..3).map(|_| noisy()).collect();
     let sizes: Vec<(&str, Vec<i64>)> = given
@@ -56,7 +59,7 @@ fn lesson(together: Together) -> Lesson {
     };
     let mut random = SplitMix64::new(22);
     let mut student = |target: &Target| {
-        let layers = layers(&teacher, target, &samples[0]).unwrap();
+        let layers = layers(&teacher, target, &samples[0].inputs).unwrap();
         let beginning = Beginning {
             projections: &layers.projections,
             mid: Some(8),
@@ -89,14 +92,17 @@ fn the_gradient_by_segments_is_that_of_the_whole_graph() {
     } = lesson(Together::default());
     let sample = &samples[0];
     let weights: Vec<Var> = students.iter().flat_map(Student::vars).collect();
-    let original = whole.original.run(sample, &|_, x| Ok(x.clone())).unwrap();
+    let original = whole
+        .original
+        .run(&sample.inputs, &|_, x| Ok(x.clone()))
+        .unwrap();
     let sites = |i: usize, x: &Tensor| whole.site(&students, i, x);
     let loss = |results: &[Tensor]| whole.loss(results, &original, None);
     let parts = whole
         .student
-        .gradient(sample, &sites, &weights, &loss)
+        .gradient(&sample.inputs, &sites, &weights, &loss)
         .unwrap();
-    let results = whole.student.run(sample, &sites).unwrap();
+    let results = whole.student.run(&sample.inputs, &sites).unwrap();
     let at_once = loss(&results).unwrap();
     let whole = at_once.backward().unwrap();
     let at_once = f64::from(at_once.to_scalar::<f32>().unwrap());

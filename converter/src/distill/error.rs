@@ -116,6 +116,12 @@ pub enum DistillError {
         /// The output.
         path: PathBuf,
     },
+    /// Another process learns the same weights.
+    #[error("{} is in use by another process that learns weights for the same output (hint: wait for it, or choose another -o)", path.display())]
+    Busy {
+        /// Where it keeps what it has learned.
+        path: PathBuf,
+    },
     /// The output or a finished site cannot be written.
     #[error("{} cannot be written: {source}", path.display())]
     Write {

@@ -14,8 +14,14 @@ use serde_json::Value;
 
 use super::error::DistillError;
 
-/// One run's inputs, by name.
-pub type Sample = Vec<(String, Tensor)>;
+/// One run of the model.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sample {
+    /// Where it is from, for messages: a file, or how it was made.
+    pub origin: String,
+    /// The graph's inputs, by name.
+    pub inputs: Vec<(String, Tensor)>,
+}
 
 /// Where samples come from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -110,7 +116,7 @@ pub fn from_folder(
 ) -> Result<Vec<Sample>, DistillError> {
     archives(folder, count)?
         .iter()
-        .map(|path| fitting(npz::read(path)?, ports, &path.display().to_string()))
+        .map(|path| fitting(npz::read(path)?, ports, path.display().to_string()))
         .collect()
 }
 
@@ -157,23 +163,30 @@ fn archives(folder: &Path, count: usize) -> Result<Vec<PathBuf>, DistillError> {
     Ok(paths)
 }
 
-/// `sample` in the order and types of the graph's inputs.
-fn fitting(mut sample: Sample, ports: &[Port], place: &str) -> Result<Sample, DistillError> {
+/// Arrays, in the order and types of the graph's inputs.
+///
+/// # Errors
+/// One is missing, of another shape, or not finite.
+pub(super) fn fitting(
+    mut arrays: Vec<(String, Tensor)>,
+    ports: &[Port],
+    origin: String,
+) -> Result<Sample, DistillError> {
     let fault = |problem: String| DistillError::Inputs {
-        place: place.to_owned(),
+        place: origin.clone(),
         problem,
     };
     let mut taken = Vec::with_capacity(ports.len());
     for port in ports {
-        let found = sample.iter().position(|(name, _)| *name == port.name);
+        let found = arrays.iter().position(|(name, _)| *name == port.name);
         let Some(found) = found else {
-            let given: Vec<&str> = sample.iter().map(|(name, _)| name.as_str()).collect();
+            let given: Vec<&str> = arrays.iter().map(|(name, _)| name.as_str()).collect();
             return Err(fault(format!(
                 "has no array '{}' {port}; its arrays are {given:?}",
                 port.name
             )));
         };
-        let (name, tensor) = sample.swap_remove(found);
+        let (name, tensor) = arrays.swap_remove(found);
         let fits = port.shape.as_ref().is_none_or(|dims| {
             let same = |(dim, size): (&Dim, &usize)| !matches!(dim, Dim::Fixed(d) if d != size);
             dims.len() == tensor.shape().len() && dims.iter().zip(tensor.shape()).all(same)
@@ -185,9 +198,15 @@ fn fitting(mut sample: Sample, ports: &[Port], place: &str) -> Result<Sample, Di
                 tensor.shape()
             )));
         }
+        if !tensor.is_finite() {
+            return Err(fault(format!("array '{name}' has infinities or NaN")));
+        }
         taken.push((name, tensor.cast(port.dtype)));
     }
-    Ok(taken)
+    Ok(Sample {
+        origin,
+        inputs: taken,
+    })
 }
 
 /// `count` samples drawn as the file `path` says.
@@ -245,15 +264,16 @@ pub fn random(
         let shape = shape(port, stated.as_deref()).map_err(&fault)?;
         drawn.push((port, entry.values, shape));
     }
-    let sample = |_| {
-        drawn
-            .iter()
-            .map(|(port, values, shape)| {
-                let mut draws = values.draws(&mut random);
-                let array = ArrayD::from_shape_simple_fn(IxDyn(shape), &mut draws);
-                (port.name.clone(), Tensor::from_f64(array, port.dtype))
-            })
-            .collect()
+    let sample = |index| {
+        let inputs = drawn.iter().map(|(port, values, shape)| {
+            let mut draws = values.draws(&mut random);
+            let array = ArrayD::from_shape_simple_fn(IxDyn(shape), &mut draws);
+            (port.name.clone(), Tensor::from_f64(array, port.dtype))
+        });
+        Sample {
+            inputs: inputs.collect(),
+            origin: format!("sample {} drawn as {} says", index + 1, path.display()),
+        }
     };
     Ok((0..count).map(sample).collect())
 }

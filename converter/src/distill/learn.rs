@@ -165,7 +165,7 @@ impl Work<'_> {
 
     /// Images that a sample has.
     fn batch(&self) -> usize {
-        let sizes = self.samples.first().into_iter().flatten();
+        let sizes = self.samples.first().into_iter().flat_map(|s| &s.inputs);
         let mut images = sizes.filter(|(_, t)| t.shape().len() >= 3);
         images
             .next()
@@ -174,12 +174,8 @@ impl Work<'_> {
     }
 
     fn layers(&self, target: &Target) -> Result<Layers, DistillError> {
-        let empty = Sample::new();
-        layers(
-            &self.teacher,
-            target,
-            self.samples.first().unwrap_or(&empty),
-        )
+        let first = self.samples.first().map_or(&[][..], |s| &s.inputs);
+        layers(&self.teacher, target, first)
     }
 
     pub fn pool(&self) -> Result<rayon::ThreadPool, DistillError> {

@@ -36,7 +36,7 @@ pub(super) fn outputs(
     let mut session = Session::from_file(engine, path, &options)?;
     let mut outputs = Vec::with_capacity(samples.len());
     for sample in samples {
-        outputs.push(session.run(sample)?);
+        outputs.push(session.run(&sample.inputs)?);
         tick();
     }
     Ok(outputs)

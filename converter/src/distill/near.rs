@@ -74,11 +74,11 @@ pub(super) fn capture(
     let mut original = work.teacher.part(&[], &wanted)?;
     for sample in work.samples {
         let values: HashMap<String, Tensor> = original
-            .run(&given(&original, sample))?
+            .run(&given(&original, &sample.inputs))?
             .into_iter()
             .collect();
         for site in sites.iter_mut().flatten() {
-            let mut inputs = given(&site.session, sample);
+            let mut inputs = given(&site.session, &sample.inputs);
             for cut in &site.reads {
                 let value = values
                     .get(&cut.name)

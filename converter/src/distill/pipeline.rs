@@ -76,13 +76,15 @@ pub(super) fn samples(
         let wanted = OF_AN_IMAGE
             .min(asked.steps)
             .min(asked.count - samples.len());
+        let prompt = prompts.get(image % prompts.len().max(1));
+        let prompt = prompt.map_or("", String::as_str);
         let mut watch = Watch {
+            prompt,
             wanted: spread(wanted, asked.steps, &mut random),
             samples: Vec::new(),
         };
-        let prompt = prompts.get(image % prompts.len().max(1));
         let request = Request {
-            prompt: prompt.cloned().unwrap_or_default(),
+            prompt: prompt.to_owned(),
             negative: None,
             images: 1,
             seed: random.bits(),
@@ -152,12 +154,13 @@ fn spread(count: usize, steps: usize, random: &mut SplitMix64) -> Vec<usize> {
         .collect()
 }
 
-struct Watch {
+struct Watch<'a> {
+    prompt: &'a str,
     wanted: Vec<usize>,
     samples: Vec<Sample>,
 }
 
-impl Observer for Watch {
+impl Observer for Watch<'_> {
     fn progress(&mut self, _: Progress) {}
 
     fn wants_inputs(&self, step: usize, _: usize) -> bool {
@@ -165,7 +168,10 @@ impl Observer for Watch {
     }
 
     fn evaluated(&mut self, evaluated: Evaluated<'_>) {
-        self.samples.extend(evaluated.inputs);
+        self.samples.extend(evaluated.inputs.map(|inputs| Sample {
+            origin: format!("step {} of \"{}\"", evaluated.step, self.prompt),
+            inputs,
+        }));
     }
 }
 

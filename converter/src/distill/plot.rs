@@ -8,6 +8,7 @@ use plotters::prelude::*;
 use super::report::{Report, SiteReport};
 
 const SIZE: (u32, u32) = (900, 520);
+
 /// Draws the curves of all sites, on a logarithmic axis.
 ///
 /// # Errors

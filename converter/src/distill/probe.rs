@@ -8,7 +8,6 @@ use ndarray::{Array2, Array3};
 
 use super::capture::{Teacher, Whether, given};
 use super::error::DistillError;
-use super::inputs::Sample;
 use super::student::Layer;
 use super::target::{Target, Value};
 use crate::attention::plain::Columns;
@@ -29,7 +28,7 @@ pub struct Layers {
 pub fn layers(
     teacher: &Teacher<'_>,
     target: &Target,
-    sample: &Sample,
+    sample: &[(String, Tensor)],
 ) -> Result<Layers, DistillError> {
     let values: Vec<&Value> = target.operands.iter().map(|o| &o.value).collect();
     let answers = answers(teacher, target, &target.x, &values, sample)?;
@@ -66,7 +65,7 @@ fn answers(
     target: &Target,
     from: &Value,
     to: &[&Value],
-    sample: &Sample,
+    sample: &[(String, Tensor)],
 ) -> Result<HashMap<String, Array2<f32>>, DistillError> {
     let dim = target.shape.dim;
     let fed = teacher.cut(target, &from.name, Whether::Known)?;

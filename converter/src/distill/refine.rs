@@ -206,7 +206,7 @@ impl Work<'_> {
         let runs = if missing.is_empty() { 1 } else { 2 };
         self.begin("running the converted model", runs * self.samples.len());
         let tick = || self.advance(1);
-        let shapes = subgraph::shapes(&file, self.samples.first().map_or(&[], Vec::as_slice));
+        let shapes = subgraph::shapes(&file, self.samples.first().map_or(&[][..], |s| &s.inputs));
         let options = SessionOptions {
             operators: Operators::InProcess,
             ..self.teacher.options.clone()

@@ -22,7 +22,7 @@ use super::learn::{Learned, Work, modules};
 use super::output;
 use super::pipeline;
 use super::report::{Report, SiteReport, doubts, mean};
-use super::state::{State, unfinished};
+use super::state::{Claim, State, unfinished};
 use super::student::{Beginning, Student};
 use super::target::Target;
 use super::{Attention, Progress, Refinement, Request};
@@ -45,8 +45,9 @@ pub fn run(
     check(request)?;
     output::check(&request.out, request.overwrite)?;
     if let Some(plot) = &request.plot {
-        output::check_file(plot)?;
+        output::check_file(plot, request.overwrite)?;
     }
+    let claim = Claim::of(&request.out)?;
     let path = model_path(&request.model)?;
     let file = OnnxFile::open(&path)?;
     let model = path.display().to_string();
@@ -60,7 +61,7 @@ pub fn run(
     let options = SessionOptions::default();
     progress(Progress::Note(format!("the original runs on {engine}")));
     let samples = samples(request, &path, engine, &options, progress)?;
-    let shapes = subgraph::shapes(&file, samples.first().map_or(&[], Vec::as_slice));
+    let shapes = subgraph::shapes(&file, samples.first().map_or(&[][..], |s| &s.inputs));
     let teacher = Teacher {
         file: &file,
         shapes: &shapes,
@@ -70,7 +71,9 @@ pub fn run(
     let (targets, skipped) = targets(request, &analysis, &shapes)?;
     // What the graph cannot do is told before anything is learned.
     let whole = match &request.end_to_end {
-        Some(together) => Some(Whole::new(&teacher, &targets, request, *together)?),
+        Some(together) => Some(Whole::new(
+            &teacher, &targets, &samples, request, *together,
+        )?),
         None => None,
     };
     let work = Work {
@@ -83,22 +86,20 @@ pub fn run(
         outputs: Default::default(),
     };
     let mut notes = Vec::new();
-    let kept = unfinished(&request.out);
-    if kept.is_dir() {
-        let done = targets.iter().filter(|t| work.state.has(t.site)).count();
-        let note = match done {
-            0 => format!(
-                "{} is of an interrupted run with another request; all sites are learned anew",
-                kept.display()
-            ),
-            _ => format!(
-                "{done} of {} sites are taken over from an interrupted run ({})",
-                targets.len(),
-                kept.display()
-            ),
-        };
-        progress(Progress::Note(note.clone()));
-        notes.push(note);
+    if claim.resumes {
+        let kept = unfinished(&request.out);
+        let kept = kept.display();
+        progress(Progress::Note(
+            match targets.iter().filter(|t| work.state.has(t.site)).count() {
+                0 => format!(
+                    "{kept} is of an interrupted run with another request, or damaged; all sites are learned anew"
+                ),
+                done => format!(
+                    "{done} of {} sites are taken over from an interrupted run ({kept})",
+                    targets.len()
+                ),
+            },
+        ));
     }
     let (learned, resumed) = work.learn(&targets)?;
     if request.schedule.steps == 0 {
@@ -125,7 +126,7 @@ pub fn run(
     }
     let staged = output::stage(&request.out, &modules(&best.sites))?;
     let costs = choose::costs(&analysis, &targets, &best.sites, edge(&samples));
-    staged.publish(request.overwrite)?;
+    output::publish(staged, request.overwrite)?;
     work.state.clear();
     let sites: Vec<SiteReport> = best
         .sites
@@ -261,16 +262,28 @@ fn samples(
                 engine,
                 options: options.clone(),
             };
-            pipeline::samples(&asked, &place, &|| progress(Progress::Advance(1)))?
+            let made = pipeline::samples(&asked, &place, &|| progress(Progress::Advance(1)))?;
+            // They are what the pipeline's own model took.
+            let ports = ports()?;
+            made.into_iter()
+                .map(|sample| inputs::fitting(sample.inputs, &ports, sample.origin))
+                .collect::<Result<_, _>>()?
         }
     };
     let sizes = |sample: &Sample| -> Vec<Vec<usize>> {
-        sample.iter().map(|(_, t)| t.shape().to_vec()).collect()
+        sample
+            .inputs
+            .iter()
+            .map(|(_, t)| t.shape().to_vec())
+            .collect()
     };
     let first = samples.first().map(&sizes);
     if let Some(odd) = samples.iter().position(|s| Some(sizes(s)) != first) {
         return Err(DistillError::Inputs {
-            place: super::capture::sample_name(odd),
+            place: samples
+                .get(odd)
+                .map(|s| s.origin.clone())
+                .unwrap_or_default(),
             problem: format!(
                 "its inputs have sizes {:?}, those of the first sample {:?}; all must be equal",
                 samples.get(odd).map(&sizes).unwrap_or_default(),
@@ -283,7 +296,7 @@ fn samples(
 
 /// The height of the image that the samples have.
 fn edge(samples: &[Sample]) -> Option<u64> {
-    let mut images = samples.first()?.iter().map(|(_, t)| t.shape());
+    let mut images = samples.first()?.inputs.iter().map(|(_, t)| t.shape());
     images.find_map(|shape| match *shape {
         [_, _, height, _] => u64::try_from(height).ok(),
         _ => None,
@@ -360,7 +373,7 @@ fn fingerprint(request: &Request, file: &OnnxFile, engine: Engine, samples: &[Sa
         .collect();
     let stamps: Vec<_> = data.iter().map(|name| stamp(&folder.join(name))).collect();
     let mut given = Sha256::new();
-    for (name, tensor) in samples.iter().flatten() {
+    for (name, tensor) in samples.iter().flat_map(|s| &s.inputs) {
         given.update(name);
         given.update(format!("{:?}", tensor.shape()));
         for value in tensor.to_f64() {

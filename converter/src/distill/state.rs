@@ -1,10 +1,11 @@
 //! Sites that are done, kept until the whole is: an interrupted distillation goes on where it was.
 
 use std::collections::HashMap;
+use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 
 use linfusion_models::checkpoint::Part;
-use linfusion_models::leftovers::{Leftover, unnamed};
+use linfusion_runtime::whole::write_whole;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView, serialize};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -22,7 +23,48 @@ pub fn unfinished(output: &Path) -> PathBuf {
     output.with_file_name(name)
 }
 
-/// The folder [`unfinished`].
+/// The folder [`unfinished`], held against other processes; goes with this if nothing is kept in it.
+pub(super) struct Claim {
+    folder: PathBuf,
+    /// What an earlier run left was there already.
+    pub resumes: bool,
+    _lock: Option<File>,
+}
+
+impl Claim {
+    /// # Errors
+    /// Another process learns into the same output, or the folder cannot be made.
+    pub fn of(output: &Path) -> Result<Self, DistillError> {
+        let folder = unfinished(output);
+        let failed = |source| DistillError::Write {
+            path: folder.clone(),
+            source,
+        };
+        fs::create_dir_all(&folder).map_err(failed)?;
+        let handle = File::open(&folder).map_err(failed)?;
+        let lock = match handle.try_lock() {
+            Ok(()) => Some(handle),
+            Err(TryLockError::WouldBlock) => return Err(DistillError::Busy { path: folder }),
+            // Some network file systems have no locks.
+            Err(TryLockError::Error(_)) => None,
+        };
+        let resumes = folder.read_dir().map_err(failed)?.next().is_some();
+        Ok(Self {
+            resumes,
+            folder,
+            _lock: lock,
+        })
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        // Fails, as it should, where something is kept.
+        let _ = fs::remove_dir(&self.folder);
+    }
+}
+
+/// What is in the folder [`unfinished`].
 pub(super) struct State {
     folder: PathBuf,
     key: String,
@@ -64,7 +106,7 @@ impl State {
 
     /// A site that an earlier run with the same request finished; anything else is none.
     pub fn load(&self, phase: &str, site: usize) -> Option<Done> {
-        let bytes = std::fs::read(self.path(phase, site)).ok()?;
+        let bytes = fs::read(self.path(phase, site)).ok()?;
         let (_, header) = SafeTensors::read_metadata(&bytes).ok()?;
         let told = header.metadata().as_ref()?;
         if told.get(KEY) != Some(&self.key) {
@@ -94,7 +136,7 @@ impl State {
 
     /// Whether an earlier run with the same request finished a phase of the site.
     pub fn has(&self, site: usize) -> bool {
-        let files = std::fs::read_dir(&self.folder).into_iter().flatten();
+        let files = fs::read_dir(&self.folder).into_iter().flatten();
         files.flatten().any(|file| {
             let name = file.file_name();
             let stem = Path::new(&name).file_stem().and_then(|s| s.to_str());
@@ -142,7 +184,7 @@ impl State {
 
     /// What [`Self::save_value`] kept for the same request.
     pub fn load_value<T: DeserializeOwned>(&self, name: &str) -> Option<T> {
-        let bytes = std::fs::read(self.folder.join(format!("{name}.json"))).ok()?;
+        let bytes = fs::read(self.folder.join(format!("{name}.json"))).ok()?;
         let (key, value): (String, T) = serde_json::from_slice(&bytes).ok()?;
         (key == self.key).then_some(value)
     }
@@ -168,18 +210,13 @@ impl State {
             path: path.to_owned(),
             source,
         };
-        std::fs::create_dir_all(&self.folder).map_err(failed)?;
-        let mut file = tempfile::NamedTempFile::new_in(&self.folder)
-            .map_err(|error| failed(unnamed(error)))?;
-        let _leftover = Leftover::new(file.path());
-        std::io::Write::write_all(&mut file, bytes).map_err(failed)?;
-        file.persist(path).map_err(|e| failed(e.error))?;
-        Ok(())
+        fs::create_dir_all(&self.folder).map_err(failed)?;
+        write_whole(path, bytes).map_err(failed)
     }
 
     /// Removes it: the output is there.
     pub fn clear(self) {
         // What is left of it is replaced or ignored by a later run.
-        let _ = std::fs::remove_dir_all(&self.folder);
+        let _ = fs::remove_dir_all(&self.folder);
     }
 }

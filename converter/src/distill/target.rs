@@ -232,7 +232,7 @@ impl Value {
     pub fn matrix(&self, tensor: &Tensor, tokens: usize) -> Result<Array3<f32>, String> {
         let found = tensor.shape().to_vec();
         let all = self.all(tokens);
-        let wrong = || format!("has shape {found:?}, not {all} tokens as {:?}", self.layout);
+        let wrong = || format!("has shape {found:?}, not {} of {all} tokens", self.layout);
         let Tensor::F32(values) = tensor.cast(DType::F32) else {
             return Err(wrong());
         };
