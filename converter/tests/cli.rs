@@ -4,7 +4,9 @@ use std::path::Path;
 use std::process::Output;
 
 use assert_cmd::Command;
+use buffa::Message;
 use linfusion_models::fixtures;
+use linfusion_models::onnx::proto::{ModelProto, StringStringEntryProto};
 
 fn linfusion(args: &[&str], folder: &Path) -> Output {
     Command::new(env!("CARGO_BIN_EXE_linfusion-convert"))
@@ -189,9 +191,9 @@ fn windows_alone_have_no_weights_to_compare() {
     );
 }
 
-/// Sites whose numbers nobody looked at are not passed over: FLUX's image is cut out by ids, which no probe knows.
+/// FLUX's image is cut out by ids, which no probe knows; both branches of a hybrid site are one site.
 #[test]
-fn sites_that_are_not_run_are_warned_of() {
+fn every_hybrid_site_beside_text_is_verified() {
     let folder = tempfile::tempdir().unwrap();
     let model = fixtures::bytes("hybrid-flux/model.onnx.gz").unwrap();
     std::fs::write(folder.path().join("flux.onnx"), model).unwrap();
@@ -207,13 +209,37 @@ fn sites_that_are_not_run_are_warned_of() {
         "{}",
         text(&verified.stderr)
     );
-    let warning = "warning: 4 of 8 sites were not run: only their structure is checked";
+    let said = text(&verified.stdout);
+    assert!(said.contains("4 of 4 sites run on"), "{said}");
+    assert!(said.contains("weights of 4 sites compared"), "{said}");
+}
+
+/// That says nothing of how it was converted.
+#[test]
+fn verify_names_a_data_file_that_is_missing() {
+    let folder = folder_with_model();
+    let made = linfusion(&["unet.onnx", "--weights", "none"], folder.path());
+    assert_eq!(made.status.code(), Some(0), "{}", text(&made.stderr));
+    let path = folder.path().join("unet.linfusion.onnx");
+    let mut model = ModelProto::decode_from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    let weight = &mut model.graph.get_or_insert_default().initializer[0];
+    weight.raw_data = None;
+    // EXTERNAL
+    weight.data_location = Some(1);
+    weight.external_data = vec![StringStringEntryProto {
+        key: Some("location".to_owned()),
+        value: Some("weights.bin".to_owned()),
+        ..StringStringEntryProto::default()
+    }];
+    std::fs::write(&path, model.encode_to_vec()).unwrap();
+    let verified = linfusion(&["verify", "unet.linfusion.onnx"], folder.path());
+    let said = text(&verified.stderr);
+    assert_eq!(verified.status.code(), Some(1), "{said}");
     assert!(
-        text(&verified.stderr).contains(warning),
-        "{}",
-        text(&verified.stderr)
+        said.contains("'unet.linfusion.onnx': tensor `") && said.contains("weights.bin"),
+        "{said}"
     );
-    assert!(text(&verified.stdout).contains("weights of 4 sites compared"));
+    assert!(!said.contains("please report"), "{said}");
 }
 
 /// Who names a library wants that one, and hears that it does not load.
@@ -603,6 +629,8 @@ fn weights_are_learned_and_used_in_one_go() {
     refused(&["unet.onnx", "--weights", "distill"], "--random");
     refused(&["distill", "unet.onnx", "-o", "linfusion"], "--random");
     refused(&["inspect", "unet.onnx", "--attention", "auto"], "distill");
+    let idle = ["unet.onnx", "--weights", "none", "--samples", "3"];
+    refused(&idle, "--samples says how weights are learned");
     refused(
         &[
             "distill",
@@ -635,4 +663,29 @@ fn weights_are_learned_and_used_in_one_go() {
             "unet.onnx"
         ]
     );
+}
+
+/// A full disk behind a redirection, or nobody left who reads.
+#[cfg(target_os = "linux")]
+#[test]
+fn what_cannot_be_printed_is_no_panic() {
+    let folder = folder_with_model();
+    let full = || std::fs::File::create("/dev/full").unwrap();
+    let program = |args: &[&str]| {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_linfusion-convert"));
+        command.args(args).current_dir(folder.path());
+        command.env("HF_HUB_CACHE", folder.path().join("no-cache"));
+        command
+    };
+    let status = program(&["unet.onnx"]).stderr(full()).status().unwrap();
+    assert_eq!(status.code(), Some(3));
+    let output = program(&["inspect", "unet.onnx"])
+        .stdout(full())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .and_then(std::process::Child::wait_with_output)
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let said = text(&output.stderr);
+    assert!(said.contains("error: standard output: "), "{said}");
 }

@@ -310,3 +310,26 @@ fn run_site(
     }
     Ok(error)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sites_that_no_engine_ran_are_told() {
+        let mut verified = Verified {
+            engine: Some("ort".to_owned()),
+            sites: 3,
+            skipped: vec!["a: large".to_owned()],
+            ..Verified::default()
+        };
+        assert_eq!(verified.unchecked(), None);
+        verified.skipped.push("b: no kernel".to_owned());
+        verified.not_run.push("b: no kernel".to_owned());
+        let said = "1 of 5 sites were not run: only their structure is checked";
+        assert_eq!(verified.unchecked().unwrap(), said);
+        verified.engine = Some("tract".to_owned());
+        let hinted = verified.unchecked().unwrap();
+        assert!(hinted.contains("ORT_DYLIB_PATH"), "{hinted}");
+    }
+}

@@ -32,7 +32,7 @@ const EXIT_CODES: &str = "Exit codes:\n  \
     4  fewer sites can be converted than the model has (nothing is written; --allow-partial)\n  \
     5  the model was converted already\n  \
     6  verification failed (nothing is written), or `diff` found differences outside converted sites\n  \
-    130  interrupted (nothing is written)";
+    130  interrupted (SIGINT, SIGTERM or SIGHUP; nothing is written)";
 
 /// The other commands.
 #[derive(Subcommand, Debug)]

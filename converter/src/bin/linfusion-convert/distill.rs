@@ -15,7 +15,7 @@ use linfusion_convert::plan::Selection;
 use linfusion_models::onnx::write::Overwrite;
 
 use crate::args::{AttentionArg, ConvertArgs, MethodArg, ReportAs, SelectionArgs};
-use crate::{Failure, print_bytes, print_json, selection, spinner};
+use crate::{Failure, print_bytes, print_json, say, selection, spinner};
 
 /// Learning weights.
 #[derive(Args, Debug)]
@@ -182,6 +182,13 @@ pub fn for_conversion(
     let mut name = model.file_stem().unwrap_or_default().to_owned();
     name.push(".linfusion-weights");
     let out = args.out.as_deref().unwrap_or(model).with_file_name(name);
+    if out.exists() && !args.force {
+        let there = out.display();
+        return Err(Failure::new(
+            1,
+            format!("{there} exists already: --weights {there} uses it, --force learns anew"),
+        ));
+    }
     let overwrite = if args.force {
         Overwrite::Force
     } else {
@@ -301,12 +308,14 @@ pub fn tell_what_is_kept() {
         |file: &std::fs::DirEntry| file.path().extension().is_some_and(|e| e == "safetensors");
     let files = folder.read_dir().into_iter().flatten().flatten();
     if !files.into_iter().any(|file| is_whole(&file)) {
-        eprintln!("\ninterrupted before the first site was learned; nothing is kept");
+        // Fails, as it should, where figures are kept.
+        let _ = std::fs::remove_dir(&folder);
+        say("\ninterrupted before the first site was learned; nothing is kept");
     } else {
-        eprintln!(
+        say(format_args!(
             "\ninterrupted; the sites that are learned are kept in {}, and the same command goes on from there",
             folder.display()
-        );
+        ));
     }
 }
 
@@ -322,7 +331,7 @@ fn watched(request: &Request) -> Result<Report, Failure> {
         let Ok(mut bar) = bar.lock() else { return };
         match progress {
             Progress::Advance(steps) => bar.inc(steps),
-            Progress::Note(note) if bar.is_hidden() => eprintln!("{note}"),
+            Progress::Note(note) if bar.is_hidden() => say(note),
             Progress::Note(note) => bar.println(note),
             Progress::Begin { stage, steps } => {
                 bar.finish_and_clear();
@@ -349,7 +358,7 @@ fn watched(request: &Request) -> Result<Report, Failure> {
     }
     let report = result?;
     for warning in &report.warnings {
-        eprintln!("warning: {warning}");
+        say(format_args!("warning: {warning}"));
     }
     Ok(report)
 }

@@ -3,6 +3,7 @@
 mod args;
 #[cfg(feature = "distill")]
 mod distill;
+mod verify;
 
 use std::io::{IsTerminal, Write};
 use std::path::Path;
@@ -10,22 +11,20 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use args::{
-    Cli, Command, ConvertArgs, DiffArgs, InspectArgs, MethodArg, PrintArgs, ReportAs,
-    SelectionArgs, VerifyArgs,
+    Cli, Command, ConvertArgs, DiffArgs, InspectArgs, MethodArg, PrintArgs, ReportAs, SelectionArgs,
 };
-use clap::{CommandFactory, Parser};
+use clap::parser::ValueSource;
+use clap::{ArgMatches, CommandFactory, FromArgMatches};
 use indicatif::{ProgressBar, ProgressStyle};
-use linfusion_convert::analysis::METADATA_KEY;
 use linfusion_convert::convert::{
     ConvertError, Partial, Request, Run, WeightsFrom, convert, convert_pipeline, inspect,
 };
+use linfusion_convert::diff;
 use linfusion_convert::grid::GridSize;
 use linfusion_convert::patterns::{BadPattern, Patterns};
 use linfusion_convert::plan::{MethodRule, Selection};
 use linfusion_convert::report::ConvertReport;
-use linfusion_convert::verify::{StoredWeights, Verified, VerifyError};
-use linfusion_convert::{diff, verify};
-use linfusion_models::checkpoint::Checkpoint;
+use linfusion_convert::verify::VerifyError;
 use linfusion_models::onnx::text::{Elided, PrintOptions, print_model};
 use linfusion_models::onnx::write::{Overwrite, clean_up_unfinished};
 use linfusion_models::onnx::{OnnxFile, ReadError};
@@ -37,8 +36,10 @@ fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .init();
-    let cli = Cli::parse();
+    let matches = Cli::command().get_matches();
+    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     // Runs on a thread of its own. Without it a signal would still leave no output,
     // but perhaps a hidden scratch file. The exit runs no destructors: those of ONNX Runtime
     // would take from its threads what they still use. Reports are flushed as they are printed.
@@ -56,7 +57,7 @@ fn main() -> ExitCode {
         Some(Command::Inspect(a)) => run_inspect(&a),
         #[cfg(feature = "distill")]
         Some(Command::Distill(a)) => distill::run_distill(&a),
-        Some(Command::Verify(a)) => run_verify(&a),
+        Some(Command::Verify(a)) => verify::run_verify(&a),
         Some(Command::Print(a)) => run_print(&a),
         Some(Command::Diff(a)) => run_diff(&a),
         Some(Command::Completions { shell }) => {
@@ -71,7 +72,7 @@ fn main() -> ExitCode {
                 Err(e) => Err(Failure::new(1, e)),
             }
         }
-        None => run_convert(&cli.convert),
+        None => run_convert(&cli.convert, &matches),
     };
     // An interruption or an error leaves no scratch file behind.
     clean_up_unfinished();
@@ -79,7 +80,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             if !failure.message.is_empty() {
-                eprintln!("error: {}", failure.message);
+                say(format_args!("error: {}", failure.message));
             }
             ExitCode::from(failure.code)
         }
@@ -140,11 +141,18 @@ impl From<BadPattern> for Failure {
     }
 }
 
+/// Writes a line to stderr. If nobody reads there, there is nobody to tell.
+fn say(line: impl std::fmt::Display) {
+    let _ = writeln!(std::io::stderr(), "{line}");
+}
+
 /// Writes to stdout. A reader that went away (`| head`) is no failure.
 fn print_bytes(bytes: &[u8]) -> Result<(), Failure> {
     let mut out = std::io::stdout().lock();
     match out.write_all(bytes).and_then(|()| out.flush()) {
-        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(Failure::new(1, e)),
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(Failure::new(1, format!("standard output: {e}")))
+        }
         _ => Ok(()),
     }
 }
@@ -213,9 +221,12 @@ fn spinner() -> ProgressBar {
     bar
 }
 
-fn run_convert(args: &ConvertArgs) -> Result<(), Failure> {
+fn run_convert(args: &ConvertArgs, matches: &ArgMatches) -> Result<(), Failure> {
     let model = args.model.clone().unwrap_or_default();
     let learns = args.weights.as_deref() == Some("distill");
+    if !learns {
+        refuse_learning(matches)?;
+    }
     let (weights, selection) = match learns {
         true => learned(args, &model)?,
         false => (args.weights(), selection(&args.selection)?),
@@ -260,7 +271,7 @@ fn run_convert(args: &ConvertArgs) -> Result<(), Failure> {
         }
     };
     for warning in &report.warnings {
-        eprintln!("warning: {warning}");
+        say(format_args!("warning: {warning}"));
     }
     match args.report {
         ReportAs::Json => print_json(&report),
@@ -280,6 +291,30 @@ fn learned(_: &ConvertArgs, _: &Path) -> Result<(WeightsFrom, Selection), Failur
         2,
         "--weights distill: this program was built without the feature `distill`",
     ))
+}
+
+/// An option that says how weights are learned would have no effect where none are.
+#[cfg(feature = "distill")]
+fn refuse_learning(matches: &ArgMatches) -> Result<(), Failure> {
+    use clap::Args;
+    let options = distill::HowArgs::augment_args(clap::Command::new("learning"));
+    let given = |id: &str| matches.value_source(id) == Some(ValueSource::CommandLine);
+    let mut options = options.get_arguments();
+    let Some(option) = options.find(|option| given(option.get_id().as_str())) else {
+        return Ok(());
+    };
+    Err(Failure::new(
+        2,
+        format!(
+            "--{} says how weights are learned: it goes with --weights distill",
+            option.get_long().unwrap_or_default()
+        ),
+    ))
+}
+
+#[cfg(not(feature = "distill"))]
+fn refuse_learning(_: &ArgMatches) -> Result<(), Failure> {
+    Ok(())
 }
 
 fn summary(report: &ConvertReport, weights: &WeightsFrom, explain: bool) -> String {
@@ -343,140 +378,6 @@ fn summary(report: &ConvertReport, weights: &WeightsFrom, explain: bool) -> Stri
         }
     }
     text
-}
-
-fn run_verify(args: &VerifyArgs) -> Result<(), Failure> {
-    let file = OnnxFile::open(&args.model)?;
-    let (sites, unread) = verify::converted_sites(&file);
-    let total = sites.len() + unread.len();
-    let converted = file
-        .model
-        .metadata_props
-        .iter()
-        .any(|p| p.key.as_deref() == Some(METADATA_KEY));
-    let name = args.model.display();
-    match (total, converted, &args.weights) {
-        (0, false, _) => {
-            return Err(Failure::new(
-                1,
-                format!(
-                    "'{name}' was not converted: it holds no LinFusionAttention and no WindowAttention node"
-                ),
-            ));
-        }
-        (0, true, None) => {
-            return Err(Failure::new(
-                1,
-                format!(
-                    "'{name}' was converted with --emit standard: there is no operator left in it to check (it was verified when it was converted, unless that was off)\nhint: --weights CHECKPOINT compares its weights"
-                ),
-            ));
-        }
-        _ => {}
-    }
-    let weights = match &args.weights {
-        Some(checkpoint) => Some(same_weights(&file, checkpoint)?),
-        None => None,
-    };
-    let mut verified = verify::verify(
-        &file,
-        &Default::default(),
-        &sites,
-        None,
-        verify::Verify::Auto,
-        &mut |_| {},
-    )?;
-    let unread = unread
-        .into_iter()
-        .map(|node| format!("{node}: its input cannot be told from the graph"));
-    for line in unread {
-        verified.not_run.push(line.clone());
-        verified.skipped.push(line);
-    }
-    if let Some(warning) = verified.unchecked() {
-        eprintln!("warning: {warning}");
-    }
-    let report = VerifyReport { verified, weights };
-    match args.report {
-        ReportAs::Json => print_json(&report),
-        ReportAs::Table => print_bytes(report.text(total).as_bytes()),
-    }
-}
-
-/// What `verify` found.
-#[derive(serde::Serialize)]
-struct VerifyReport {
-    #[serde(flatten)]
-    verified: Verified,
-    /// The comparison that `--weights` asks for.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    weights: Option<SameWeights>,
-}
-
-/// Weights that were found to be a checkpoint's.
-#[derive(serde::Serialize)]
-struct SameWeights {
-    checkpoint: String,
-    #[serde(flatten)]
-    stored: StoredWeights,
-}
-
-/// Compares the weights in `file` with those of the checkpoint at `path`.
-fn same_weights(file: &OnnxFile, path: &Path) -> Result<SameWeights, Failure> {
-    let checkpoint = Checkpoint::open(path).map_err(|e| Failure::new(1, e))?;
-    let stored = verify::compare_weights(file, &checkpoint).map_err(|e| Failure::new(1, e))?;
-    let checkpoint = checkpoint.path.display().to_string();
-    if !stored.different.is_empty() {
-        return Err(Failure::new(
-            6,
-            format!("the weights in the file are not those of {checkpoint}: {stored}"),
-        ));
-    }
-    if stored.equal.is_empty() {
-        return Err(Failure::new(
-            6,
-            format!(
-                "nothing was compared with {checkpoint}: the {} converted sites of the file are window attention, which has no weights of a checkpoint",
-                stored.without.len()
-            ),
-        ));
-    }
-    Ok(SameWeights { checkpoint, stored })
-}
-
-impl VerifyReport {
-    /// For people; the file has so many converted sites.
-    fn text(&self, sites: usize) -> String {
-        let Self { verified, weights } = self;
-        let mut text = match (sites, verified.sites) {
-            (0, _) => "structure ok; no operator is left to run (--emit standard)\n".to_owned(),
-            (_, 0) => format!("structure ok; 0 of {sites} sites run\n"),
-            (_, run) => format!(
-                "structure ok; {run} of {sites} sites run on {}, within {:.1e} of the reference\n",
-                verified.engine.as_deref().unwrap_or("nothing"),
-                verified.max_relative_error,
-            ),
-        };
-        for skipped in &verified.skipped {
-            text += &format!("  not run: {skipped}\n");
-        }
-        match weights {
-            None => text += "weights not compared (--weights CHECKPOINT does)\n",
-            Some(SameWeights { checkpoint, stored }) => {
-                text += &format!(
-                    "weights of {} sites compared with {checkpoint}: equal\n",
-                    stored.equal.len()
-                );
-                if !stored.without.is_empty() {
-                    text += &format!(
-                        "  {} sites of window attention have no weights of a checkpoint\n",
-                        stored.without.len()
-                    );
-                }
-            }
-        }
-        text
-    }
 }
 
 fn run_print(args: &PrintArgs) -> Result<(), Failure> {
