@@ -1,6 +1,10 @@
 //! What was found and done, as data: the JSON of `--report json`, documented in
 //! `docs/report.md`, and the tables of the terminal.
 
+use std::collections::HashSet;
+
+use linfusion_models::onnx::ElementType;
+use linfusion_models::onnx::proto::{GraphProto, ValueInfoProto};
 use linfusion_ops::schema::{Window, WindowSpec};
 use linfusion_runtime::table::table;
 use serde::Serialize;
@@ -11,7 +15,7 @@ use crate::attention::stream::TextSide;
 use crate::cost::{self, Cost};
 use crate::plan::{Action, Method};
 use crate::resize::ResizeReport;
-use crate::shapes::Probe;
+use crate::shapes::{Dim, Probe, tensor_type};
 use crate::verify::Verified;
 
 /// Version of the JSON's schema; it grows when a field changes its meaning.
@@ -47,6 +51,52 @@ pub struct SiteReport {
     pub reason: String,
     /// Name of the Softmax or attention node.
     pub anchor: String,
+}
+
+/// One input of the graph.
+#[derive(Clone, Debug, Serialize, PartialEq)]
+pub struct InputReport {
+    /// Its name.
+    pub name: String,
+    /// Element type and sizes as the file declares them, e.g. `f32[batch, 4, ?, ?]`.
+    pub r#type: String,
+}
+
+impl InputReport {
+    /// Those of the graph that have no value stored, in order.
+    fn all(graph: &GraphProto) -> Vec<Self> {
+        let stored: HashSet<&str> = graph
+            .initializer
+            .iter()
+            .filter_map(|t| t.name.as_deref())
+            .collect();
+        let named = |info: &ValueInfoProto| {
+            let name = info.name.clone()?;
+            let r#type = shown_type(info);
+            (!stored.contains(name.as_str())).then_some(Self { name, r#type })
+        };
+        graph.input.iter().filter_map(named).collect()
+    }
+}
+
+fn shown_type(info: &ValueInfoProto) -> String {
+    let Some((element, dims)) = tensor_type(info) else {
+        return "no tensor".to_owned();
+    };
+    let element = element.and_then(ElementType::from_onnx);
+    let element = element.map_or("?".to_owned(), |e| e.to_string());
+    let Some(dims) = dims else {
+        return format!("{element} of any rank");
+    };
+    let dims: Vec<String> = dims
+        .iter()
+        .map(|dim| match dim {
+            Dim::Value(size) => size.to_string(),
+            Dim::Symbol(name) => (*name).to_owned(),
+            Dim::Unknown => "?".to_owned(),
+        })
+        .collect();
+    format!("{element}[{}]", dims.join(", "))
 }
 
 /// Attention cost of the whole model at one image size, batch 1.
@@ -92,6 +142,8 @@ pub struct ModelReport {
     pub expected_joint: Option<usize>,
     /// Opset of the default domain.
     pub opset: i64,
+    /// What the model takes.
+    pub inputs: Vec<InputReport>,
     /// Every site.
     pub sites: Vec<SiteReport>,
     /// Attention cost at 512² … 16384²; empty where token counts are unknown.
@@ -203,6 +255,7 @@ impl ModelReport {
                 .as_ref()
                 .map(linfusion_models::catalogue::Recognition::expected_joint),
             opset: analysis.opset,
+            inputs: InputReport::all(analysis.graph.proto),
             sites,
             costs: costs(analysis, actions, window, mid),
             notes: analysis.notes.clone(),
@@ -280,6 +333,9 @@ impl ModelReport {
                 .map_or(String::new(), |n| format!(" of {n}")),
             self.count(Kind::Other),
         );
+        for InputReport { name, r#type } in &self.inputs {
+            text += &format!("input {name}: {type}\n");
+        }
         for note in &self.notes {
             text += &format!("note: {note}\n");
         }

@@ -212,6 +212,13 @@ fn every_hybrid_site_beside_text_is_verified() {
     let said = text(&verified.stdout);
     assert!(said.contains("4 of 4 sites run on"), "{said}");
     assert!(said.contains("weights of 4 sites compared"), "{said}");
+
+    // Windows of standard operators are a loop, whose body reads values around it.
+    let standard = ["--emit", "standard", "-o", "standard.onnx"];
+    let args = [&["flux.onnx", "--weights", weights], &standard[..]].concat();
+    let made = linfusion(&args, folder.path());
+    let said = text(&made.stdout);
+    assert!(said.contains("4 sites run on"), "{said}");
 }
 
 /// That says nothing of how it was converted.

@@ -198,6 +198,13 @@ pub fn subgraphs(node: &NodeProto) -> impl Iterator<Item = &GraphProto> {
         .flat_map(|a| a.g.as_option().into_iter().chain(a.graphs.iter()))
 }
 
+/// What a node and the nodes of the graphs in it read, values of those graphs included.
+pub fn reads(node: &NodeProto) -> Box<dyn Iterator<Item = &str> + '_> {
+    let own = node.input.iter().map(String::as_str);
+    let nested = subgraphs(node).flat_map(|graph| graph.node.iter().flat_map(reads));
+    Box::new(own.chain(nested))
+}
+
 /// Every value a graph reads from outside itself, nested graphs included.
 /// Over-approximates by names it also defines, which is safe: such a name
 /// cannot be defined outside as well.

@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 
-use linfusion_models::graph::{domain, op, subgraphs, tensor_name};
+use linfusion_models::graph::{domain, op, reads, tensor_name};
 use linfusion_models::onnx::proto::{GraphProto, ModelProto, NodeProto, ValueInfoProto};
 use linfusion_models::onnx::{ElementType, OnnxFile, is_external, make};
 use linfusion_models::shapes::Shapes;
@@ -60,7 +60,7 @@ pub fn part(file: &OnnxFile, fed: &[Cut], wanted: &[Cut]) -> ModelProto {
         if let Some(node) = makers.get(value).filter(|i| nodes.insert(**i))
             && let Some(node) = graph.node.get(*node)
         {
-            reads(node, &mut queue);
+            queue.extend(reads(node));
         }
     }
     let declared = |cut: &Cut| {
@@ -104,15 +104,6 @@ pub fn part(file: &OnnxFile, fed: &[Cut], wanted: &[Cut]) -> ModelProto {
         functions: file.model.functions.clone(),
         graph: buffa::MessageField::some(sub),
         ..ModelProto::default()
-    }
-}
-
-fn reads<'n>(node: &'n NodeProto, into: &mut Vec<&'n str>) {
-    into.extend(node.input.iter().map(String::as_str));
-    for graph in subgraphs(node) {
-        for node in &graph.node {
-            reads(node, into);
-        }
     }
 }
 

@@ -6,9 +6,9 @@
 
 use std::collections::{HashMap, HashSet};
 
-use crate::graph::{attr_int, domain, op, subgraphs};
+use crate::graph::{attr_int, domain, op, reads};
 use crate::onnx::ElementType;
-use crate::onnx::proto::{GraphProto, ModelProto, NodeProto};
+use crate::onnx::proto::{ModelProto, NodeProto};
 
 use super::{Fact, Shapes, execution_order};
 
@@ -188,13 +188,6 @@ pub(super) fn peak<'n>(
         node: place,
         unknown,
     }
-}
-
-/// What a node and the graphs in it read.
-fn reads(node: &NodeProto) -> Box<dyn Iterator<Item = &str> + '_> {
-    let own = node.input.iter().map(String::as_str);
-    let nested = subgraphs(node).flat_map(|g: &GraphProto| g.node.iter().flat_map(reads));
-    Box::new(own.chain(nested))
 }
 
 fn bytes(shape: &[i64], element: i32) -> Option<u64> {
