@@ -3,27 +3,23 @@
 mod error;
 mod patches;
 mod pipeline;
+mod refuse;
 mod resized;
+mod weights;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use linfusion_models::catalogue::canonical_module;
-use linfusion_models::checkpoint::{
-    Checkpoint, CheckpointModule, MlpWidth, SearchPlaces, discover, download_command,
-};
 use linfusion_models::onnx::proto::ModelProto;
 use linfusion_models::onnx::write::{
     ExternalData, Overwrite, Staged, WriteOptions, check_output, stage,
 };
 use linfusion_models::onnx::{ElementType, OnnxFile, make};
-use linfusion_ops::schema::WindowSpec;
 
 use crate::analysis::{Analysis, METADATA_KEY};
 use crate::attention::kind::Kind;
 use crate::attention::site::Site;
 use crate::grid::GridSource;
-use crate::mapping::assign;
 use crate::plan::{Action, Method, Selection, plan};
 use crate::report::{ConvertReport, ModelReport};
 use crate::resize::ImageSize;
@@ -33,7 +29,10 @@ use crate::verify::{Converted, Verified, Verify, VerifyError, engine, known_prob
 pub use self::error::{ConvertError, PipelineFault};
 use self::patches::{of_module, patches};
 pub use self::pipeline::convert_pipeline;
+pub(crate) use self::refuse::refuse_converted;
+use self::refuse::refuse_fewer;
 use self::resized::{resize_first, write_resized};
+use self::weights::{doubts, mlp_width, modules, open_checkpoint};
 
 /// Where the LinFusion weights come from.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -299,210 +298,12 @@ pub fn default_output(model: &Path) -> PathBuf {
     model.with_extension("linfusion.onnx")
 }
 
-/// What of a checkpoint looks as if it were meant for another model.
-fn doubts(
-    analysis: &Analysis<'_>,
-    checkpoint: &Checkpoint,
-    modules: &[Option<&CheckpointModule>],
-    selection: &Selection,
-) -> Vec<String> {
-    const MANY: usize = 4;
-    let mut doubts = Vec::new();
-    let unused = checkpoint.unused_tensors();
-    if let Some(first) = unused.first() {
-        doubts.push(format!(
-            "{} of the checkpoint's tensors are none that the format has, and are ignored: '{first}'{}",
-            unused.len(),
-            if unused.len() > 1 { ", …" } else { "" }
-        ));
-    }
-    let renamed = analysis
-        .sites
-        .iter()
-        .zip(modules)
-        .filter_map(|(site, module)| {
-            let (path, module) = (site.module.as_deref()?, (*module)?);
-            let same = canonical_module(path) == canonical_module(&module.module_name);
-            (!same).then(|| {
-                format!(
-                    "'{path}' gets the checkpoint's '{}', by its place in the order: names differ",
-                    module.module_name
-                )
-            })
-        });
-    doubts.extend(renamed.take(MANY));
-    let other = modules.iter().flatten().find_map(|module| {
-        let (_, learned) = of_module(module, None);
-        let (asked, learned) = (selection.window?, learned?);
-        (asked != learned).then(|| {
-            format!(
-                "{}: the checkpoint was learned with window {learned}, the file gets {asked}",
-                module.module_name
-            )
-        })
-    });
-    doubts.extend(other);
-    doubts
-}
-
-pub(crate) fn refuse_converted(model: &ModelProto, name: &str) -> Result<(), ConvertError> {
-    let recorded = model
-        .metadata_props
-        .iter()
-        .find(|p| p.key.as_deref() == Some(METADATA_KEY));
-    let has_node = model
-        .graph
-        .node
-        .iter()
-        .any(|n| n.domain.as_deref() == Some(linfusion_ops::schema::DOMAIN));
-    if recorded.is_none() && !has_node {
-        return Ok(());
-    }
-    let how = recorded
-        .and_then(|p| p.value.clone())
-        .unwrap_or_else(|| "it holds ai.linfusion nodes".to_owned());
-    Err(ConvertError::AlreadyConverted {
-        model: name.to_owned(),
-        how,
-    })
-}
-
-/// Sites the user chose to keep are no shortfall; sites that cannot be converted are.
-fn refuse_fewer(
-    name: &str,
-    analysis: &Analysis<'_>,
-    actions: &[Action],
-    partial: Partial,
-) -> Result<(), ConvertError> {
-    let converted = actions.iter().filter(|a| a.method().is_some()).count();
-    let stuck: Vec<usize> = (0..actions.len())
-        .filter(|&i| matches!(actions[i], Action::Cannot(_)))
-        .collect();
-    let unread = stuck
-        .iter()
-        .filter(|&&i| analysis.sites[i].kind == Kind::Other)
-        .count();
-    let expected = analysis
-        .recognised
-        .as_ref()
-        .map_or(0, |r| r.expected_self() + r.expected_joint())
-        .max(analysis.own_sites().count() + unread);
-    let missing = analysis.own_sites().count() < expected;
-    if converted > 0 && (partial == Partial::Allow || (stuck.is_empty() && !missing)) {
-        return Ok(());
-    }
-    let line = |i: usize| {
-        let s = &analysis.sites[i];
-        let reason = actions[i].reason().unwrap_or_default();
-        format!(
-            "  {} [{}]: {reason}",
-            s.module.as_deref().unwrap_or(&s.anchor),
-            s.kind
-        )
-    };
-    let mut shown: Vec<usize> = if stuck.is_empty() {
-        (0..analysis.sites.len())
-            .filter(|&i| actions[i].method().is_none())
-            .collect()
-    } else {
-        stuck
-    };
-    let more = shown.len().saturating_sub(12);
-    shown.truncate(12);
-    let mut reasons = shown.into_iter().map(line).collect::<Vec<_>>().join("\n");
-    if analysis.sites.is_empty() {
-        reasons = "  the file has no Softmax and no attention operator".to_owned();
-    }
-    if more > 0 {
-        reasons += &format!("\n  and {more} more (inspect shows all)");
-    }
-    Err(ConvertError::Fewer {
-        model: name.to_owned(),
-        converted,
-        expected,
-        reasons,
-        report: Box::new(ModelReport::new(
-            name,
-            analysis,
-            actions,
-            WindowSpec::default(),
-            0,
-        )),
-    })
-}
-
-fn open_checkpoint(
-    request: &Request,
-    name: &str,
-    analysis: &Analysis<'_>,
-) -> Result<Option<Checkpoint>, ConvertError> {
-    let architecture = analysis.recognised.as_ref().map(|r| r.architecture);
-    match &request.weights {
-        WeightsFrom::Untrained => Ok(None),
-        WeightsFrom::Path(path) => Ok(Some(Checkpoint::open(path)?)),
-        WeightsFrom::Search => {
-            let found = discover(
-                &request.model,
-                architecture,
-                &SearchPlaces::from_environment(),
-            );
-            let list = |paths: &[PathBuf]| {
-                paths
-                    .iter()
-                    .map(|p| p.display().to_string())
-                    .collect::<Vec<_>>()
-                    .join(", ")
-            };
-            match &found.found[..] {
-                [one] => Ok(Some(Checkpoint::open(one)?)),
-                [] => Err(ConvertError::NoWeights {
-                    model: name.to_owned(),
-                    architecture: analysis.architecture().to_owned(),
-                    searched: list(&found.searched),
-                    download: architecture.and_then(download_command).map_or_else(
-                        || "no checkpoint is published for this architecture".to_owned(),
-                        |command| format!("{command}, in the folder of the model, then again"),
-                    ),
-                }),
-                many => Err(ConvertError::ManyWeights {
-                    model: name.to_owned(),
-                    found: list(many),
-                }),
-            }
-        }
-    }
-}
-
-/// The checkpoint's module of each site, by site index.
-fn modules<'c>(
-    analysis: &Analysis<'_>,
-    checkpoint: Option<&'c Checkpoint>,
-) -> Result<Vec<Option<&'c CheckpointModule>>, ConvertError> {
-    let mut modules = vec![None; analysis.sites.len()];
-    if let Some(checkpoint) = checkpoint {
-        let own: Vec<_> = analysis.own_sites().collect();
-        let assigned = assign(&own, checkpoint, analysis.recognised.as_ref())?;
-        for (site, module) in own.iter().zip(assigned) {
-            modules[site.index] = module;
-        }
-    }
-    Ok(modules)
-}
-
 fn output(request: &Request) -> PathBuf {
     let named = request.out.clone();
     named.unwrap_or_else(|| match request.resize {
         Some(_) if request.selection.keeps_all() => request.model.with_extension("resized.onnx"),
         _ => default_output(&request.model),
     })
-}
-
-fn mlp_width(checkpoint: &Checkpoint) -> u64 {
-    let width = checkpoint.modules.first().map_or(0, |m| match m.mid {
-        MlpWidth::Identity => 0,
-        MlpWidth::Width(w) => w,
-    });
-    width as u64
 }
 
 /// Writes what was done into the model's metadata.
