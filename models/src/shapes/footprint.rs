@@ -258,6 +258,7 @@ fn scratch(node: &NodeProto, fact: &dyn Fn(&str) -> Fact) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::onnx::proto::GraphProto;
     use crate::onnx::proto::TensorProto;
     use crate::onnx::{ElementType, make};
 

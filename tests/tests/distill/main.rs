@@ -1,224 +1,30 @@
 //! Distillation from end to end, on models of two small attentions over an image.
 
-use std::fs::File;
+mod refused;
+mod sketch;
+
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use buffa::Message;
 use linfusion_convert::convert::{WeightsFrom, convert};
 use linfusion_convert::distill::{
-    Attention, Budget, DistillError, Progress, Refinement, Report, Request, Schedule, SiteReport,
-    Source, Together, run,
+    Attention, Budget, DistillError, Progress, Refinement, SiteReport, Source, Together, run,
 };
 use linfusion_convert::patterns::Patterns;
 use linfusion_convert::plan::Method;
 use linfusion_convert::verify::compare_weights;
 use linfusion_models::checkpoint::{Checkpoint, MlpWidth, SiteAttention};
-use linfusion_models::onnx::make::{
-    Dim, int, ints, node, opset, tensor_f32, tensor_i64, value_info,
-};
-use linfusion_models::onnx::proto::{GraphProto, ModelProto, NodeProto, TensorProto};
+use linfusion_models::onnx::OnnxFile;
 use linfusion_models::onnx::write::Overwrite;
-use linfusion_models::onnx::{ElementType, OnnxFile};
 use linfusion_models::random::SplitMix64;
 use linfusion_ops::schema::{Border, Window, WindowSpec};
 use linfusion_runtime::engine::{Engine, Operators};
-use linfusion_runtime::npz;
 use linfusion_runtime::tensor::Tensor;
 use linfusion_tests::has_ort;
 use ndarray::{ArrayD, IxDyn};
 use tempfile::TempDir;
 
-const DIM: usize = 8;
-const SIDE: usize = 8;
-const MODULES: [&str; 2] = ["blocks.0.attn1", "blocks.1.attn1"];
-
-/// What the attentions of a model look at.
-#[derive(Clone, Copy, PartialEq)]
-enum Looks {
-    /// Wherever random weights lead.
-    Anywhere,
-    /// At their neighbours: keys and queries are the places of tokens.
-    Near,
-}
-
-struct Sketch {
-    nodes: Vec<NodeProto>,
-    stored: Vec<TensorProto>,
-    random: SplitMix64,
-}
-
-impl Sketch {
-    fn op(&mut self, op: &str, name: &str, inputs: &[&str]) -> String {
-        let value = format!("{name}_out");
-        self.nodes.push(node(op, name, inputs, &[&value], vec![]));
-        value
-    }
-
-    fn turned(&mut self, name: &str, input: &str, perm: &[i64]) -> String {
-        let value = self.op("Transpose", name, &[input]);
-        self.nodes.last_mut().unwrap().attribute = vec![ints("perm", perm)];
-        value
-    }
-
-    fn shaped(&mut self, name: &str, input: &str, to: &[i64]) -> String {
-        let shape = format!("{name}/shape");
-        self.stored.push(tensor_i64(&shape, &[to.len() as i64], to));
-        self.op("Reshape", name, &[input, &shape])
-    }
-
-    fn weight(&mut self, name: &str, dims: &[i64], values: Option<Vec<f32>>) -> String {
-        let count = dims.iter().product::<i64>() as usize;
-        let random = &mut self.random;
-        let mut draw = || 0.7 * random.symmetric() as f32;
-        let values = values.unwrap_or_else(|| (0..count).map(|_| draw()).collect());
-        self.stored.push(tensor_f32(name, dims, &values));
-        name.to_owned()
-    }
-
-    fn linear(&mut self, name: &str, input: &str, weight: Option<Vec<f32>>) -> String {
-        let dims = [DIM as i64, DIM as i64];
-        let weight = self.weight(
-            &format!("{}.weight", name.trim_start_matches('/')),
-            &dims,
-            weight,
-        );
-        self.op("MatMul", &format!("{name}/MatMul"), &[input, &weight])
-    }
-
-    fn attention(&mut self, module: &str, x: &str, looks: Looks) -> String {
-        let at = |part: &str| format!("/{}/{part}", module.replace(".attn1", "/attn1"));
-        // The first four channels are places.
-        let sharp = |places: bool| {
-            let entry = |i: usize| {
-                let here = (i / DIM == i % DIM) && ((i / DIM < 4) == places);
-                if here {
-                    if places { 7.0 } else { 1.0 }
-                } else {
-                    0.0
-                }
-            };
-            (looks == Looks::Near).then(|| (0..DIM * DIM).map(entry).collect::<Vec<f32>>())
-        };
-        let (heads, split): (i64, [i64; 4]) = match looks {
-            Looks::Anywhere => (2, [0, 0, 2, 4]),
-            Looks::Near => (1, [0, 0, 1, 8]),
-        };
-        let mut operand = |part: &str, perm: &[i64], weight| {
-            let value = self.linear(&at(part), x, weight);
-            let value = self.shaped(&at(&format!("{part}_split")), &value, &split);
-            self.turned(&at(&format!("{part}_heads")), &value, perm)
-        };
-        let q = operand("to_q", &[0, 2, 1, 3], sharp(true));
-        let k = operand("to_k", &[0, 2, 3, 1], sharp(true));
-        let v = operand("to_v", &[0, 2, 1, 3], sharp(false));
-        let scores = self.op("MatMul", &at("scores"), &[&q, &k]);
-        let scale = (DIM as f32 / heads as f32).sqrt().recip();
-        let scale = self.weight(&at("scale"), &[], Some(vec![scale]));
-        let scaled = self.op("Mul", &at("scaled"), &[&scores, &scale]);
-        let softmax = self.op("Softmax", &at("softmax"), &[&scaled]);
-        self.nodes.last_mut().unwrap().attribute = vec![int("axis", -1)];
-        let attended = self.op("MatMul", &at("attended"), &[&softmax, &v]);
-        let merged = self.turned(&at("turned"), &attended, &[0, 2, 1, 3]);
-        let merged = self.shaped(&at("merged"), &merged, &[0, 0, DIM as i64]);
-        let out = self.linear(&at("to_out.0"), &merged, None);
-        let bias = self.weight(&at("to_out.0/bias"), &[DIM as i64], None);
-        let out = self.op("Add", &at("to_out.0/Add"), &[&out, &bias]);
-        self.op("Add", &at("residual"), &[x, &out])
-    }
-}
-
-/// `y` of an image `sample` `[1, 4, 8, 8]` and a number `t`, through two attentions.
-fn model(folder: &Path, looks: Looks) -> PathBuf {
-    let mut sketch = Sketch {
-        nodes: Vec::new(),
-        stored: Vec::new(),
-        random: SplitMix64::new(4),
-    };
-    let s = &mut sketch;
-    let stem = match looks {
-        Looks::Anywhere => None,
-        // The image goes to the last four channels.
-        Looks::Near => {
-            let entry = |i: usize| if i / 4 == i % 4 + 4 { 1.0 } else { 0.0 };
-            Some((0..DIM * 4).map(entry).collect())
-        }
-    };
-    let weight = s.weight("stem.weight", &[DIM as i64, 4, 1, 1], stem);
-    let x = s.op("Conv", "stem", &["sample", &weight]);
-    let x = s.op("Mul", "timed", &[&x, "t"]);
-    let x = s.shaped("flat", &x, &[0, DIM as i64, -1]);
-    let mut x = s.turned("tokens", &x, &[0, 2, 1]);
-    if looks == Looks::Near {
-        let angle = |i: usize| i as f32 * std::f32::consts::PI / SIDE as f32;
-        let place = |token: usize| {
-            let (row, column) = (angle(token / SIDE), angle(token % SIDE));
-            [
-                row.cos(),
-                row.sin(),
-                column.cos(),
-                column.sin(),
-                0.0,
-                0.0,
-                0.0,
-                0.0,
-            ]
-        };
-        let places = (0..SIDE * SIDE).flat_map(place).collect();
-        let places = s.weight(
-            "places",
-            &[1, (SIDE * SIDE) as i64, DIM as i64],
-            Some(places),
-        );
-        x = s.op("Add", "placed", &[&x, &places]);
-    }
-    for module in MODULES {
-        x = s.attention(module, &x, looks);
-    }
-    let x = s.turned("channels", &x, &[0, 2, 1]);
-    let x = s.shaped("image", &x, &[0, DIM as i64, SIDE as i64, SIDE as i64]);
-    let weight = s.weight("head.weight", &[4, DIM as i64, 1, 1], None);
-    s.nodes
-        .push(node("Conv", "head", &[&x, &weight], &["y"], vec![]));
-    let image = [1, 4, SIDE as i64, SIDE as i64].map(Dim::Fixed);
-    let model = ModelProto {
-        ir_version: Some(8),
-        opset_import: vec![opset("", 17)],
-        graph: GraphProto {
-            name: Some("sketch".to_owned()),
-            node: sketch.nodes,
-            initializer: sketch.stored,
-            input: vec![
-                value_info("sample", ElementType::F32, &image),
-                value_info("t", ElementType::F32, &[Dim::Fixed(1)]),
-            ],
-            output: vec![value_info("y", ElementType::F32, &image)],
-            ..GraphProto::default()
-        }
-        .into(),
-        ..ModelProto::default()
-    };
-    let path = folder.join("model.onnx");
-    std::fs::write(&path, model.encode_to_vec()).unwrap();
-    path
-}
-
-const SPEC: &str = r#"{"sample": {"normal": {}}, "t": {"uniform": {"min": 0.5, "max": 1.5}}}"#;
-
-fn request(folder: &Path, looks: Looks) -> Request {
-    let spec = folder.join("spec.json");
-    std::fs::write(&spec, SPEC).unwrap();
-    Request {
-        // Small models learn fast, and slowly at the rate of large ones.
-        schedule: Schedule {
-            steps: 40,
-            learning_rate: 2e-2,
-            ..Schedule::default()
-        },
-        ..linfusion_tests::distillation(folder, model(folder, looks), Source::Random(spec))
-    }
-}
+use sketch::{Looks, MODULES, SIDE, left, quietly, request, weights};
 
 #[test]
 fn all_sites_learn_together_end_to_end() {
@@ -245,25 +51,6 @@ fn only_linear_sites_learn_together() {
     request.attention = Attention::Auto { unexplained: 0.1 };
     let error = quietly(&request).unwrap_err().to_string();
     assert!(error.starts_with("--end-to-end is for linear"), "{error}");
-}
-
-fn quietly(request: &Request) -> Result<Report, DistillError> {
-    run(request, &|_: Progress| {})
-}
-
-fn weights(folder: &Path) -> Vec<u8> {
-    std::fs::read(folder.join("diffusion_pytorch_model.safetensors")).unwrap()
-}
-
-/// What is in a folder, but for the model and the description of inputs.
-fn left(folder: &TempDir) -> Vec<String> {
-    let entries = std::fs::read_dir(folder.path()).unwrap();
-    let names = entries.map(|e| e.unwrap().file_name().into_string().unwrap());
-    let mut names: Vec<String> = names
-        .filter(|n| n != "model.onnx" && n != "spec.json")
-        .collect();
-    names.sort();
-    names
 }
 
 #[test]
@@ -558,153 +345,6 @@ fn a_budget_keeps_softmax_where_it_is_needed() {
     assert_eq!(report.all_sites, all.end_to_end);
     let checkpoint = Checkpoint::open(&request.out).unwrap();
     assert_eq!(checkpoint.modules.len(), 1);
-}
-
-#[test]
-fn inputs_may_be_recorded() {
-    let folder = tempfile::tempdir().unwrap();
-    let mut request = request(folder.path(), Looks::Anywhere);
-    let recorded = folder.path().join("inputs");
-    std::fs::create_dir(&recorded).unwrap();
-    let mut random = SplitMix64::new(2);
-    let mut record = |number: usize, names: [&str; 2], side: usize, broken: f32| {
-        let image = ArrayD::from_shape_simple_fn(IxDyn(&[1, 4, side, side]), || {
-            random.symmetric() as f32 + broken
-        });
-        let arrays = [
-            (names[0].to_owned(), Tensor::F32(image)),
-            (names[1].to_owned(), Tensor::from(ndarray::arr1(&[1.0_f64]))),
-        ];
-        npz::write(&recorded.join(format!("{number:03}.npz")), &arrays).unwrap();
-    };
-    for number in 0..12 {
-        record(number, ["sample", "t"], SIDE, 0.0);
-    }
-    request.source = Source::Folder(recorded.clone());
-    request.schedule.steps = 5;
-    quietly(&request).unwrap();
-    let learned = weights(&request.out);
-    request.overwrite = Overwrite::Force;
-
-    let mut refused = |number, names, side, broken, expected: &[&str]| {
-        record(number, names, side, broken);
-        let error = quietly(&request).unwrap_err().to_string();
-        for part in expected {
-            assert!(error.contains(part), "{error}");
-        }
-        assert_eq!(weights(&request.out), learned, "earlier weights are kept");
-        record(number, ["sample", "t"], SIDE, 0.0);
-    };
-    refused(
-        3,
-        ["image", "t"],
-        SIDE,
-        0.0,
-        &["003.npz", "'sample'", "image"],
-    );
-    refused(
-        4,
-        ["sample", "t"],
-        16,
-        0.0,
-        &["004.npz", "[1, 4, 16, 16]", "f32[1, 4, 8, 8]"],
-    );
-    refused(
-        11,
-        ["sample", "t"],
-        SIDE,
-        f32::NAN,
-        &["011.npz", "array 'sample'", "NaN"],
-    );
-    // Finite itself, and its square is not.
-    refused(
-        11,
-        ["sample", "t"],
-        SIDE,
-        1e30,
-        &["011.npz", "blocks.0.attn1", "NaN"],
-    );
-    request.samples = 9;
-    let error = quietly(&request).unwrap_err().to_string();
-    assert!(
-        error.contains("12 .npz files") && error.contains("13"),
-        "{error}"
-    );
-}
-
-#[test]
-fn two_do_not_learn_into_one_output() {
-    let folder = tempfile::tempdir().unwrap();
-    let mut request = request(folder.path(), Looks::Anywhere);
-    request.schedule.steps = 5;
-    let kept = folder.path().join("linfusion.unfinished");
-    std::fs::create_dir(&kept).unwrap();
-    let other = File::open(&kept).unwrap();
-    other.lock().unwrap();
-    let error = quietly(&request).unwrap_err();
-    assert!(matches!(error, DistillError::Busy { .. }), "{error}");
-    drop(other);
-    quietly(&request).unwrap();
-    assert!(!kept.exists());
-}
-
-#[test]
-fn what_cannot_be_done_is_said_before_work_begins() {
-    let folder = tempfile::tempdir().unwrap();
-    let good = request(folder.path(), Looks::Anywhere);
-    let refused = |change: &dyn Fn(&mut Request), expected: &str| {
-        let mut request = good.clone();
-        change(&mut request);
-        let error = quietly(&request).unwrap_err().to_string();
-        assert!(error.contains(expected), "{error}");
-        assert!(
-            left(&folder).iter().all(|n| n == "taken"),
-            "{:?}",
-            left(&folder)
-        );
-    };
-    refused(&|r| r.samples = 0, "--samples");
-    refused(&|r| r.holdout = 0, "--holdout");
-    refused(&|r| r.schedule.batch = Some(0), "--batch");
-    refused(
-        &|r| r.plot = Some(PathBuf::from("nowhere/losses.svg")),
-        "nowhere/losses.svg",
-    );
-    refused(&|r| r.schedule.learning_rate = f64::NAN, "--lr");
-    refused(&|r| r.disk_budget = 1000, "--disk-budget");
-    refused(&|r| r.out = folder.path().join("no/where"), "where");
-    std::fs::create_dir(folder.path().join("taken")).unwrap();
-    refused(&|r| r.out = folder.path().join("taken"), "--force");
-    let spec = |text: &'static str| {
-        move |r: &mut Request| {
-            let path = r.scratch.clone().unwrap().join("spec.json");
-            std::fs::write(&path, text).unwrap();
-            r.source = Source::Random(path);
-        }
-    };
-    refused(&spec(r#"{"t": {"constant": 1}}"#), "'sample'");
-    refused(
-        &spec(r#"{"sample": {"normal": {}}, "t": {"constant": 1}, "u": {"constant": 1}}"#),
-        "'u'",
-    );
-    refused(
-        &spec(r#"{"sample": {"wide": {}}, "t": {"constant": 1}}"#),
-        "log-uniform",
-    );
-    refused(
-        &spec(r#"{"sample": {"normal": {}}, "t": {"uniform": {"min": 2, "max": 1}}}"#),
-        "impossible",
-    );
-    refused(
-        &spec(r#"{"sample": {"normal": {}, "shape": [1, 4, 9, 9]}, "t": {"constant": 1}}"#),
-        "[1, 4, 9, 9]",
-    );
-    std::fs::write(folder.path().join("spec.json"), SPEC).unwrap();
-    let none = linfusion_convert::patterns::Patterns::new("--keep", &["*".to_owned()]).unwrap();
-    refused(
-        &|r| r.selection.keep = none.clone(),
-        "no attention whose weights could be learned",
-    );
 }
 
 /// A pipeline makes its own samples; its denoiser has cross-attention, which is left.
