@@ -58,7 +58,7 @@ pub struct SiteReport {
 pub struct InputReport {
     /// Its name.
     pub name: String,
-    /// Element type and sizes as the file declares them, e.g. `f32[batch, 4, ?, ?]`.
+    /// Element type and sizes as the file declares them, e.g. `float[batch, 4, ?, ?]`.
     pub r#type: String,
 }
 
