@@ -3,8 +3,8 @@
 
 use std::collections::HashSet;
 
-use linfusion_models::onnx::ElementType;
 use linfusion_models::onnx::proto::{GraphProto, ValueInfoProto};
+use linfusion_models::onnx::text::TypeText;
 use linfusion_ops::schema::{Window, WindowSpec};
 use linfusion_runtime::table::table;
 use serde::Serialize;
@@ -15,7 +15,7 @@ use crate::attention::stream::TextSide;
 use crate::cost::{self, Cost};
 use crate::plan::{Action, Method};
 use crate::resize::ResizeReport;
-use crate::shapes::{Dim, Probe, tensor_type};
+use crate::shapes::Probe;
 use crate::verify::Verified;
 
 /// Version of the JSON's schema; it grows when a field changes its meaning.
@@ -58,7 +58,7 @@ pub struct SiteReport {
 pub struct InputReport {
     /// Its name.
     pub name: String,
-    /// Element type and sizes as the file declares them, e.g. `float[batch, 4, ?, ?]`.
+    /// Its type as the textual form has it, e.g. `float[batch, 4, ?, ?]`.
     pub r#type: String,
 }
 
@@ -72,31 +72,12 @@ impl InputReport {
             .collect();
         let named = |info: &ValueInfoProto| {
             let name = info.name.clone()?;
-            let r#type = shown_type(info);
+            let declared = info.r#type.as_option();
+            let r#type = declared.map_or("?".to_owned(), |t| TypeText(t).to_string());
             (!stored.contains(name.as_str())).then_some(Self { name, r#type })
         };
         graph.input.iter().filter_map(named).collect()
     }
-}
-
-fn shown_type(info: &ValueInfoProto) -> String {
-    let Some((element, dims)) = tensor_type(info) else {
-        return "no tensor".to_owned();
-    };
-    let element = element.and_then(ElementType::from_onnx);
-    let element = element.map_or("?".to_owned(), |e| e.to_string());
-    let Some(dims) = dims else {
-        return format!("{element} of any rank");
-    };
-    let dims: Vec<String> = dims
-        .iter()
-        .map(|dim| match dim {
-            Dim::Value(size) => size.to_string(),
-            Dim::Symbol(name) => (*name).to_owned(),
-            Dim::Unknown => "?".to_owned(),
-        })
-        .collect();
-    format!("{element}[{}]", dims.join(", "))
 }
 
 /// Attention cost of the whole model at one image size, batch 1.

@@ -213,6 +213,22 @@ fn every_hybrid_site_beside_text_is_verified() {
     assert!(said.contains("4 of 4 sites run on"), "{said}");
     assert!(said.contains("weights of 4 sites compared"), "{said}");
 
+    // A site whose branches are not added is not passed over.
+    let path = folder.path().join("flux.linfusion.onnx");
+    let mut model = ModelProto::decode_from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    let mut nodes = model.graph.get_or_insert_default().node.iter_mut();
+    let sum = nodes.find(|node| {
+        node.name
+            .as_deref()
+            .is_some_and(|n| n.ends_with("/mix/Add"))
+    });
+    sum.unwrap().op_type = Some("Sub".to_owned());
+    std::fs::write(&path, model.encode_to_vec()).unwrap();
+    let verified = linfusion(&["verify", "flux.linfusion.onnx"], folder.path());
+    let said = text(&verified.stdout);
+    assert!(said.contains("3 of 4 sites run on"), "{said}");
+    assert!(said.contains("no Add reads"), "{said}");
+
     // Windows of standard operators are a loop, whose body reads values around it.
     let standard = ["--emit", "standard", "-o", "standard.onnx"];
     let args = [&["flux.onnx", "--weights", weights], &standard[..]].concat();
@@ -686,13 +702,25 @@ fn what_cannot_be_printed_is_no_panic() {
     };
     let status = program(&["unet.onnx"]).stderr(full()).status().unwrap();
     assert_eq!(status.code(), Some(3));
-    let output = program(&["inspect", "unet.onnx"])
-        .stdout(full())
-        .stderr(std::process::Stdio::piped())
-        .spawn()
-        .and_then(std::process::Child::wait_with_output)
-        .unwrap();
-    assert_eq!(output.status.code(), Some(1));
-    let said = text(&output.stderr);
-    assert!(said.contains("error: standard output: "), "{said}");
+    for (args, written) in [
+        (&["inspect", "unet.onnx"][..], false),
+        (&["unet.onnx", "--weights", "none"], true),
+    ] {
+        let output = program(args)
+            .stdout(full())
+            .stderr(std::process::Stdio::piped())
+            .spawn()
+            .and_then(std::process::Child::wait_with_output)
+            .unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        let said = text(&output.stderr);
+        assert!(said.contains("error: standard output: "), "{said}");
+        let file = "unet.linfusion.onnx";
+        assert_eq!(
+            said.contains(&format!("{file} was written")),
+            written,
+            "{said}"
+        );
+        assert_eq!(folder.path().join(file).exists(), written);
+    }
 }

@@ -198,10 +198,14 @@ pub fn subgraphs(node: &NodeProto) -> impl Iterator<Item = &GraphProto> {
         .flat_map(|a| a.g.as_option().into_iter().chain(a.graphs.iter()))
 }
 
-/// What a node and the nodes of the graphs in it read, values of those graphs included.
+/// What a node and the graphs in it read, values of those graphs included.
 pub fn reads(node: &NodeProto) -> Box<dyn Iterator<Item = &str> + '_> {
     let own = node.input.iter().map(String::as_str);
-    let nested = subgraphs(node).flat_map(|graph| graph.node.iter().flat_map(reads));
+    // The output of a body may be a value around it.
+    let nested = subgraphs(node).flat_map(|graph| {
+        let outputs = graph.output.iter().filter_map(|v| v.name.as_deref());
+        graph.node.iter().flat_map(reads).chain(outputs)
+    });
     Box::new(own.chain(nested))
 }
 
@@ -209,12 +213,7 @@ pub fn reads(node: &NodeProto) -> Box<dyn Iterator<Item = &str> + '_> {
 /// Over-approximates by names it also defines, which is safe: such a name
 /// cannot be defined outside as well.
 pub fn collect_captures<'m>(graph: &'m GraphProto, into: &mut HashSet<&'m str>) {
-    for node in &graph.node {
-        into.extend(node.input.iter().map(String::as_str));
-        for sub in subgraphs(node) {
-            collect_captures(sub, into);
-        }
-    }
+    into.extend(graph.node.iter().flat_map(reads));
     into.extend(graph.output.iter().filter_map(|v| v.name.as_deref()));
 }
 

@@ -4,15 +4,15 @@ use std::io::{self, Write};
 use std::path::Path;
 
 use linfusion_models::leftovers::{Leftover, unnamed};
+use linfusion_models::staged::parent_folder;
 
 /// Writes a file under another name and renames it, so that whoever looks sees all of it or what was there before.
 ///
 /// # Errors
 /// The folder is missing or full, or cannot be written to.
 pub fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let folder = path.parent().filter(|f| !f.as_os_str().is_empty());
-    let mut file =
-        tempfile::NamedTempFile::new_in(folder.unwrap_or(Path::new("."))).map_err(unnamed)?;
+    let file = tempfile::NamedTempFile::new_in(parent_folder(path));
+    let mut file = file.map_err(unnamed)?;
     let _leftover = Leftover::new(file.path());
     // Not by way of the temporary file, whose errors have its name.
     file.as_file_mut().write_all(bytes)?;

@@ -7,6 +7,7 @@ use linfusion_models::checkpoint::{Checkpoint, CheckpointModule, SiteAttention};
 use linfusion_models::onnx::ElementType;
 use linfusion_models::onnx::proto::TensorProto;
 use linfusion_models::onnx::write::Spill;
+use linfusion_models::staged::parent_folder;
 use linfusion_ops::body::WindowVariant;
 use linfusion_ops::schema::{TextSide, WindowSpec};
 
@@ -228,8 +229,7 @@ struct Spilled {
 /// `None` where the output's folder takes no file: tensors stay in memory then,
 /// and writing the output will say what is wrong.
 fn spill(out: &Path) -> Option<Spilled> {
-    let folder = out.parent().filter(|p| !p.as_os_str().is_empty());
-    let file = Spill::new(folder.unwrap_or(Path::new("."))).ok()?;
+    let file = Spill::new(parent_folder(out)).ok()?;
     Some(Spilled {
         file,
         tensors: Vec::new(),

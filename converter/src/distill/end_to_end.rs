@@ -12,11 +12,10 @@ use candle_nn::{AdamW, Optimizer, ParamsAdamW};
 use linfusion_runtime::tensor::{DType, Tensor as Fed};
 use serde::{Deserialize, Serialize};
 
-use super::Request;
 use super::capture::Teacher;
 use super::error::{DistillError, learning};
 use super::graph::{Program, Replaced};
-use super::inputs::{Sample, TRUTH, truths};
+use super::inputs::{Sample, TRUTH};
 use super::learn::{Learned, Work};
 use super::student::{Beginning, Student};
 use super::target::Target;
@@ -59,7 +58,6 @@ pub(super) struct Whole {
     outputs: usize,
     /// Where the students' tokens are, and their outputs' shapes.
     places: Vec<Place>,
-    truths: Vec<Option<Fed>>,
 }
 
 struct Place {
@@ -76,7 +74,6 @@ impl Whole {
         teacher: &Teacher<'_>,
         targets: &[Target],
         samples: &[Sample],
-        request: &Request,
         together: Together,
     ) -> Result<Self, DistillError> {
         let fault = |problem: String| DistillError::Setting {
@@ -95,21 +92,20 @@ impl Whole {
             )));
         }
         let whole = Self::of(teacher, targets, together)?;
-        let truths = truths(&request.source, request.samples)?;
         let found: Option<Vec<i64>> = whole.shape_of_output(teacher).map(<[i64]>::to_vec);
-        for (sample, truth) in samples.iter().zip(&truths) {
-            let Some(truth) = truth else { continue };
+        for sample in samples {
+            let Some(truth) = &sample.truth else { continue };
             let dims: Vec<i64> = truth.shape().iter().map(|d| *d as i64).collect();
             if Some(&dims) != found.as_ref() {
                 return Err(DistillError::Inputs {
                     place: sample.origin.clone(),
                     problem: format!(
-                        "array '{TRUTH}' has shape {dims:?}, and the first output has {found:?}"
+                        "'{TRUTH}' has shape {dims:?}, and the first output has {found:?}"
                     ),
                 });
             }
         }
-        Ok(Self { truths, ..whole })
+        Ok(whole)
     }
 
     fn of(
@@ -155,7 +151,6 @@ impl Whole {
                 .iter()
                 .map(place)
                 .collect::<Result<_, DistillError>>()?,
-            truths: Vec::new(),
         })
     }
 
@@ -218,7 +213,7 @@ impl Whole {
             let cosine = 0.5 * (1.0 + (PI * step as f64 / steps as f64).cos());
             optimizer.set_learning_rate(self.together.learning_rate * cosine);
             let original = self.original.run(&sample.inputs, &|_, x| Ok(x.clone()))?;
-            let truth = self.truth(at).map_err(&failed)?;
+            let truth = truth(sample).map_err(&failed)?;
             let sites = |i: usize, x: &Tensor| self.site(students, i, x);
             let loss = |results: &[Tensor]| self.loss(results, &original, truth.as_ref());
             let gradient = self
@@ -256,20 +251,6 @@ impl Whole {
         match place.target.merged.layout {
             Layout::ChannelsFirst => out.transpose(1, 2)?.reshape(place.shape.as_slice()),
             _ => out.reshape(place.shape.as_slice()),
-        }
-    }
-
-    fn truth(&self, sample: usize) -> candle_core::Result<Option<Tensor>> {
-        let Some(Some(truth)) = self.truths.get(sample) else {
-            return Ok(None);
-        };
-        match truth.cast(DType::F32) {
-            Fed::F32(values) => {
-                let dims = values.shape().to_vec();
-                Tensor::from_vec(values.into_iter().collect::<Vec<f32>>(), dims, &Device::Cpu)
-                    .map(Some)
-            }
-            _ => Ok(None),
         }
     }
 
@@ -319,6 +300,17 @@ impl Whole {
             }
         }
         Ok(error / squares.max(f64::MIN_POSITIVE))
+    }
+}
+
+fn truth(sample: &Sample) -> candle_core::Result<Option<Tensor>> {
+    match sample.truth.as_ref().map(|truth| truth.cast(DType::F32)) {
+        Some(Fed::F32(values)) => {
+            let dims = values.shape().to_vec();
+            let values: Vec<f32> = values.into_iter().collect();
+            Tensor::from_vec(values, dims, &Device::Cpu).map(Some)
+        }
+        _ => Ok(None),
     }
 }
 

@@ -33,6 +33,7 @@ fn lesson(together: Together) -> Lesson {
         };
         Sample {
             origin: String::new(),
+            truth: None,
             inputs: given.iter().map(draw).collect(),
         }
     };

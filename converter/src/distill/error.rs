@@ -41,7 +41,7 @@ pub enum DistillError {
     /// Teacher inputs are not as they should be.
     #[error("{place}: {problem}")]
     Inputs {
-        /// A file or an option.
+        /// A file, an option, or how a sample was made.
         place: String,
         /// What is wrong, and a hint.
         problem: String,
@@ -117,10 +117,12 @@ pub enum DistillError {
         path: PathBuf,
     },
     /// Another process learns the same weights.
-    #[error("{} is in use by another process that learns weights for the same output (hint: wait for it, or choose another -o)", path.display())]
+    #[error("another process learns the weights {}: it holds {} (hint: wait for it, or name another output)", output.display(), folder.display())]
     Busy {
-        /// Where it keeps what it has learned.
-        path: PathBuf,
+        /// The checkpoint that both are to write.
+        output: PathBuf,
+        /// Where what is learned is kept.
+        folder: PathBuf,
     },
     /// The output or a finished site cannot be written.
     #[error("{} cannot be written: {source}", path.display())]

@@ -21,6 +21,8 @@ pub struct Sample {
     pub origin: String,
     /// The graph's inputs, by name.
     pub inputs: Vec<(String, Tensor)>,
+    /// What the first output should have been, where somebody knows.
+    pub truth: Option<Tensor>,
 }
 
 /// Where samples come from.
@@ -121,24 +123,8 @@ pub fn from_folder(
 }
 
 /// The array of an archive that holds what the model's first output should have been, as the noise that was added to an
-/// image: what was true, where the teacher only guesses.
+/// image: what was true, where the teacher only guesses. It is none where the graph has an input of that name.
 pub const TRUTH: &str = "target";
-
-/// That array of the first `count` samples, where they have one; it is none where the graph has an input of that name.
-///
-/// # Errors
-/// There are fewer archives, or one cannot be read.
-pub fn truths(source: &Source, count: usize) -> Result<Vec<Option<Tensor>>, DistillError> {
-    let Source::Folder(folder) = source else {
-        return Ok(vec![None; count]);
-    };
-    let truth = |path: &PathBuf| {
-        let arrays = npz::read(path)?.into_iter();
-        let mut named = arrays.filter(|(name, _)| name == TRUTH);
-        Ok(named.next().map(|(_, tensor)| tensor))
-    };
-    archives(folder, count)?.iter().map(truth).collect()
-}
 
 /// The first `count` archives of a folder.
 fn archives(folder: &Path, count: usize) -> Result<Vec<PathBuf>, DistillError> {
@@ -163,7 +149,7 @@ fn archives(folder: &Path, count: usize) -> Result<Vec<PathBuf>, DistillError> {
     Ok(paths)
 }
 
-/// Arrays, in the order and types of the graph's inputs.
+/// Arrays, in the order and types of the graph's inputs, and perhaps one of the [`TRUTH`].
 ///
 /// # Errors
 /// One is missing, of another shape, or not finite.
@@ -182,7 +168,7 @@ pub(super) fn fitting(
         let Some(found) = found else {
             let given: Vec<&str> = arrays.iter().map(|(name, _)| name.as_str()).collect();
             return Err(fault(format!(
-                "has no array '{}' {port}; its arrays are {given:?}",
+                "has no '{}' {port}, which the graph takes; it has {given:?}",
                 port.name
             )));
         };
@@ -193,19 +179,22 @@ pub(super) fn fitting(
         });
         if !fits {
             return Err(fault(format!(
-                "array '{name}' is {}{:?}, and the graph takes {port}",
+                "'{name}' is {}{:?}, and the graph takes {port}",
                 tensor.dtype(),
                 tensor.shape()
             )));
         }
-        if !tensor.is_finite() {
-            return Err(fault(format!("array '{name}' has infinities or NaN")));
+        // Infinities may be meant: a mask hides with them.
+        if tensor.to_f64().iter().any(|v| v.is_nan()) {
+            return Err(fault(format!("'{name}' has NaN")));
         }
         taken.push((name, tensor.cast(port.dtype)));
     }
+    let truth = arrays.into_iter().find(|(name, _)| name == TRUTH);
     Ok(Sample {
         origin,
         inputs: taken,
+        truth: truth.map(|(_, tensor)| tensor),
     })
 }
 
@@ -273,6 +262,7 @@ pub fn random(
         Sample {
             inputs: inputs.collect(),
             origin: format!("sample {} drawn as {} says", index + 1, path.display()),
+            truth: None,
         }
     };
     Ok((0..count).map(sample).collect())

@@ -123,13 +123,9 @@ impl Work<'_> {
         self.request.selection.window.unwrap_or_default()
     }
 
-    /// Learns all sites, as many at once as the disk holds the activations of; says how many an earlier run had done.
-    pub fn learn(&self, targets: &[Target]) -> Result<(Vec<Learned>, usize), DistillError> {
-        let mut done: HashMap<usize, Done> = targets
-            .iter()
-            .filter_map(|t| Some((t.site, self.state.load(CHOSEN, t.site)?)))
-            .collect();
-        let resumed = done.len();
+    /// Learns all sites, as many at once as the disk holds the activations of.
+    pub fn learn(&self, targets: &[Target]) -> Result<Vec<Learned>, DistillError> {
+        let mut done = self.done_before(targets);
         let open: Vec<Target> = targets
             .iter()
             .filter(|t| !done.contains_key(&t.site))
@@ -156,7 +152,27 @@ impl Work<'_> {
                 });
             }
         }
-        Ok((learned, resumed))
+        Ok(learned)
+    }
+
+    /// How many sites have something of an earlier run of the request.
+    pub fn taken_over(&self, targets: &[Target]) -> usize {
+        let tried = |t: &&Target| {
+            let mut methods = t.methods.iter();
+            methods.any(|m| self.state.load(&m.to_string(), t.site).is_some())
+        };
+        targets.iter().filter(tried).count()
+    }
+
+    /// The sites that an earlier run of the request finished.
+    fn done_before(&self, targets: &[Target]) -> HashMap<usize, Done> {
+        let done = |t: &Target| {
+            let done = self.state.load(CHOSEN, t.site)?;
+            // The selection may have been another.
+            let wanted = t.methods.contains(&done.report.attention);
+            wanted.then_some((t.site, done))
+        };
+        targets.iter().filter_map(done).collect()
     }
 
     pub fn images(&self) -> usize {
@@ -250,6 +266,7 @@ impl Work<'_> {
             }
             let done = self.learn_site(ready, *method, None, &self.request.schedule)?;
             self.state.save(&phase, ready.target.site, &done)?;
+            (self.progress)(Progress::Kept);
             Ok(done)
         })?;
         let mut by_site: HashMap<usize, Vec<Done>> = HashMap::new();
@@ -400,7 +417,14 @@ impl Work<'_> {
 
     /// Converts the model with these weights to a scratch file.
     pub fn student(&self, sites: &[Learned]) -> Result<measure::Scratch, DistillError> {
-        let staged = output::stage(&self.scratch.join("checkpoint"), &modules(sites))?;
+        let staged = output::stage(&self.scratch.join("checkpoint"), &modules(sites));
+        let staged = staged.map_err(|error| match error {
+            DistillError::Write { source, .. } => DistillError::Scratch {
+                folder: self.scratch.clone(),
+                source,
+            },
+            error => error,
+        })?;
         measure::converted(
             self.teacher.file.path(),
             WeightsFrom::Path(staged.path().to_owned()),

@@ -168,4 +168,10 @@ pub enum Progress {
     Advance(u64),
     /// Something to tell.
     Note(String),
+    /// Nobody else learns into the output; what is learned will be kept in this folder.
+    Claimed(PathBuf),
+    /// Something is in that folder that the same request goes on from.
+    Kept,
+    /// The output is there, and the folder goes.
+    Written,
 }

@@ -1,11 +1,13 @@
 //! The checkpoint's folder, which is there as a whole or not at all.
 
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
+use linfusion_models::checkpoint::CheckpointError;
 use linfusion_models::checkpoint::write::{NewModule, write_folder};
 use linfusion_models::onnx::write::Overwrite;
-use linfusion_models::staged::{StagedFolder, around};
+use linfusion_models::staged::{StagedFolder, parent_folder};
 
 use super::error::DistillError;
 
@@ -15,6 +17,11 @@ use super::error::DistillError;
 /// Something is in the output's place, or its parent takes no folder.
 pub(super) fn check(place: &Path, overwrite: Overwrite) -> Result<(), DistillError> {
     admit(place, overwrite)?;
+    let device = |path: &Path| path.metadata().map(|m| m.dev()).ok();
+    if place.exists() && device(place) != device(parent_folder(place)) {
+        let why = "it is a mount point, which cannot be replaced (hint: name a folder inside it)";
+        return Err(failed(place)(io::Error::other(why)));
+    }
     StagedFolder::of(place).map(drop).map_err(failed(place))
 }
 
@@ -27,7 +34,7 @@ pub(super) fn check_file(place: &Path, overwrite: Overwrite) -> Result<(), Disti
         return Err(failed(place)(io::ErrorKind::IsADirectory.into()));
     }
     admit(place, overwrite)?;
-    let file = tempfile::tempfile_in(around(place));
+    let file = tempfile::tempfile_in(parent_folder(place));
     file.map(drop).map_err(failed(place))
 }
 
@@ -37,7 +44,11 @@ pub(super) fn check_file(place: &Path, overwrite: Overwrite) -> Result<(), Disti
 /// The disk is full, or a module's weights have not the sizes that it states.
 pub(super) fn stage(place: &Path, modules: &[NewModule]) -> Result<StagedFolder, DistillError> {
     let folder = StagedFolder::of(place).map_err(failed(place))?;
-    write_folder(folder.path(), modules)?;
+    write_folder(folder.path(), modules).map_err(|error| match error {
+        // Nobody asked for the folder that it is in so far.
+        CheckpointError::Io { source, .. } => failed(place)(source),
+        error => error.into(),
+    })?;
     Ok(folder)
 }
 
@@ -48,7 +59,7 @@ pub(super) fn stage(place: &Path, modules: &[NewModule]) -> Result<StagedFolder,
 pub(super) fn publish(folder: StagedFolder, overwrite: Overwrite) -> Result<(), DistillError> {
     let place = folder.place().to_owned();
     admit(&place, overwrite)?;
-    folder.publish().map_err(failed(&place))
+    folder.publish(overwrite).map_err(failed(&place))
 }
 
 fn admit(place: &Path, overwrite: Overwrite) -> Result<(), DistillError> {

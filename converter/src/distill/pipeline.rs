@@ -13,6 +13,7 @@ use linfusion_runtime::pipeline::{
 
 use super::error::DistillError;
 use super::inputs::Sample;
+use linfusion_runtime::tensor::Tensor;
 
 /// What images show where nobody says: many kinds of picture, as training sets have.
 const PROMPTS: [&str; 24] = [
@@ -54,13 +55,14 @@ pub(super) struct Asked<'a> {
     pub seed: u64,
 }
 
-/// Generates images at the pipeline's own size until there are `count` samples; `tick` hears of each.
+/// Generates images at the pipeline's own size until there are `count` samples that `fit` the model; `tick` hears of each.
 ///
 /// # Errors
-/// The prompts cannot be read or are none, or the pipeline fails.
+/// The prompts cannot be read or are none, the pipeline fails, or it is of another model.
 pub(super) fn samples(
     asked: &Asked<'_>,
     place: &Place,
+    fit: &dyn Fn(Sample) -> Result<Sample, DistillError>,
     tick: &dyn Fn(),
 ) -> Result<Vec<Sample>, DistillError> {
     let prompts = prompts(asked.prompts)?;
@@ -79,9 +81,8 @@ pub(super) fn samples(
         let prompt = prompts.get(image % prompts.len().max(1));
         let prompt = prompt.map_or("", String::as_str);
         let mut watch = Watch {
-            prompt,
             wanted: spread(wanted, asked.steps, &mut random),
-            samples: Vec::new(),
+            inputs: Vec::new(),
         };
         let request = Request {
             prompt: prompt.to_owned(),
@@ -113,14 +114,22 @@ pub(super) fn samples(
             &|_| Metadata::default(),
             &mut watch,
         )?;
-        if watch.samples.is_empty() {
+        if watch.inputs.is_empty() {
             return Err(DistillError::Inputs {
                 place: asked.folder.display().to_string(),
                 problem: format!("its denoiser was not run within {} steps", asked.steps),
             });
         }
-        for sample in watch.samples {
-            samples.push(sample);
+        for (step, inputs) in watch.inputs {
+            samples.push(fit(Sample {
+                origin: format!(
+                    "{}: step {step} of image {}, \"{prompt}\"",
+                    asked.folder.display(),
+                    image + 1
+                ),
+                inputs,
+                truth: None,
+            })?);
             tick();
         }
         image += 1;
@@ -154,13 +163,13 @@ fn spread(count: usize, steps: usize, random: &mut SplitMix64) -> Vec<usize> {
         .collect()
 }
 
-struct Watch<'a> {
-    prompt: &'a str,
+struct Watch {
     wanted: Vec<usize>,
-    samples: Vec<Sample>,
+    /// What the denoiser was given at some steps.
+    inputs: Vec<(usize, Vec<(String, Tensor)>)>,
 }
 
-impl Observer for Watch<'_> {
+impl Observer for Watch {
     fn progress(&mut self, _: Progress) {}
 
     fn wants_inputs(&self, step: usize, _: usize) -> bool {
@@ -168,10 +177,9 @@ impl Observer for Watch<'_> {
     }
 
     fn evaluated(&mut self, evaluated: Evaluated<'_>) {
-        self.samples.extend(evaluated.inputs.map(|inputs| Sample {
-            origin: format!("step {} of \"{}\"", evaluated.step, self.prompt),
-            inputs,
-        }));
+        let step = evaluated.step;
+        self.inputs
+            .extend(evaluated.inputs.map(|inputs| (step, inputs)));
     }
 }
 

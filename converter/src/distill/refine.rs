@@ -85,11 +85,10 @@ impl Work<'_> {
         };
         let state = measured.with(&format!("{turns:?}"));
         for part in turns.chunks(turns.len().div_ceil(PARTS).max(OF_A_PART)) {
-            let mut part = part;
-            for fitting in self.fitting(&sites, part)? {
-                let (group, rest) = part.split_at(fitting.min(part.len()));
-                self.refine_part(&mut sites, group, &state)?;
-                part = rest;
+            for (index, done) in self.refine_part(&sites, part, &state)? {
+                if let Some(site) = sites.get_mut(index) {
+                    site.done = done;
+                }
             }
         }
         let error = |sites: &[Learned]| {
@@ -160,12 +159,29 @@ impl Work<'_> {
         Ok(groups.into_iter().map(<[Target]>::len).collect())
     }
 
+    /// What the sites of a part become: all learn in the model as it was before the part, whatever the disk holds at once, and
+    /// after an interruption too.
     fn refine_part(
         &self,
-        sites: &mut [Learned],
+        sites: &[Learned],
+        part: &[Turn],
+        state: &State,
+    ) -> Result<Vec<(usize, Done)>, DistillError> {
+        let (mut refined, mut rest) = (Vec::new(), part);
+        for fitting in self.fitting(sites, part)? {
+            let (group, more) = rest.split_at(fitting.min(rest.len()));
+            refined.extend(self.refine_group(sites, group, state)?);
+            rest = more;
+        }
+        Ok(refined)
+    }
+
+    fn refine_group(
+        &self,
+        sites: &[Learned],
         turns: &[Turn],
         state: &State,
-    ) -> Result<(), DistillError> {
+    ) -> Result<Vec<(usize, Done)>, DistillError> {
         let (mut refined, mut open) = (Vec::new(), Vec::new());
         for turn in turns {
             let Some(site) = sites.get(turn.index) else {
@@ -179,13 +195,7 @@ impl Work<'_> {
         if !open.is_empty() {
             refined.extend(self.refined(sites, &open, state)?);
         }
-        // Not before: all sites of a part learn in the model as it was before the part, after an interruption too.
-        for (i, done) in refined {
-            if let Some(site) = sites.get_mut(i) {
-                site.done = done;
-            }
-        }
-        Ok(())
+        Ok(refined)
     }
 
     /// What sites learn in the model converted so far.

@@ -161,7 +161,7 @@ impl Report {
             .map(|p| p.map_or("equal".to_owned(), |p| format!("{p:.1}")))
             .collect();
         text += &format!(
-            "the converted model against the original: PSNR {:.1} dB, mean of {}; all together {}; {:.1} dB with MLPs that give zero\n",
+            "the converted model against the original: PSNR {:.1} dB, mean of {}; all together {}; {:.1} dB untrained\n",
             self.end_to_end.mean(),
             psnr.join(", "),
             self.end_to_end

@@ -48,6 +48,7 @@ pub fn run(
         output::check_file(plot, request.overwrite)?;
     }
     let claim = Claim::of(&request.out)?;
+    progress(Progress::Claimed(unfinished(&request.out)));
     let path = model_path(&request.model)?;
     let file = OnnxFile::open(&path)?;
     let model = path.display().to_string();
@@ -71,9 +72,7 @@ pub fn run(
     let (targets, skipped) = targets(request, &analysis, &shapes)?;
     // What the graph cannot do is told before anything is learned.
     let whole = match &request.end_to_end {
-        Some(together) => Some(Whole::new(
-            &teacher, &targets, &samples, request, *together,
-        )?),
+        Some(together) => Some(Whole::new(&teacher, &targets, &samples, *together)?),
         None => None,
     };
     let work = Work {
@@ -86,22 +85,24 @@ pub fn run(
         outputs: Default::default(),
     };
     let mut notes = Vec::new();
+    let resumed = work.taken_over(&targets);
     if claim.resumes {
         let kept = unfinished(&request.out);
         let kept = kept.display();
-        progress(Progress::Note(
-            match targets.iter().filter(|t| work.state.has(t.site)).count() {
-                0 => format!(
-                    "{kept} is of an interrupted run with another request, or damaged; all sites are learned anew"
-                ),
-                done => format!(
-                    "{done} of {} sites are taken over from an interrupted run ({kept})",
-                    targets.len()
-                ),
-            },
-        ));
+        if resumed > 0 {
+            progress(Progress::Kept);
+        }
+        progress(Progress::Note(match resumed {
+            0 => format!(
+                "{kept} is of an interrupted run with another request, or damaged; all sites are learned anew"
+            ),
+            _ => format!(
+                "{resumed} of {} sites are taken over from an interrupted run ({kept})",
+                targets.len()
+            ),
+        }));
     }
-    let (learned, resumed) = work.learn(&targets)?;
+    let learned = work.learn(&targets)?;
     if request.schedule.steps == 0 {
         notes.push("nothing was learned: --steps 0 leaves the graph's own projections, with MLPs that give zero".to_owned());
     }
@@ -127,6 +128,7 @@ pub fn run(
     let staged = output::stage(&request.out, &modules(&best.sites))?;
     let costs = choose::costs(&analysis, &targets, &best.sites, edge(&samples));
     output::publish(staged, request.overwrite)?;
+    progress(Progress::Written);
     work.state.clear();
     let sites: Vec<SiteReport> = best
         .sites
@@ -262,32 +264,26 @@ fn samples(
                 engine,
                 options: options.clone(),
             };
-            let made = pipeline::samples(&asked, &place, &|| progress(Progress::Advance(1)))?;
-            // They are what the pipeline's own model took.
+            // Samples are what the pipeline's own model took.
             let ports = ports()?;
-            made.into_iter()
-                .map(|sample| inputs::fitting(sample.inputs, &ports, sample.origin))
-                .collect::<Result<_, _>>()?
+            let fit = |s: Sample| inputs::fitting(s.inputs, &ports, s.origin);
+            pipeline::samples(&asked, &place, &fit, &|| progress(Progress::Advance(1)))?
         }
     };
     let sizes = |sample: &Sample| -> Vec<Vec<usize>> {
-        sample
-            .inputs
-            .iter()
-            .map(|(_, t)| t.shape().to_vec())
-            .collect()
+        let inputs = sample.inputs.iter();
+        inputs.map(|(_, t)| t.shape().to_vec()).collect()
     };
-    let first = samples.first().map(&sizes);
-    if let Some(odd) = samples.iter().position(|s| Some(sizes(s)) != first) {
+    if let Some((first, rest)) = samples.split_first()
+        && let Some(odd) = rest.iter().find(|sample| sizes(sample) != sizes(first))
+    {
         return Err(DistillError::Inputs {
-            place: samples
-                .get(odd)
-                .map(|s| s.origin.clone())
-                .unwrap_or_default(),
+            place: odd.origin.clone(),
             problem: format!(
-                "its inputs have sizes {:?}, those of the first sample {:?}; all must be equal",
-                samples.get(odd).map(&sizes).unwrap_or_default(),
-                first.unwrap_or_default()
+                "its inputs have sizes {:?}, those of {} {:?}; all must be equal",
+                sizes(odd),
+                first.origin,
+                sizes(first)
             ),
         });
     }

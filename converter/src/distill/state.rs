@@ -2,6 +2,8 @@
 
 use std::collections::HashMap;
 use std::fs::{self, File, TryLockError};
+use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use linfusion_models::checkpoint::Part;
@@ -28,7 +30,7 @@ pub(super) struct Claim {
     folder: PathBuf,
     /// What an earlier run left was there already.
     pub resumes: bool,
-    _lock: Option<File>,
+    handle: File,
 }
 
 impl Claim {
@@ -40,27 +42,50 @@ impl Claim {
             path: folder.clone(),
             source,
         };
-        fs::create_dir_all(&folder).map_err(failed)?;
-        let handle = File::open(&folder).map_err(failed)?;
-        let lock = match handle.try_lock() {
-            Ok(()) => Some(handle),
-            Err(TryLockError::WouldBlock) => return Err(DistillError::Busy { path: folder }),
-            // Some network file systems have no locks.
-            Err(TryLockError::Error(_)) => None,
+        // The folder of a process that ends may go between any two of these.
+        let handle = loop {
+            fs::create_dir_all(&folder).map_err(failed)?;
+            let handle = match File::open(&folder) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                opened => opened.map_err(failed)?,
+            };
+            match handle.try_lock() {
+                Err(TryLockError::WouldBlock) => {
+                    return Err(DistillError::Busy {
+                        output: output.to_owned(),
+                        folder,
+                    });
+                }
+                // Some network file systems have no locks.
+                Ok(()) | Err(TryLockError::Error(_)) => {}
+            }
+            if is_at(&handle, &folder) {
+                break handle;
+            }
         };
         let resumes = folder.read_dir().map_err(failed)?.next().is_some();
         Ok(Self {
-            resumes,
             folder,
-            _lock: lock,
+            resumes,
+            handle,
         })
     }
 }
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        // Fails, as it should, where something is kept.
-        let _ = fs::remove_dir(&self.folder);
+        if is_at(&self.handle, &self.folder) {
+            // Fails, as it should, where something is kept.
+            let _ = fs::remove_dir(&self.folder);
+        }
+    }
+}
+
+/// Whether this open folder still has its name.
+fn is_at(handle: &File, folder: &Path) -> bool {
+    match (handle.metadata(), folder.metadata()) {
+        (Ok(own), Ok(there)) => (own.dev(), own.ino()) == (there.dev(), there.ino()),
+        _ => false,
     }
 }
 
@@ -134,29 +159,18 @@ impl State {
         })
     }
 
-    /// Whether an earlier run with the same request finished a phase of the site.
-    pub fn has(&self, site: usize) -> bool {
-        let files = fs::read_dir(&self.folder).into_iter().flatten();
-        files.flatten().any(|file| {
-            let name = file.file_name();
-            let stem = Path::new(&name).file_stem().and_then(|s| s.to_str());
-            let phase = stem.and_then(|s| s.strip_suffix(&format!("-{site:04}")));
-            phase.is_some_and(|phase| self.load(phase, site).is_some())
-        })
-    }
-
     /// Keeps a site that is done.
     ///
     /// # Errors
     /// The disk is full, or the output's folder cannot be written to.
     pub fn save(&self, phase: &str, site: usize, done: &Done) -> Result<(), DistillError> {
         let path = self.path(phase, site);
-        let failed = |source: std::io::Error| DistillError::Write {
+        let failed = |source: io::Error| DistillError::Write {
             path: path.clone(),
             source,
         };
         let report =
-            serde_json::to_string(&done.report).map_err(|e| failed(std::io::Error::other(e)))?;
+            serde_json::to_string(&done.report).map_err(|e| failed(io::Error::other(e)))?;
         let bytes: Vec<(String, Vec<u8>)> = done
             .weights
             .0
@@ -178,7 +192,7 @@ impl State {
         ]);
         let written = views
             .and_then(|views| serialize(views, Some(told)))
-            .map_err(|e| failed(std::io::Error::other(e)))?;
+            .map_err(|e| failed(io::Error::other(e)))?;
         self.write(&path, &written)
     }
 
@@ -195,18 +209,18 @@ impl State {
     /// As [`Self::save`].
     pub fn save_value<T: Serialize>(&self, name: &str, value: &T) -> Result<(), DistillError> {
         let path = self.folder.join(format!("{name}.json"));
-        let failed = |source: std::io::Error| DistillError::Write {
+        let failed = |source: io::Error| DistillError::Write {
             path: path.clone(),
             source,
         };
         let bytes = serde_json::to_vec(&(&self.key, value));
-        let bytes = bytes.map_err(|e| failed(std::io::Error::other(e)))?;
+        let bytes = bytes.map_err(|e| failed(io::Error::other(e)))?;
         self.write(&path, &bytes)
     }
 
     /// Writes a file of the folder, whole or not at all.
     fn write(&self, path: &Path, bytes: &[u8]) -> Result<(), DistillError> {
-        let failed = |source: std::io::Error| DistillError::Write {
+        let failed = |source: io::Error| DistillError::Write {
             path: path.to_owned(),
             source,
         };

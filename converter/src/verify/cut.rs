@@ -9,7 +9,7 @@ use linfusion_runtime::tensor::{DType, Tensor};
 use ndarray::{ArrayD, IxDyn};
 
 use super::Converted;
-use crate::graph::{collect_captures, subgraphs};
+use crate::graph::reads;
 use crate::grid::GridSize;
 use crate::rewrite::site::LinearPart;
 use crate::rewrite::window::{Mixed, WindowPart};
@@ -130,15 +130,12 @@ pub(super) fn cut(file: &OnnxFile, site: &Converted) -> Result<ModelProto, Strin
         if let Some(&i) = producers.get(value) {
             if nodes.insert(i) {
                 queue.extend(graph.node[i].input.iter().map(String::as_str));
-                // What the body of a loop reads from around it.
-                let mut captured = HashSet::new();
-                subgraphs(&graph.node[i]).for_each(|body| collect_captures(body, &mut captured));
-                captured.retain(|name| {
+                // What the body of a loop or branch reads from around it.
+                queue.extend(reads(&graph.node[i]).filter(|name| {
                     producers.contains_key(name)
                         || stored.contains_key(name)
                         || given.contains(name)
-                });
-                queue.extend(captured);
+                }));
             }
         } else if let Some(&i) = stored.get(value) {
             weights.insert(i);

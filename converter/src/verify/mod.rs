@@ -17,7 +17,7 @@ use serde::Serialize;
 use self::cut::cut;
 pub use self::cut::{CutInput, Feed};
 use self::judge::SiteRun;
-pub use self::readback::converted_sites;
+pub use self::readback::{Unread, converted_sites};
 pub use self::stored::{Difference, StoredWeights, compare_weights};
 use crate::plan::Method;
 use crate::rewrite::site::LinearPart;

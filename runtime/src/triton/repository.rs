@@ -3,7 +3,8 @@
 use std::fs;
 use std::path::Path;
 
-use linfusion_models::staged::{StagedFolder, around};
+use linfusion_models::onnx::write::Overwrite;
+use linfusion_models::staged::{StagedFolder, parent_folder};
 
 use super::error::TritonError;
 
@@ -33,7 +34,7 @@ impl Unfinished {
         let folder = StagedFolder::of(place);
         Ok(Self {
             existing,
-            folder: folder.map_err(TritonError::io("create a folder in", around(place)))?,
+            folder: folder.map_err(TritonError::io("create a folder in", parent_folder(place)))?,
         })
     }
 
@@ -49,8 +50,12 @@ impl Unfinished {
     pub fn publish(self) -> Result<(), TritonError> {
         let place = self.folder.place().to_owned();
         admit(&place, self.existing)?;
+        let overwrite = match self.existing {
+            Existing::Refuse => Overwrite::Refuse,
+            Existing::Replace => Overwrite::Force,
+        };
         self.folder
-            .publish()
+            .publish(overwrite)
             .map_err(TritonError::io("rename to", &place))
     }
 }

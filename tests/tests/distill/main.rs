@@ -11,7 +11,7 @@ use linfusion_convert::distill::{
     Attention, Budget, DistillError, Progress, Refinement, SiteReport, Source, Together, run,
 };
 use linfusion_convert::patterns::Patterns;
-use linfusion_convert::plan::Method;
+use linfusion_convert::plan::{Method, MethodRule};
 use linfusion_convert::verify::compare_weights;
 use linfusion_models::checkpoint::{Checkpoint, MlpWidth, SiteAttention};
 use linfusion_models::onnx::OnnxFile;
@@ -133,7 +133,8 @@ fn layers_are_read_off_exactly() {
     });
     let largest = outputs[0].iter().fold(0.0_f64, |m, v| m.max(v.abs()));
     for (a, b) in outputs[0].iter().zip(&outputs[1]) {
-        // Two blocks of sums of 8 terms and of 64, in float32; a weight is read as a difference from the bias.
+        // Two blocks, in float32: projections of 8 terms, an attention over 64 tokens and a layer of 8, so 24 sums whose
+        // roundings add up to their number at most, on either side, and a weight is read as a difference from the bias.
         assert!(
             (a - b).abs() < 64.0 * f64::from(f32::EPSILON) * largest,
             "{a} {b}"
@@ -253,6 +254,42 @@ fn refined_sites_are_not_refined_again_after_an_interruption() {
     std::fs::remove_file(&refined[1]).unwrap();
     quietly(&request).unwrap();
     assert_eq!(weights(&request.out), expected);
+
+    // A disk that holds one site's activations at once.
+    request.disk_budget = 3 * 36 * 64 * 8 * 2;
+    quietly(&request).unwrap();
+    assert_eq!(weights(&request.out), expected);
+}
+
+#[test]
+fn what_was_learned_for_another_attention_does_not_count() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut request = request(folder.path(), Looks::Anywhere);
+    request.schedule.steps = 5;
+    // In two groups, the second of which finds no folder.
+    request.disk_budget = 3 * 12 * 64 * 8 * 2;
+    let scratch = folder.path().join("scratch");
+    std::fs::create_dir(&scratch).unwrap();
+    request.scratch = Some(scratch.clone());
+    let begins = AtomicUsize::new(0);
+    let stopped = run(&request, &|progress| {
+        if let Progress::Begin { stage, .. } = progress
+            && stage == "running the original"
+            && begins.fetch_add(1, Ordering::Relaxed) == 1
+        {
+            std::fs::remove_dir_all(&scratch).unwrap();
+        }
+    });
+    assert!(stopped.is_err());
+    request.scratch = Some(folder.path().to_owned());
+    request.selection.attention = vec![MethodRule {
+        sites: None,
+        method: Some(Method::Hybrid),
+    }];
+    let report = quietly(&request).unwrap();
+    assert_eq!(report.resumed, 0);
+    let hybrid = |site: &SiteReport| site.attention == Method::Hybrid;
+    assert!(report.sites.iter().all(hybrid), "{:?}", report.sites);
 }
 
 /// What was refined beside other sites than now does not count.

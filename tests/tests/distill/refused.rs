@@ -66,7 +66,7 @@ fn inputs_may_be_recorded() {
         ["sample", "t"],
         SIDE,
         f32::NAN,
-        &["011.npz", "array 'sample'", "NaN"],
+        &["011.npz", "'sample'", "NaN"],
     );
     // Finite itself, and its square is not.
     refused(

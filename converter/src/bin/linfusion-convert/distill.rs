@@ -2,14 +2,14 @@
 
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use linfusion_convert::convert::{WeightsFrom, default_output};
 use linfusion_convert::distill::{
     Attention, Budget, DistillError, Mid, Progress, Refinement, Report, Request, Schedule, Source,
-    Together, run, unfinished,
+    Together, run,
 };
 use linfusion_convert::plan::Selection;
 use linfusion_models::onnx::write::Overwrite;
@@ -151,10 +151,11 @@ pub fn run_distill(args: &DistillArgs) -> Result<(), Failure> {
         overwrite,
     )?;
     let report = watched(&request)?;
-    match args.report {
+    let printed = match args.report {
         ReportAs::Json => print_json(&report),
         ReportAs::Table => print_bytes(report.table().as_bytes()),
-    }
+    };
+    printed.map_err(|failure| failure.although_written(&report.output))
 }
 
 /// Learns weights into `MODEL.linfusion-weights`, beside the conversion's output; what the conversion takes then.
@@ -182,11 +183,13 @@ pub fn for_conversion(
     let mut name = model.file_stem().unwrap_or_default().to_owned();
     name.push(".linfusion-weights");
     let out = args.out.as_deref().unwrap_or(model).with_file_name(name);
-    if out.exists() && !args.force {
+    if out.symlink_metadata().is_ok() && !args.force {
         let there = out.display();
         return Err(Failure::new(
             1,
-            format!("{there} exists already: --weights {there} uses it, --force learns anew"),
+            format!(
+                "{there} exists already: --weights {there} uses it, --force learns anew and replaces both outputs"
+            ),
         ));
     }
     let overwrite = if args.force {
@@ -197,7 +200,8 @@ pub fn for_conversion(
     let request = request(&args.how, &args.selection, model, &out, overwrite)?;
     let report = watched(&request)?;
     if args.report == ReportAs::Table {
-        print_bytes(report.table().as_bytes())?;
+        print_bytes(report.table().as_bytes())
+            .map_err(|failure| failure.although_written(&report.output))?;
     }
     let selection = Selection {
         // The checkpoint says what each site becomes.
@@ -295,41 +299,54 @@ fn bytes(gib: f64) -> Result<u64, Failure> {
     }
 }
 
-/// Where an interrupted run keeps what it has learned so far.
-static KEPT: Mutex<Option<PathBuf>> = Mutex::new(None);
+/// What an interruption leaves of weights that are being learned.
+enum Learning {
+    /// Nothing: none are.
+    No,
+    /// This folder, in which nothing is kept yet.
+    Begun(PathBuf),
+    /// This folder, from which the same request goes on.
+    Kept(PathBuf),
+}
+
+static LEARNING: Mutex<Learning> = Mutex::new(Learning::No);
+
+fn learning() -> MutexGuard<'static, Learning> {
+    LEARNING.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// Says what an interruption leaves behind, if weights were being learned.
 pub fn tell_what_is_kept() {
-    let Ok(Some(folder)) = KEPT.lock().map(|kept| kept.clone()) else {
-        return;
-    };
-    // Others are being written.
-    let is_whole =
-        |file: &std::fs::DirEntry| file.path().extension().is_some_and(|e| e == "safetensors");
-    let files = folder.read_dir().into_iter().flatten().flatten();
-    if !files.into_iter().any(|file| is_whole(&file)) {
-        // Fails, as it should, where figures are kept.
-        let _ = std::fs::remove_dir(&folder);
-        say("\ninterrupted before the first site was learned; nothing is kept");
-    } else {
-        say(format_args!(
+    match &*learning() {
+        Learning::No => {}
+        Learning::Begun(folder) => {
+            // Fails, as it should, where another request keeps something.
+            let _ = std::fs::remove_dir(folder);
+            say("\ninterrupted before the first site was learned; nothing is kept");
+        }
+        Learning::Kept(folder) => say(format_args!(
             "\ninterrupted; the sites that are learned are kept in {}, and the same command goes on from there",
             folder.display()
-        ));
+        )),
     }
 }
 
-fn keep(folder: Option<PathBuf>) {
-    *KEPT.lock().unwrap_or_else(PoisonError::into_inner) = folder;
+fn keep() {
+    let mut learning = learning();
+    if let Learning::Begun(folder) = &mut *learning {
+        *learning = Learning::Kept(std::mem::take(folder));
+    }
 }
 
 /// Runs with a progress bar.
 fn watched(request: &Request) -> Result<Report, Failure> {
-    keep(Some(unfinished(&request.out)));
     let bar: Mutex<ProgressBar> = Mutex::new(spinner());
     let show = |progress: Progress| {
         let Ok(mut bar) = bar.lock() else { return };
         match progress {
+            Progress::Claimed(folder) => *learning() = Learning::Begun(folder),
+            Progress::Kept => keep(),
+            Progress::Written => *learning() = Learning::No,
             Progress::Advance(steps) => bar.inc(steps),
             Progress::Note(note) if bar.is_hidden() => say(note),
             Progress::Note(note) => bar.println(note),
@@ -349,10 +366,6 @@ fn watched(request: &Request) -> Result<Report, Failure> {
         }
     };
     let result = run(request, &show);
-    if result.is_ok() {
-        // The weights have their name, and what was kept for them is gone.
-        keep(None);
-    }
     if let Ok(bar) = bar.lock() {
         bar.finish_and_clear();
     }

@@ -103,6 +103,12 @@ impl Failure {
             message: error.to_string(),
         }
     }
+
+    /// The same, of a report about what is there all the same.
+    fn although_written(mut self, output: impl std::fmt::Display) -> Self {
+        self.message += &format!("; {output} was written, only its report is lost");
+        self
+    }
 }
 
 impl From<ConvertError> for Failure {
@@ -264,6 +270,12 @@ fn run_convert(args: &ConvertArgs, matches: &ArgMatches) -> Result<(), Failure> 
     let report = match result {
         Ok(report) => report,
         Err(error) => {
+            if let (true, WeightsFrom::Path(learned)) = (learns, &request.weights) {
+                say(format_args!(
+                    "note: the weights are learned, and --weights {} uses them",
+                    learned.display()
+                ));
+            }
             if let (ConvertError::Fewer { report, .. }, ReportAs::Json) = (&error, args.report) {
                 print_json(report)?;
             }
@@ -273,10 +285,14 @@ fn run_convert(args: &ConvertArgs, matches: &ArgMatches) -> Result<(), Failure> 
     for warning in &report.warnings {
         say(format_args!("warning: {warning}"));
     }
-    match args.report {
+    let printed = match args.report {
         ReportAs::Json => print_json(&report),
         ReportAs::Table => print_bytes(summary(&report, &request.weights, args.explain).as_bytes()),
-    }
+    };
+    printed.map_err(|failure| match &report.output {
+        Some(output) => failure.although_written(output),
+        None => failure,
+    })
 }
 
 /// Learns weights for `model`, beside the output; what the conversion takes then.

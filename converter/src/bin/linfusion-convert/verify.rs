@@ -4,7 +4,7 @@ use std::path::Path;
 
 use linfusion_convert::analysis::METADATA_KEY;
 use linfusion_convert::verify::{
-    StoredWeights, Verified, Verify, VerifyError, compare_weights, converted_sites, verify,
+    StoredWeights, Unread, Verified, Verify, VerifyError, compare_weights, converted_sites, verify,
 };
 use linfusion_models::checkpoint::Checkpoint;
 use linfusion_models::onnx::{OnnxFile, is_external};
@@ -70,10 +70,8 @@ pub fn run_verify(args: &VerifyArgs) -> Result<(), Failure> {
         ),
         error => error.into(),
     })?;
-    let unread = unread
-        .into_iter()
-        .map(|node| format!("{node}: its input cannot be told from the graph"));
-    for line in unread {
+    for Unread { module, reason } in unread {
+        let line = format!("{module}: {reason}");
         verified.not_run.push(line.clone());
         verified.skipped.push(line);
     }

@@ -18,6 +18,7 @@ use super::proto::{
     AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto,
     StringStringEntryProto, TensorProto, ValueInfoProto,
 };
+pub use types::TypeText;
 use types::{Name, Quoted};
 
 /// What to print, and how much of it.

@@ -72,6 +72,16 @@ pub(super) fn value(f: &mut Formatter<'_>, value: &ValueInfoProto) -> fmt::Resul
 /// Types nested deeper are cut.
 const MAX_DEPTH: usize = 32;
 
+/// Prints a type, e.g. `float[batch, 4]`.
+#[derive(Clone, Copy, Debug)]
+pub struct TypeText<'a>(pub &'a TypeProto);
+
+impl fmt::Display for TypeText<'_> {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        type_proto(f, self.0, 0)
+    }
+}
+
 pub(super) fn type_proto(f: &mut Formatter<'_>, declared: &TypeProto, depth: usize) -> fmt::Result {
     let Some(value) = declared.value.as_ref().filter(|_| depth < MAX_DEPTH) else {
         return f.write_char('?');
