@@ -66,6 +66,8 @@ lint:
 	@$(CARGO) fmt --all --check
 	@$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
 	@RUSTDOCFLAGS='-D warnings' $(CARGO) doc --workspace --no-deps --document-private-items --locked
+	@# The fuzz targets are no member; their lock file goes with this one.
+	@$(CARGO) update --workspace --locked --quiet --manifest-path fuzz/Cargo.toml
 
 bench: lib
 	@[ -n "$${ORT_DYLIB_PATH:-}" ] || export ORT_DYLIB_PATH="$(NEWEST_ORT)"
