@@ -313,6 +313,38 @@ fn no_error_repeats_itself() {
     }
 }
 
+/// Which library, who asked for it, and the loader's own reason.
+#[test]
+fn a_library_that_does_not_load_says_why() {
+    let folder = tempfile::tempdir().unwrap();
+    let [missing, junk] = ["missing.so", "junk.so"].map(|name| {
+        let path = folder.path().join(name);
+        path.to_str().unwrap().to_owned()
+    });
+    std::fs::write(&junk, "no library").unwrap();
+    let model = fixture("sd15-tiny/unet.onnx");
+    for (library, reason) in [
+        (&*missing, "No such file or directory"),
+        (&*junk, "file too short"),
+        ("libm.so.6", "it has no OrtGetApiBase"),
+    ] {
+        let option = ["--ort-library", library];
+        let given = run(&[&["compare", &model, &model], &option[..]].concat());
+        let variable = Command::new(env!("CARGO_BIN_EXE_linfusion-run"))
+            .args(["compare", &model, &model])
+            .env("ORT_DYLIB_PATH", library)
+            .output()
+            .unwrap();
+        for (output, setting) in [(given, "--ort-library"), (variable, "ORT_DYLIB_PATH")] {
+            let said = stderr(&output);
+            assert_eq!(output.status.code(), Some(1), "{said}");
+            let told = format!("library {library} (from {setting}) does not load: {reason}");
+            assert!(said.contains(&told), "{told}: {said}");
+            assert!(said.contains("help: "), "{said}");
+        }
+    }
+}
+
 #[test]
 fn doctor_tells_success_by_its_exit_code() {
     let output = run(&[

@@ -43,7 +43,7 @@ pub enum LibraryError {
         tried: Vec<String>,
     },
     /// The library that was asked for by name does not load.
-    #[error("{} ({}) does not load: {message}", path.display(), origin.describe())]
+    #[error("ONNX Runtime's library {} ({}) does not load: {message}", path.display(), origin.describe())]
     Broken {
         /// The file.
         path: PathBuf,
@@ -66,11 +66,28 @@ pub enum LibraryError {
     },
 }
 
+impl LibraryError {
+    /// What to do, where the message does not say it.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::NotFound { .. } | Self::AnotherLoaded { .. } => None,
+            Self::Broken { origin, .. } => Some(format!(
+                "{} must be a whole libonnxruntime of version 1.17 or later for this machine, with all that it depends on; \
+                 --engine tract needs none",
+                match origin {
+                    Origin::Variable => VARIABLE,
+                    Origin::Given | Origin::BesideProgram | Origin::System => "--ort-library",
+                }
+            )),
+        }
+    }
+}
+
 impl Origin {
     /// A few words for messages.
     pub fn describe(self) -> &'static str {
         match self {
-            Self::Given => "given",
+            Self::Given => "from --ort-library",
             Self::Variable => "from ORT_DYLIB_PATH",
             Self::BesideProgram => "beside the program",
             Self::System => "from the system",

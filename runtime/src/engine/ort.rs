@@ -1,9 +1,11 @@
 //! ONNX Runtime.
 
 use std::borrow::Cow;
+use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
+use libloading::Library;
 use ort::AsPointer;
 use ort::environment::Environment;
 use ort::logging::LogLevel;
@@ -130,13 +132,9 @@ fn load(candidate: &Candidate) -> Result<Environment, String> {
         }
         _ => candidate.path.clone(),
     };
+    let _library = opened(&path)?;
     let environment = ort::init_from(&path)
-        // Whoever reports it names the file.
-        .map_err(|e| {
-            let message = e.to_string();
-            let named = format!("failed to load from `{}`: ", path.display());
-            message.strip_prefix(&named).unwrap_or(&message).to_owned()
-        })?
+        .map_err(|e| e.to_string())?
         .with_name("linfusion")
         .with_telemetry(false)
         .with_logger(Arc::new(log))
@@ -144,6 +142,21 @@ fn load(candidate: &Candidate) -> Result<Environment, String> {
         .map_err(|e| e.to_string())?;
     environment.set_log_level(LogLevel::Warning);
     Ok(environment)
+}
+
+/// Opens the library before `ort` does, which keeps the loader's reason to itself.
+fn opened(path: &Path) -> Result<Library, String> {
+    // SAFETY: loading runs the library's initialisers; it was named, or is called as ONNX Runtime's is.
+    let library = unsafe { Library::new(path) }.map_err(|e| {
+        let said = e.source().map_or_else(|| e.to_string(), |s| s.to_string());
+        // Whoever reports it names the file.
+        let named = format!("{}: ", path.display());
+        said.strip_prefix(&named).unwrap_or(&said).to_owned()
+    })?;
+    // SAFETY: only looked up, not called.
+    unsafe { library.get::<*const ()>(b"OrtGetApiBase\0") }
+        .map_err(|_| "it has no OrtGetApiBase, which every ONNX Runtime has".to_owned())?;
+    Ok(library)
 }
 
 /// ONNX Runtime's messages become events; a library does not write to the terminal.

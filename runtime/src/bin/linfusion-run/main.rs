@@ -16,11 +16,12 @@ use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
-use miette::{IntoDiagnostic, WrapErr};
+use miette::{IntoDiagnostic, MietteDiagnostic, Report};
 
 use args::{Arguments, Command, DoctorArgs, Where};
 use linfusion_runtime::bench::{OperatorsFrom, end_with_parent, serve};
 use linfusion_runtime::doctor;
+use linfusion_runtime::engine::library::LibraryError;
 use linfusion_runtime::engine::{Device, Engine, SessionOptions};
 
 /// Exit code of wrong usage, as the argument parser has it.
@@ -103,9 +104,7 @@ fn run_doctor(args: &DoctorArgs) -> miette::Result<ExitCode> {
 
 fn session_options(place: &Where) -> miette::Result<SessionOptions> {
     if place.engine() == Engine::Ort {
-        linfusion_runtime::engine::load_library(place.ort_library.as_deref())
-            .into_diagnostic()
-            .wrap_err("`--engine tract` needs no library")?;
+        linfusion_runtime::engine::load_library(place.ort_library.as_deref()).map_err(unloaded)?;
     }
     let chosen = place
         .device
@@ -135,6 +134,14 @@ fn session_options(place: &Where) -> miette::Result<SessionOptions> {
         threads: place.threads,
         library: place.ort_library.clone(),
         ..SessionOptions::default()
+    })
+}
+
+fn unloaded(error: LibraryError) -> Report {
+    let told = MietteDiagnostic::new(error.to_string());
+    Report::from(match error.hint() {
+        Some(hint) => told.with_help(hint),
+        None => told,
     })
 }
 
