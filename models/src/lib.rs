@@ -12,3 +12,4 @@ pub mod sentencepiece;
 pub mod shapes;
 pub mod signals;
 pub mod staged;
+pub mod terminal;

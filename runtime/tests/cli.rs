@@ -324,7 +324,7 @@ fn a_library_that_does_not_load_says_why() {
     std::fs::write(&junk, "no library").unwrap();
     let model = fixture("sd15-tiny/unet.onnx");
     for (library, reason) in [
-        (&*missing, "No such file or directory"),
+        (&*missing, "cannot open shared object file: No such file"),
         (&*junk, "file too short"),
         ("libm.so.6", "it has no OrtGetApiBase"),
     ] {
@@ -343,6 +343,29 @@ fn a_library_that_does_not_load_says_why() {
             assert!(said.contains("help: "), "{said}");
         }
     }
+}
+
+/// Nobody hears: the exit code stays what it is. A report that finds no place is an error.
+#[test]
+fn what_cannot_be_told_is_no_panic() {
+    use std::process::Stdio;
+    let full = || std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let closed = || std::io::pipe().unwrap().1;
+    let command = |arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_linfusion-run"));
+        command.args(arguments);
+        command
+    };
+    for deaf in [Stdio::from(full()), Stdio::from(closed())] {
+        let status = command(&["bench", "a"]).stderr(deaf).status().unwrap();
+        assert_eq!(status.code(), Some(1));
+    }
+    let output = command(&["doctor"]).stdout(full()).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let said = stderr(&output);
+    assert!(said.contains("standard output: No space left"), "{said}");
+    let left = command(&["man"]).stdout(closed()).output().unwrap();
+    assert_eq!((left.status.code(), stderr(&left)), (Some(0), String::new()));
 }
 
 #[test]

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Args;
+use linfusion_models::terminal::say;
 use linfusion_runtime::compare::{CompareError, Difference, difference, pipelines, sites};
 use linfusion_runtime::engine::Session;
 use linfusion_runtime::inputs::{self, Request};
@@ -119,7 +120,7 @@ fn run_pipelines(args: &CompareArgs) -> miette::Result<ExitCode> {
     let comparison = match compared {
         Err(CompareError::Pipeline { source, .. }) if source.is_stop() => {
             // What was kept lay in a folder for the time being.
-            eprintln!("stopped");
+            say("stopped");
             return Ok(ExitCode::from(STOPPED));
         }
         compared => compared.or_report()?,
@@ -138,10 +139,10 @@ fn run_pipelines(args: &CompareArgs) -> miette::Result<ExitCode> {
 
 fn note_untrained(model: &Path) {
     if provenance::is_untrained(model) {
-        eprintln!(
+        say(format_args!(
             "note: {} was converted without trained weights: its output means nothing",
             model.display()
-        );
+        ));
     }
 }
 
@@ -206,7 +207,7 @@ fn run_models(args: &CompareArgs) -> miette::Result<ExitCode> {
         Report::Table => output::comparison(&comparison),
     })?;
     if verdict == NOT_FINITE {
-        eprintln!("{}", not_finite(args, &comparison.outputs));
+        say(not_finite(args, &comparison.outputs));
     }
     Ok(ExitCode::from(verdict))
 }

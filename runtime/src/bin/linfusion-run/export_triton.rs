@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, ValueEnum};
+use linfusion_models::terminal::say;
 use linfusion_runtime::triton::{
     Existing, Exported, InstanceKind, Note, Placing, Request, TritonError, export,
 };
@@ -83,7 +84,7 @@ fn absolute(text: &str) -> Result<String, String> {
 pub fn run(args: &ExportTritonArgs) -> miette::Result<ExitCode> {
     interruption::may_wait();
     let mut watch = |model: &str| {
-        eprintln!("{model}");
+        say(model);
         match interruption::is_asked_for() {
             true => ControlFlow::Break(()),
             false => ControlFlow::Continue(()),
@@ -94,7 +95,7 @@ pub fn run(args: &ExportTritonArgs) -> miette::Result<ExitCode> {
             let mut notes = exported.models.iter().flat_map(|m| &m.notes);
             let copied = notes.any(|n| matches!(n, Note::Library { .. }));
             if args.op_library.is_some() && !copied {
-                eprintln!(
+                say(
                     "note: no model has LinFusion operators, and the library was not copied; was the pipeline converted?"
                 );
             }
@@ -105,7 +106,7 @@ pub fn run(args: &ExportTritonArgs) -> miette::Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Err(stopped @ TritonError::Stopped) => {
-            eprintln!("{stopped}");
+            say(stopped);
             Ok(ExitCode::from(STOPPED))
         }
         Err(error) => Err(error).or_report(),

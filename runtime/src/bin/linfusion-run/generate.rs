@@ -7,6 +7,7 @@ use std::process::ExitCode;
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
+use linfusion_models::terminal::say;
 use linfusion_runtime::engine::{Device, memory_of};
 use linfusion_runtime::image::{Rgb, check_output, read};
 use linfusion_runtime::pipeline::{
@@ -156,7 +157,7 @@ impl Terminal {
 
     fn say(&self, text: &str) {
         if self.bar.is_hidden() {
-            eprintln!("{text}");
+            say(text);
         } else {
             self.bar.println(text);
         }
@@ -173,7 +174,7 @@ impl Observer for Terminal {
                     .collect();
                 let free = memory_of(self.device)
                     .map_or(String::new(), |free| format!("; {}", self.device.has(free)));
-                eprintln!("expected memory: {}{free}", stages.join(", "));
+                say(format_args!("expected memory: {}{free}", stages.join(", ")));
             }
             Progress::Begin { stage, steps } => {
                 self.bar = if io::stderr().is_terminal() {
@@ -195,7 +196,7 @@ impl Observer for Terminal {
             }
             Progress::End { stage, seconds } => {
                 self.bar.finish_and_clear();
-                eprintln!("{stage}: {seconds:.1} s");
+                say(format_args!("{stage}: {seconds:.1} s"));
             }
             Progress::Note(text) => self.say(&text),
         }
@@ -228,7 +229,7 @@ pub fn run(args: &GenerateArgs) -> miette::Result<ExitCode> {
     let place = place(&args.place)?;
     let origin = Origin::of(&folder, args.sampler.scheduler.as_deref())?;
     if provenance::is_untrained(&args.pipeline) {
-        eprintln!("note: the model was converted without trained weights: the images mean nothing");
+        say("note: the model was converted without trained weights: the images mean nothing");
     }
     let mut terminal = Terminal::new(place.options.device);
     let mut summaries = Vec::new();
@@ -243,7 +244,7 @@ pub fn run(args: &GenerateArgs) -> miette::Result<ExitCode> {
                 generated,
             }),
             Err(stopped @ PipelineError::Stopped { .. }) => {
-                eprintln!("{stopped}");
+                say(stopped);
                 return Ok(ExitCode::from(STOPPED));
             }
             Err(error) => return Err(error).or_report(),

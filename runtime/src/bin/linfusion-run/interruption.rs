@@ -1,8 +1,8 @@
 //! What happens on a signal that ends a program: it ends at once, and leaves no temporary files, or it stops when it may.
 
-use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use linfusion_models::terminal::say;
 use linfusion_models::{leftovers, signals};
 use miette::IntoDiagnostic;
 
@@ -20,10 +20,7 @@ pub fn handle() -> miette::Result<()> {
         let again = ASKED.swap(true, Ordering::SeqCst);
         if MAY_WAIT.load(Ordering::SeqCst) && !again {
             // Nobody may be there to read it, as after SIGHUP.
-            let _ = writeln!(
-                std::io::stderr(),
-                "stopping after this step; Ctrl-C again stops at once"
-            );
+            say("stopping after this step; Ctrl-C again stops at once");
             return;
         }
         leftovers::remove_all();

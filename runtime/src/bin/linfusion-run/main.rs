@@ -1,6 +1,8 @@
 //! `linfusion-run`: compares, measures and diagnoses. Reports go to standard output, everything else to
 //! standard error.
 
+#![deny(clippy::print_stdout, clippy::print_stderr)] // They panic where `terminal` does not.
+
 mod args;
 mod bench;
 mod compare;
@@ -12,10 +14,11 @@ mod interruption;
 mod origin;
 mod output;
 
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, IsTerminal};
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
+use linfusion_models::terminal::{self, say};
 use miette::{IntoDiagnostic, MietteDiagnostic, Report};
 
 use args::{Arguments, Command, DoctorArgs, Where};
@@ -47,7 +50,7 @@ fn main() -> ExitCode {
     }));
     let done = interruption::handle().and_then(|()| run(&arguments.command));
     done.unwrap_or_else(|report| {
-        eprintln!("{report:?}");
+        say(format_args!("{report:?}"));
         match failure::is_usage(&report) {
             true => ExitCode::from(WRONG_USAGE),
             false => ExitCode::FAILURE,
@@ -116,13 +119,13 @@ fn session_options(place: &Where) -> miette::Result<SessionOptions> {
         ));
     }
     if let Some(note) = chosen.note {
-        eprintln!("note: running on the processor: {note}");
+        say(format_args!("note: running on the processor: {note}"));
     }
     if chosen.device != Device::Cpu
         && place.operators == OperatorsFrom::InProcess
         && !linfusion_runtime::engine::has_gpu_kernels()
     {
-        eprintln!(
+        say(
             "note: this program has no CUDA kernels, and its operators will run on the processor; give the library that \
              `make cuda lib` builds with --operators"
         );
@@ -154,10 +157,6 @@ fn man() -> miette::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// A reader that went away (`| head`) is no failure.
 fn print(text: &str) -> miette::Result<()> {
-    match io::stdout().write_all(text.as_bytes()) {
-        Err(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(e).into_diagnostic(),
-        _ => Ok(()),
-    }
+    terminal::print(text).into_diagnostic()
 }
