@@ -11,6 +11,8 @@ use std::collections::HashMap;
 use ndarray::{ArrayD, IxDyn};
 
 use crate::engine::{Dim, Port};
+pub use crate::packed::raster_ids;
+use crate::packed::{Ids, squarest, tokens};
 use crate::tensor::Tensor;
 
 /// What to make inputs for.
@@ -45,9 +47,6 @@ impl Default for Request {
 pub const DEFAULT_LATENT: usize = 64;
 /// Pixels along an edge of the image that one latent pixel stands for.
 pub const PIXELS_PER_LATENT: usize = 8;
-/// Latent pixels along an edge of a token of a packed image.
-pub const PACKED: usize = 2;
-
 /// Why inputs cannot be made.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum InputsError {
@@ -85,6 +84,32 @@ pub enum InputsError {
         /// The graph's inputs.
         inputs: Vec<String>,
     },
+    /// A shape was given that the graph does not take.
+    #[error("the shape {given:?} was given for `{name}`, but the graph takes {declared}")]
+    Shape {
+        /// The input.
+        name: String,
+        /// The shape given.
+        given: Vec<usize>,
+        /// Its declared type and shape.
+        declared: String,
+    },
+    /// Ids are not as many as the tokens that they are of.
+    #[error(
+        "`{ids}` {places:?} has the places of {} tokens, but `{of}` {shape:?} has {}",
+        rows(places),
+        rows(shape)
+    )]
+    Ids {
+        /// The ids.
+        ids: String,
+        /// Their shape.
+        places: Vec<usize>,
+        /// The tokens that they are of.
+        of: String,
+        /// Their shape.
+        shape: Vec<usize>,
+    },
     /// A tensor would not fit into memory.
     #[error("input `{name}` would have the shape {shape:?}, which is too large")]
     TooLarge {
@@ -98,7 +123,7 @@ pub enum InputsError {
 /// Makes an input for each port.
 ///
 /// # Errors
-/// A dimension stays open, a fixed one contradicts the request, or a size is beyond reason.
+/// A dimension stays open, a fixed one or the number of tokens contradicts the request, or a size is beyond reason.
 pub fn make(ports: &[Port], request: &Request) -> Result<Vec<(String, Tensor)>, InputsError> {
     if let Some((name, _)) = request
         .shapes
@@ -112,17 +137,65 @@ pub fn make(ports: &[Port], request: &Request) -> Result<Vec<(String, Tensor)>, 
     }
     let mut sizes = Sizes::new(ports, request);
     let mut random = SplitMix64::new(request.seed);
-    ports
+    let inputs = ports
         .iter()
         .map(|port| {
             let shape = sizes.shape_of(port)?;
             Ok((port.name.clone(), values(port, &shape, &mut random)?))
         })
-        .collect()
+        .collect::<Result<Vec<_>, InputsError>>()?;
+    ids_fit(ports, &inputs).map(|()| inputs)
+}
+
+/// Looks whether the ids of a packed image, and of its text, are as many as the tokens. Engines tell it of a node somewhere in
+/// the graph.
+///
+/// # Errors
+/// They are not.
+pub fn ids_fit(ports: &[Port], inputs: &[(String, Tensor)]) -> Result<(), InputsError> {
+    let shape = |port: &Port| {
+        let (_, tensor) = inputs.iter().find(|(name, _)| *name == port.name)?;
+        Some(tensor.shape().to_vec()).filter(|shape| shape.len() >= 2)
+    };
+    for port in ports {
+        let (Some(of), Some(places)) = (ids(port), shape(port)) else {
+            continue;
+        };
+        let role = match of {
+            Ids::Image => Role::Packed,
+            Ids::Text => Role::Sequence,
+        };
+        let is_of = |other: &&Port| ids(other).is_none() && tokens_role(other, 1) == Some(role);
+        let Some(of) = ports.iter().find(is_of) else {
+            continue;
+        };
+        if let Some(shape) = shape(of).filter(|shape| rows(shape) != rows(&places)) {
+            return Err(InputsError::Ids {
+                ids: port.name.clone(),
+                places,
+                of: of.name.clone(),
+                shape,
+            });
+        }
+    }
+    Ok(())
+}
+
+/// Tokens of a tensor that has a row for each.
+fn rows(shape: &[usize]) -> usize {
+    shape.iter().rev().nth(1).copied().unwrap_or(0)
+}
+
+/// Names, types and shapes, for messages: `` `sample` f32[2, 4, 8, 8] ``.
+pub fn described(inputs: &[(String, Tensor)]) -> String {
+    let described = inputs
+        .iter()
+        .map(|(name, tensor)| format!("`{name}` {}{:?}", tensor.dtype(), tensor.shape()));
+    described.collect::<Vec<_>>().join(", ")
 }
 
 /// What a dimension stands for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Role {
     Batch,
     Edge,
@@ -139,6 +212,8 @@ struct Sizes<'a> {
     batch: usize,
     /// Whether the image comes in packed.
     packed: bool,
+    /// Tokens of it and of its text, where a given shape has them: exporters give the dimensions names of their own.
+    tokens: HashMap<Role, usize>,
     symbols: HashMap<String, usize>,
 }
 
@@ -156,6 +231,7 @@ impl<'a> Sizes<'a> {
             request,
             batch: fixed_batch.unwrap_or(request.batch),
             packed: ports.iter().any(|port| ids(port) == Some(Ids::Image)),
+            tokens: HashMap::new(),
             symbols: HashMap::new(),
         };
         for (name, shape) in &request.shapes {
@@ -165,13 +241,26 @@ impl<'a> Sizes<'a> {
                     sizes.symbols.insert(symbol.clone(), *size);
                 }
             }
+            if let Some(port) = port.filter(|_| sizes.packed) {
+                let roles = shape.iter().enumerate();
+                let roles =
+                    roles.filter_map(|(axis, size)| Some((tokens_role(port, axis)?, *size)));
+                sizes.tokens.extend(roles);
+            }
         }
         sizes
     }
 
     fn shape_of(&mut self, port: &Port) -> Result<Vec<usize>, InputsError> {
         if let Some((_, shape)) = self.request.shapes.iter().find(|(n, _)| *n == port.name) {
-            return Ok(shape.clone());
+            return match port.takes(shape) {
+                true => Ok(shape.clone()),
+                false => Err(InputsError::Shape {
+                    name: port.name.clone(),
+                    given: shape.clone(),
+                    declared: port.to_string(),
+                }),
+            };
         }
         let dims = port.shape.as_deref().unwrap_or_default();
         dims.iter()
@@ -182,7 +271,7 @@ impl<'a> Sizes<'a> {
 
     fn size_of(&mut self, port: &Port, axis: usize, dim: &Dim) -> Result<usize, InputsError> {
         let role = match self.packed {
-            true => packed_role(port, axis).or_else(|| role(port, axis, dim)),
+            true => tokens_role(port, axis).or_else(|| role(port, axis, dim)),
             false => role(port, axis, dim),
         };
         if let Dim::Fixed(size) = dim {
@@ -192,7 +281,7 @@ impl<'a> Sizes<'a> {
                     declared: port.to_string(),
                     asked,
                 }),
-                (Some(Role::Packed), Some(asked)) if packed(asked) != *size => {
+                (Some(Role::Packed), Some(asked)) if tokens(asked) != *size => {
                     Err(InputsError::FixedSize {
                         name: port.name.clone(),
                         declared: port.to_string(),
@@ -208,12 +297,14 @@ impl<'a> Sizes<'a> {
             return Ok(*size);
         }
         let latent = self.request.latent.unwrap_or(DEFAULT_LATENT);
+        let given = role.and_then(|role| self.tokens.get(&role)).copied();
         let size = match role {
+            _ if given.is_some() => given.unwrap_or_default(),
             Some(Role::Batch) => self.batch,
             Some(Role::Edge) => latent,
             Some(Role::PixelEdge) => latent.saturating_mul(PIXELS_PER_LATENT),
             Some(Role::Sequence) => self.request.sequence,
-            Some(Role::Packed) => packed(latent),
+            Some(Role::Packed) => tokens(latent),
             Some(Role::Single) => 1,
             None => {
                 return Err(InputsError::Open {
@@ -255,58 +346,27 @@ fn role(port: &Port, axis: usize, dim: &Dim) -> Option<Role> {
     }
 }
 
-/// Tokens that a square of so many latent pixels a side is packed into.
-fn packed(latent: usize) -> usize {
-    (latent / PACKED).saturating_mul(latent / PACKED)
-}
-
-/// What ids are of.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Ids {
-    Image,
-    Text,
-}
-
-/// FLUX's ids, `[tokens, 3]` or `[batch, tokens, 3]`, whose names exporters keep.
 fn ids(port: &Port) -> Option<Ids> {
-    let dims = port.shape.as_deref()?;
-    let rows = matches!(dims, [.., Dim::Fixed(ID_CHANNELS)] if (2..=3).contains(&dims.len()));
-    match rows {
-        true if port.name.contains(IMAGE_IDS) => Some(Ids::Image),
-        true if port.name.contains("txt_ids") => Some(Ids::Text),
-        _ => None,
-    }
+    let dims = port.shape.as_deref()?.iter().map(|dim| match dim {
+        Dim::Fixed(size) => Some(*size),
+        Dim::Symbol(_) | Dim::Any => None,
+    });
+    Ids::of(&port.name, &dims.collect::<Vec<_>>())
 }
-
-/// (_, row, column).
-pub const ID_CHANNELS: usize = 3;
-/// What the name of the places of a packed image's tokens contains.
-pub const IMAGE_IDS: &str = "img_ids";
 
 /// What a dimension of a graph stands for whose image comes in packed, where it is of tokens.
-fn packed_role(port: &Port, axis: usize) -> Option<Role> {
+fn tokens_role(port: &Port, axis: usize) -> Option<Role> {
     let rank = port.shape.as_ref()?.len();
     let of_tokens = axis + 2 == rank;
     match ids(port) {
         Some(Ids::Image) if of_tokens => Some(Role::Packed),
         Some(Ids::Text) if of_tokens => Some(Role::Sequence),
-        None if rank == 3 && of_tokens && !port.name.contains("encoder") => Some(Role::Packed),
+        None if rank == 3 && of_tokens => Some(match port.name.contains("encoder") {
+            true => Role::Sequence,
+            false => Role::Packed,
+        }),
         _ => None,
     }
-}
-
-/// The (_, row, column) of each pixel of an image, in raster order: `[rows · cols, 3]` in the order of their elements.
-pub fn raster_ids(rows: usize, cols: usize) -> impl Iterator<Item = f64> + Clone {
-    let pixels = (0..rows).flat_map(move |row| (0..cols).map(move |col| (row, col)));
-    pixels.flat_map(|(row, col)| [0.0, row as f64, col as f64])
-}
-
-/// Rows and columns of the image nearest to a square that has so many tokens.
-#[must_use]
-pub fn squarest(tokens: usize) -> [usize; 2] {
-    let mut rows = (1..=tokens.isqrt()).rev();
-    let rows = rows.find(|rows| tokens.is_multiple_of(*rows)).unwrap_or(1);
-    [rows, tokens / rows]
 }
 
 /// A ControlNet's hint is an image, not a latent.
@@ -467,6 +527,61 @@ mod tests {
         request.shapes[0].0 = "smaple".to_owned();
         let unknown = shapes(&ports, &request).unwrap_err();
         assert!(unknown.to_string().contains("`smaple`"), "{unknown}");
+    }
+
+    #[test]
+    fn ids_are_as_many_as_tokens() {
+        let ports = [
+            port("hidden_states", DType::F32, &["b", "s1", "8"]),
+            port("encoder_hidden_states", DType::F32, &["b", "s2", "12"]),
+            port("img_ids", DType::F32, &["s3", "3"]),
+            port("txt_ids", DType::F32, &["b", "s4", "3"]),
+        ];
+        let given = |shapes: &[(&str, &[usize])]| {
+            let named = |(name, shape): &(&str, &[usize])| ((*name).to_owned(), shape.to_vec());
+            let request = Request {
+                shapes: shapes.iter().map(named).collect(),
+                ..at(16)
+            };
+            super::tests::shapes(&ports, &request)
+        };
+        // One says it for both.
+        let of = |image, text| {
+            vec![
+                vec![2, image, 8],
+                vec![2, text, 12],
+                vec![image, 3],
+                vec![2, text, 3],
+            ]
+        };
+        assert_eq!(given(&[]), Ok(of(64, 77)));
+        assert_eq!(given(&[("img_ids", &[24, 3])]), Ok(of(24, 77)));
+        let text: (&str, &[usize]) = ("encoder_hidden_states", &[2, 5, 12]);
+        assert_eq!(given(&[text]), Ok(of(64, 5)));
+        let image: (&str, &[usize]) = ("hidden_states", &[2, 24, 8]);
+        let both = given(&[image, ("img_ids", &[9, 3])]).unwrap_err();
+        assert_eq!(
+            both.to_string(),
+            "`img_ids` [9, 3] has the places of 9 tokens, but `hidden_states` [2, 24, 8] has 24"
+        );
+        let both = given(&[text, ("txt_ids", &[2, 6, 3])]).unwrap_err();
+        assert!(matches!(both, InputsError::Ids { ids, .. } if ids == "txt_ids"));
+    }
+
+    #[test]
+    fn shapes_that_the_graph_does_not_take_are_refused() {
+        let ports = [port("sample", DType::F32, &["b", "4", "h", "w"])];
+        for wrong in [vec![2, 4], vec![2, 3, 8, 8], vec![]] {
+            let request = Request {
+                shapes: vec![("sample".to_owned(), wrong.clone())],
+                ..Request::default()
+            };
+            let error = shapes(&ports, &request).unwrap_err().to_string();
+            assert!(
+                error.contains(&format!("{wrong:?}")) && error.contains("f32[b, 4, h, w]"),
+                "{error}"
+            );
+        }
     }
 
     #[test]

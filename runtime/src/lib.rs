@@ -8,6 +8,7 @@ pub mod image;
 pub mod inputs;
 pub mod memory;
 pub mod npz;
+pub mod packed;
 pub mod pipeline;
 pub mod plot;
 pub mod provenance;

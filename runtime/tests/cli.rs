@@ -198,6 +198,62 @@ fn bench_tells_pixels_from_latents() {
     }
 }
 
+/// Shapes that cannot be are wrong usage; what only the engine finds is told once, with file and inputs, its reason last.
+#[test]
+fn given_shapes_are_checked_before_an_engine_sees_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let flux = folder.path().join("flux.onnx");
+    let bytes = linfusion_models::fixtures::bytes("hybrid-flux/model.onnx.gz").unwrap();
+    std::fs::write(&flux, bytes).unwrap();
+    let (flux, unet) = (flux.to_str().unwrap(), fixture("sd15-tiny/unet.onnx"));
+    let tokens = ["hidden_states=1,8,8", "img_ids=9,3"];
+    let ids = "`img_ids` [9, 3] has the places of 9 tokens, but `hidden_states` [1, 8, 8] has 8";
+    for (model, shapes, code, says) in [
+        (flux, &tokens[..], 2, ids),
+        (&unet, &["sample=1,4"], 2, "[1, 4] was given for `sample`"),
+        (
+            &unet,
+            &["sample=1,3,8,8"],
+            2,
+            "the graph takes f32[batch, 4, height, width]",
+        ),
+        (
+            &unet,
+            &["sample=1,4,9,9"],
+            1,
+            "on `sample` f32[1, 4, 9, 9], `timestep`",
+        ),
+    ] {
+        let shapes = shapes.iter().flat_map(|shape| ["--set", shape]);
+        let shapes: Vec<&str> = shapes.collect();
+        for command in [&["compare", model, model][..], &["bench", model]] {
+            let output = run(&[command, &shapes].concat());
+            let said = stderr(&output);
+            assert_eq!(output.status.code(), Some(code), "{command:?}: {said}");
+            assert_eq!(said.matches(says).count(), 1, "{command:?}: {said}");
+            assert!(said.contains(model) || code == 2, "{command:?}: {said}");
+            assert_eq!(
+                said.matches("failed while running").count(),
+                usize::from(code == 1),
+                "{said}"
+            );
+            assert!(!said.contains("ERROR"), "{said}");
+        }
+    }
+    // As many image tokens as ids.
+    let output = run(&[
+        "compare",
+        flux,
+        flux,
+        "--set",
+        "img_ids=24,3",
+        "--report",
+        "json",
+    ]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    assert_eq!(json(&output)["outputs"][0]["shape"][1], 24);
+}
+
 #[test]
 fn compare_tells_what_is_not_finite_from_what_is_far_apart() {
     let folder = tempfile::tempdir().unwrap();
@@ -349,7 +405,12 @@ fn a_library_that_does_not_load_says_why() {
 #[test]
 fn what_cannot_be_told_is_no_panic() {
     use std::process::Stdio;
-    let full = || std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let full = || {
+        std::fs::File::options()
+            .write(true)
+            .open("/dev/full")
+            .unwrap()
+    };
     let closed = || std::io::pipe().unwrap().1;
     let command = |arguments: &[&str]| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_linfusion-run"));
@@ -365,7 +426,10 @@ fn what_cannot_be_told_is_no_panic() {
     let said = stderr(&output);
     assert!(said.contains("standard output: No space left"), "{said}");
     let left = command(&["man"]).stdout(closed()).output().unwrap();
-    assert_eq!((left.status.code(), stderr(&left)), (Some(0), String::new()));
+    assert_eq!(
+        (left.status.code(), stderr(&left)),
+        (Some(0), String::new())
+    );
 }
 
 #[test]

@@ -6,7 +6,8 @@ use linfusion_models::onnx::OnnxFile;
 use linfusion_models::onnx::make::{Dim, tensor_type_of};
 use serde::{Deserialize, Serialize};
 
-use crate::inputs::{ID_CHANNELS, IMAGE_IDS, PACKED, PIXELS_PER_LATENT, squarest};
+use crate::inputs::PIXELS_PER_LATENT;
+use crate::packed::{Ids, PACKED, latents};
 
 /// Height and width of an image in pixels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -83,17 +84,13 @@ impl ImageInput {
             if is_image && name.contains("cond") {
                 return None;
             }
-            let size = |dim| match dim {
-                Dim::Fixed(size) => usize::try_from(size).ok(),
-                _ => None,
-            };
             Some(Self {
                 name: name.to_owned(),
                 scale: scale.unwrap_or(match is_image {
                     true => 1,
                     false => PIXELS_PER_LATENT,
                 }),
-                fixed: size(rows).zip(size(cols)).map(|(r, c)| [r, c]),
+                fixed: size_of(&rows).zip(size_of(&cols)).map(|(r, c)| [r, c]),
                 packed: false,
             })
         });
@@ -102,24 +99,18 @@ impl ImageInput {
 
     /// That of a model whose image comes in packed.
     fn of_packed(file: &OnnxFile, scale: Option<usize>) -> Option<Self> {
-        const CHANNELS: i64 = ID_CHANNELS as i64;
         file.model.graph.input.iter().find_map(|value| {
-            let name = value.name.as_deref().filter(|n| n.contains(IMAGE_IDS))?;
+            let name = value.name.as_deref()?;
             let (_, dims) = tensor_type_of(value)?;
-            let tokens = match dims?.as_slice() {
-                [tokens, Dim::Fixed(CHANNELS)] | [_, tokens, Dim::Fixed(CHANNELS)] => {
-                    tokens.clone()
-                }
+            let dims: Vec<Option<usize>> = dims?.iter().map(size_of).collect();
+            let tokens = match (Ids::of(name, &dims), dims.as_slice()) {
+                (Some(Ids::Image), [.., tokens, _]) => *tokens,
                 _ => return None,
-            };
-            let fixed = match tokens {
-                Dim::Fixed(tokens) => usize::try_from(tokens).ok(),
-                _ => None,
             };
             Some(Self {
                 name: name.to_owned(),
                 scale: scale.unwrap_or(PIXELS_PER_LATENT),
-                fixed: fixed.map(latents),
+                fixed: tokens.map(latents),
                 packed: true,
             })
         })
@@ -160,9 +151,12 @@ impl ImageInput {
     }
 }
 
-/// Rows and columns of the latents that so many tokens are packed from.
-fn latents(tokens: usize) -> [usize; 2] {
-    squarest(tokens).map(|side| side.saturating_mul(PACKED))
+/// A size that the graph fixes.
+fn size_of(dim: &Dim) -> Option<usize> {
+    match dim {
+        Dim::Fixed(size) => usize::try_from(*size).ok(),
+        _ => None,
+    }
 }
 
 #[cfg(test)]

@@ -289,6 +289,11 @@ pub(super) enum WorkerError {
     Pipeline(#[from] PipelineError),
     #[error(transparent)]
     Profile(#[from] ProfileError),
+    #[error("on {inputs}: {source}")]
+    Run {
+        inputs: String,
+        r#source: EngineError,
+    },
     #[error("a scratch folder: {0}")]
     Scratch(std::io::Error),
     #[error("needs about {needed} of memory, and {free} are free")]
@@ -436,7 +441,11 @@ impl Model {
 
     fn run(&mut self) -> Result<RunTime, WorkerError> {
         let start = Instant::now();
-        self.session.run(&self.inputs)?;
+        let ran = self.session.run(&self.inputs);
+        ran.map_err(|source| WorkerError::Run {
+            inputs: inputs::described(&self.inputs),
+            source,
+        })?;
         Ok(RunTime {
             ms: start.elapsed().as_secs_f64() * 1e3,
             step_ms: None,

@@ -471,15 +471,16 @@ fn ordered<'a, T: Described>(
 }
 
 impl Port {
+    /// Whether a tensor of this shape fits.
+    pub fn takes(&self, shape: &[usize]) -> bool {
+        self.shape.as_ref().is_none_or(|dims| {
+            let fits = |(dim, size)| !matches!(dim, &Dim::Fixed(fixed) if fixed != size);
+            dims.len() == shape.len() && dims.iter().zip(shape.iter().copied()).all(fits)
+        })
+    }
+
     fn check(&self, tensor: &impl Described) -> Result<(), EngineError> {
-        let shape_fits = self.shape.as_ref().is_none_or(|dims| {
-            dims.len() == tensor.shape().len()
-                && dims
-                    .iter()
-                    .zip(tensor.shape())
-                    .all(|(dim, size)| !matches!(dim, Dim::Fixed(fixed) if fixed != size))
-        });
-        if shape_fits && tensor.dtype() == self.dtype {
+        if self.takes(tensor.shape()) && tensor.dtype() == self.dtype {
             return Ok(());
         }
         Err(EngineError::InputMismatch {

@@ -159,11 +159,12 @@ fn opened(path: &Path) -> Result<Library, String> {
     Ok(library)
 }
 
-/// ONNX Runtime's messages become events; a library does not write to the terminal.
+/// ONNX Runtime's messages become events; a library does not write to the terminal. Of an error it also gives a status with the
+/// same words, which whoever called it reports.
 fn log(level: LogLevel, _category: &str, _id: &str, place: &str, message: &str) {
     match level {
-        LogLevel::Fatal | LogLevel::Error => tracing::error!(place, "{message}"),
-        LogLevel::Warning => tracing::debug!(place, "{message}"),
+        LogLevel::Fatal => tracing::error!(place, "{message}"),
+        LogLevel::Error | LogLevel::Warning => tracing::debug!(place, "{message}"),
         LogLevel::Info | LogLevel::Verbose => tracing::trace!(place, "{message}"),
     }
 }

@@ -181,11 +181,21 @@ fn run_models(args: &CompareArgs) -> miette::Result<ExitCode> {
     };
     let mut outputs = Vec::new();
     for (model, session) in &mut sessions {
-        let inputs = fitting(session, &made, model)?;
-        let result = session
-            .run(&inputs)
-            .into_diagnostic()
-            .wrap_err_with(|| format!("running {}", model.display()))?;
+        let fitted = fitting(session, &made, model)?;
+        if let Some(path) = &args.inputs {
+            let named = || format!("{} does not fit {}", path.display(), model.display());
+            let fits = inputs::ids_fit(session.inputs(), &fitted);
+            fits.into_diagnostic().wrap_err_with(named)?;
+        }
+        let result = session.run(&fitted).into_diagnostic().wrap_err_with(|| {
+            let described = inputs::described(&fitted);
+            let from = args
+                .inputs
+                .iter()
+                .map(|path| format!(" of {}", path.display()));
+            let from: String = from.collect();
+            format!("running {} on {described}{from}", model.display())
+        })?;
         outputs.push(result);
     }
     let [reference, other] = <[Vec<(String, Tensor)>; 2]>::try_from(outputs)

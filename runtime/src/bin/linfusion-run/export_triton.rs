@@ -96,7 +96,7 @@ pub fn run(args: &ExportTritonArgs) -> miette::Result<ExitCode> {
             let copied = notes.any(|n| matches!(n, Note::Library { .. }));
             if args.op_library.is_some() && !copied {
                 say(
-                    "note: no model has LinFusion operators, and the library was not copied; was the pipeline converted?"
+                    "note: no model has LinFusion operators, and the library was not copied; was the pipeline converted?",
                 );
             }
             crate::print(&match args.report {

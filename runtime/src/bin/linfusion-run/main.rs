@@ -127,7 +127,7 @@ fn session_options(place: &Where) -> miette::Result<SessionOptions> {
     {
         say(
             "note: this program has no CUDA kernels, and its operators will run on the processor; give the library that \
-             `make cuda lib` builds with --operators"
+             `make cuda lib` builds with --operators",
         );
     }
     Ok(SessionOptions {
