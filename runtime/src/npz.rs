@@ -5,7 +5,9 @@ use std::io::{BufReader, BufWriter};
 use std::path::{Path, PathBuf};
 
 use ndarray::{ArrayD, IxDyn, OwnedRepr};
-use ndarray_npy::{NpzReader, NpzWriter, ReadNpyExt, ReadNpzError, ReadableElement, WriteNpzError};
+use ndarray_npy::{
+    NpzReader, NpzWriter, ReadNpyError, ReadNpyExt, ReadNpzError, ReadableElement, WriteNpzError,
+};
 
 use crate::tensor::{DType, Tensor};
 
@@ -25,6 +27,16 @@ pub enum NpzError {
     Read {
         /// The archive.
         path: PathBuf,
+        /// What is wrong.
+        r#source: ReadNpzError,
+    },
+    /// One of its arrays is damaged.
+    #[error("cannot read array `{name}` of {}: {source}", path.display())]
+    Array {
+        /// The archive.
+        path: PathBuf,
+        /// The array.
+        name: String,
         /// What is wrong.
         r#source: ReadNpzError,
     },
@@ -69,12 +81,20 @@ pub fn read(path: &Path) -> Result<Vec<(String, Tensor)>, NpzError> {
     names
         .into_iter()
         .map(|name| {
-            let tensor = read_one(&mut archive, &name).map_err(|source| NpzError::ElementType {
-                path: path.to_owned(),
-                name: name.clone(),
-                source,
-            })?;
-            Ok((name, tensor))
+            let (path, array) = (path.to_owned(), name.clone());
+            match read_one(&mut archive, &name) {
+                Ok(tensor) => Ok((name, tensor)),
+                Err(source) if is_of_another_type(&source) => Err(NpzError::ElementType {
+                    path,
+                    name: array,
+                    source,
+                }),
+                Err(source) => Err(NpzError::Array {
+                    path,
+                    name: array,
+                    source,
+                }),
+            }
         })
         .collect()
 }
@@ -116,14 +136,24 @@ fn read_one(archive: &mut Archive, name: &str) -> Result<Tensor, ReadNpzError> {
     ) -> Result<ArrayD<T>, ReadNpzError> {
         archive.by_name::<OwnedRepr<T>, IxDyn>(name)
     }
-    typed::<f32>(archive, name)
-        .map(Tensor::F32)
-        .or_else(|_| typed::<i64>(archive, name).map(Tensor::I64))
-        .or_else(|_| typed::<f64>(archive, name).map(Tensor::F64))
-        .or_else(|_| typed::<i32>(archive, name).map(Tensor::I32))
-        .or_else(|_| typed::<u8>(archive, name).map(Tensor::U8))
-        .or_else(|_| typed::<i8>(archive, name).map(Tensor::I8))
-        .or_else(|_| typed::<bool>(archive, name).map(Tensor::Bool))
+    type Typed = fn(&mut Archive, &str) -> Result<Tensor, ReadNpzError>;
+    const OTHERS: [Typed; 6] = [
+        |archive, name| typed(archive, name).map(Tensor::I64),
+        |archive, name| typed(archive, name).map(Tensor::F64),
+        |archive, name| typed(archive, name).map(Tensor::I32),
+        |archive, name| typed(archive, name).map(Tensor::U8),
+        |archive, name| typed(archive, name).map(Tensor::I8),
+        |archive, name| typed(archive, name).map(Tensor::Bool),
+    ];
+    let single = typed(archive, name).map(Tensor::F32);
+    OTHERS.iter().fold(single, |found, typed| match found {
+        Err(error) if is_of_another_type(&error) => typed(archive, name),
+        found => found,
+    })
+}
+
+fn is_of_another_type(error: &ReadNpzError) -> bool {
+    matches!(error, ReadNpzError::Npy(ReadNpyError::WrongDescriptor(_)))
 }
 
 /// Writes tensors as an archive; f16 and bf16, which the format's Rust writer lacks, become f32.
@@ -181,5 +211,25 @@ mod tests {
         assert_eq!(read(&path).unwrap(), tensors);
         std::fs::write(&path, "no zip").unwrap();
         assert!(matches!(read(&path), Err(NpzError::Read { .. })));
+    }
+
+    #[test]
+    fn a_damaged_array_is_named_with_what_is_wrong() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.npz");
+        let zeros = Tensor::from(arr1(&[0_i32; 1000]));
+        write(&path, &[("a".to_owned(), zeros)]).unwrap();
+        let mut bytes = std::fs::read(&path).unwrap();
+        // Of the packed array, which its checksum is of.
+        let stored = bytes.windows(4).position(|w| w == b"PK\x01\x02").unwrap();
+        bytes[stored - 8] ^= 0xff;
+        std::fs::write(&path, bytes).unwrap();
+        let error = read(&path).unwrap_err();
+        let said = error.to_string();
+        assert!(matches!(error, NpzError::Array { .. }), "{said}");
+        assert!(
+            said.contains("array `a` of ") && said.contains("x.npz"),
+            "{said}"
+        );
     }
 }

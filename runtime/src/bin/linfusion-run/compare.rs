@@ -181,7 +181,7 @@ fn run_models(args: &CompareArgs) -> miette::Result<ExitCode> {
     };
     let mut outputs = Vec::new();
     for (model, session) in &mut sessions {
-        let fitted = fitting(session, &made, model)?;
+        let fitted = fitting(session, &made, model, args.inputs.as_deref())?;
         if let Some(path) = &args.inputs {
             let named = || format!("{} does not fit {}", path.display(), model.display());
             let fits = inputs::ids_fit(session.inputs(), &fitted);
@@ -217,13 +217,27 @@ fn run_models(args: &CompareArgs) -> miette::Result<ExitCode> {
         Report::Table => output::comparison(&comparison),
     })?;
     if verdict == NOT_FINITE {
-        say(not_finite(args, &comparison.outputs));
+        say(not_finite(args, given.as_deref(), &comparison.outputs));
     }
     Ok(ExitCode::from(verdict))
 }
 
 /// What to do about outputs that are not finite.
-fn not_finite(args: &CompareArgs, outputs: &[Difference]) -> String {
+fn not_finite(
+    args: &CompareArgs,
+    given: Option<&[(String, Tensor)]>,
+    outputs: &[Difference],
+) -> String {
+    let given = given.unwrap_or_default().iter();
+    let mut broken = given.filter(|(_, tensor)| !tensor.is_finite());
+    if let (Some((name, tensor)), Some(path)) = (broken.next(), &args.inputs) {
+        let count = tensor.to_f64().iter().filter(|v| !v.is_finite()).count();
+        return format!(
+            "hint: {count} of the {} values of `{name}` in {} are infinite or NaN themselves",
+            tensor.shape().iter().product::<usize>(),
+            path.display()
+        );
+    }
     let reference = outputs.iter().any(|d| d.not_finite[0] > 0);
     match (reference, &args.inputs) {
         (true, None) => format!(
@@ -249,6 +263,7 @@ fn fitting(
     session: &Session,
     tensors: &[(String, Tensor)],
     model: &Path,
+    from: Option<&Path>,
 ) -> miette::Result<Vec<(String, Tensor)>> {
     session
         .inputs()
@@ -259,9 +274,13 @@ fn fitting(
                 .find(|(n, _)| *n == port.name)
                 .ok_or_else(|| {
                     let names: Vec<_> = tensors.iter().map(|(n, _)| n).collect();
+                    let from = match from {
+                        Some(path) => format!("among those of {}", path.display()),
+                        None => "among those of the first model".to_owned(),
+                    };
                     miette!(
                         help = "give its inputs with --inputs FILE.npz, under the model's names",
-                        "{} takes an input `{}` that is not among {names:?}",
+                        "{} takes an input `{}` that is not {from}, {names:?}",
                         model.display(),
                         port.name
                     )
