@@ -17,6 +17,37 @@ pub fn problem(error: &serde_json::Error) -> String {
     }
 }
 
+/// The same of an error in `text`, with the name of the field whose value is not what it should be.
+#[must_use]
+pub fn problem_in(text: &str, error: &serde_json::Error) -> String {
+    let problem = problem(error);
+    let lines = text.lines().take(error.line());
+    let field = match error.classify() {
+        Category::Data => lines.enumerate().fold(None, |found, (index, line)| {
+            let end = match index + 1 == error.line() {
+                true => line.floor_char_boundary(error.column()),
+                false => line.len(),
+            };
+            last_key(&line[..end]).or(found)
+        }),
+        _ => None,
+    };
+    match field {
+        Some(field) if !problem.contains(&format!("`{field}`")) => {
+            format!("field `{field}`: {problem}")
+        }
+        _ => problem,
+    }
+}
+
+/// The last name in a line that a value may follow.
+fn last_key(line: &str) -> Option<&str> {
+    line.match_indices(':').rev().find_map(|(at, _)| {
+        let name = line[..at].trim_end().strip_suffix('"')?;
+        name.rsplit('"').next()
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -33,5 +64,22 @@ mod tests {
         assert_eq!(told("{}"), "field `width` is missing");
         assert!(told("{\n\"width\": }").contains("line 2"));
         assert!(told(r#"{"width": "x"}"#).contains("expected usize at line 1"));
+    }
+    #[test]
+    fn a_value_of_the_wrong_kind_has_its_fields_name() {
+        let told =
+            |text: &str| problem_in(text, &serde_json::from_str::<Config>(text).unwrap_err());
+        let wrong = told("{\"a\": 1, \"width\" :\n [\"b: c\"], \"z\": 2}");
+        assert!(
+            wrong.starts_with("field `width`: invalid type: sequence"),
+            "{wrong}"
+        );
+        let wrong = told(r#"{"width": "größe", "z": 2}"#);
+        assert!(
+            wrong.starts_with("field `width`: invalid type: string"),
+            "{wrong}"
+        );
+        assert_eq!(told(r#"{"a": 1}"#), "field `width` is missing");
+        assert!(told("[").starts_with("EOF"), "{}", told("["));
     }
 }

@@ -434,6 +434,62 @@ fn what_cannot_be_told_is_no_panic() {
     );
 }
 
+/// Each JSON file of a pipeline that is none, or holds what it should not.
+#[test]
+fn a_broken_file_of_a_pipeline_is_named_with_its_field() {
+    let folder = tempfile::tempdir().unwrap();
+    let pipeline = folder.path().join("sd15");
+    linfusion_models::fixtures::pipeline("sd15", &pipeline).unwrap();
+    let word = r#"{"sample_size": 8, "block_out_channels": "x", "in_channels": 4}"#;
+    for (file, text, says) in [
+        ("model_index.json", "{", "EOF while parsing"),
+        (
+            "model_index.json",
+            r#"{"_class_name": 1}"#,
+            "field `_class_name`: invalid type",
+        ),
+        ("scheduler/scheduler_config.json", "{", "EOF while parsing"),
+        (
+            "scheduler/scheduler_config.json",
+            "[]",
+            "invalid type: sequence",
+        ),
+        ("unet/config.json", "{,", "key must be a string"),
+        (
+            "unet/config.json",
+            word,
+            "field `block_out_channels`: invalid type: string",
+        ),
+        (
+            "vae_decoder/config.json",
+            word,
+            "field `block_out_channels`: invalid type: string",
+        ),
+        ("tokenizer/tokenizer_config.json", "{", "EOF while parsing"),
+        (
+            "tokenizer/tokenizer_config.json",
+            r#"{"model_max_length": []}"#,
+            "field `model_max_length`: invalid type",
+        ),
+    ] {
+        let path = pipeline.join(file);
+        let good = std::fs::read(&path).unwrap();
+        std::fs::write(&path, text).unwrap();
+        let output = run(&[
+            "generate",
+            pipeline.to_str().unwrap(),
+            "--prompt",
+            "x",
+            "--steps",
+            "1",
+        ]);
+        let said = stderr(&output);
+        assert_eq!(output.status.code(), Some(1), "{file}: {said}");
+        assert!(said.contains(&format!("{file}: {says}")), "{file}: {said}");
+        std::fs::write(&path, good).unwrap();
+    }
+}
+
 #[test]
 fn doctor_tells_success_by_its_exit_code() {
     let output = run(&[

@@ -166,26 +166,18 @@ fn models(reference: &Folder, other: &Folder) -> Result<[PathBuf; 2], CompareErr
 
 /// Steps can only be compared where both samplers take the same.
 fn same_sampler(reference: &Folder, other: &Folder) -> Result<(), CompareError> {
-    const FILE: &str = "scheduler_config.json";
-    let read =
-        |folder: &Folder| -> Result<serde_json::Map<String, serde_json::Value>, CompareError> {
-            let text = folder
-                .text("scheduler", FILE)
-                .map_err(|source| failed(folder, source))?;
-            let mut fields = scheduler::config(&text).map_err(|source| {
-                let path = folder.component("scheduler").join(FILE);
-                failed(folder, PipelineError::Scheduler { path, source })
-            })?;
-            fields.remove("_diffusers_version");
-            Ok(fields)
-        };
+    let read = |folder: &Folder| {
+        let config = folder.scheduler(scheduler::config);
+        let mut fields = config.map_err(|source| failed(folder, source))?;
+        fields.remove("_diffusers_version");
+        Ok::<_, CompareError>(fields)
+    };
     if read(reference)? == read(other)? {
         return Ok(());
     }
-    let path = |folder: &Folder| folder.component("scheduler").join(FILE);
     Err(CompareError::Samplers {
-        reference: path(reference),
-        other: path(other),
+        reference: reference.scheduler_config(),
+        other: other.scheduler_config(),
     })
 }
 

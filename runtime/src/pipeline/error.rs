@@ -2,8 +2,6 @@
 
 use std::path::PathBuf;
 
-use linfusion_models::json;
-
 use crate::engine::EngineError;
 use crate::scheduler::SchedulerError;
 
@@ -21,12 +19,12 @@ pub enum PipelineError {
         hint: &'static str,
     },
     /// A JSON file is damaged.
-    #[error("{}: {}", path.display(), json::problem(source))]
+    #[error("{}: {problem}", path.display())]
     Json {
         /// Which file.
         path: PathBuf,
         /// Where and what.
-        r#source: serde_json::Error,
+        problem: String,
     },
     /// A field says something that cannot be done.
     #[error("{}: field `{field}` is {found}, expected {expected}", path.display())]

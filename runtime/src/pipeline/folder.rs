@@ -2,10 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
+use linfusion_models::json;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use super::error::PipelineError;
+use crate::scheduler::SchedulerError;
 
 const EXPORT_HINT: &str =
     "a pipeline is the folder that `optimum-cli export onnx --task text-to-image` writes";
@@ -147,6 +149,24 @@ impl Folder {
     pub fn text(&self, component: &str, file: &str) -> Result<String, PipelineError> {
         read_text(&self.component(component).join(file), EXPORT_HINT)
     }
+
+    /// The sampler's configuration: its file and what `read` makes of the text.
+    ///
+    /// # Errors
+    /// It is missing, or `read` refuses it.
+    pub fn scheduler<T>(
+        &self,
+        read: impl FnOnce(&str) -> Result<T, SchedulerError>,
+    ) -> Result<T, PipelineError> {
+        let path = self.scheduler_config();
+        read(&read_text(&path, EXPORT_HINT)?)
+            .map_err(|source| PipelineError::Scheduler { path, source })
+    }
+
+    /// Where the sampler's configuration is.
+    pub fn scheduler_config(&self) -> PathBuf {
+        self.component("scheduler").join("scheduler_config.json")
+    }
 }
 
 pub(super) fn read_text(path: &Path, hint: &'static str) -> Result<String, PipelineError> {
@@ -161,9 +181,10 @@ pub(super) fn read_json<T: DeserializeOwned>(
     path: &Path,
     hint: &'static str,
 ) -> Result<T, PipelineError> {
-    serde_json::from_str(&read_text(path, hint)?).map_err(|source| PipelineError::Json {
+    let text = read_text(path, hint)?;
+    serde_json::from_str(&text).map_err(|error| PipelineError::Json {
         path: path.to_owned(),
-        source,
+        problem: json::problem_in(&text, &error),
     })
 }
 

@@ -53,7 +53,6 @@ pub(super) fn scheduler(
     size: Size,
     strength: f64,
 ) -> Result<Box<dyn Scheduler>, PipelineError> {
-    let text = folder.text("scheduler", "scheduler_config.json")?;
     let run = Run {
         steps: request.steps,
         image_tokens: Some(size.width / plan.token * (size.height / plan.token)),
@@ -61,10 +60,5 @@ pub(super) fn scheduler(
         // As diffusers' pipeline of latent consistency models has it; its others cut LCM's schedule as any.
         strength: if plan.distilled { strength } else { 1.0 },
     };
-    scheduler::from_config(&text, request.scheduler.as_deref(), &run).map_err(|source| {
-        PipelineError::Scheduler {
-            path: folder.component("scheduler").join("scheduler_config.json"),
-            source,
-        }
-    })
+    folder.scheduler(|text| scheduler::from_config(text, request.scheduler.as_deref(), &run))
 }

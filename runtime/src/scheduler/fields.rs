@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 
+use linfusion_models::json;
 use serde_json::{Map, Value};
 
 /// Why a sampler cannot be built.
@@ -131,7 +132,7 @@ impl Fields {
         };
         let map = serde_json::from_str(text)
             .or_else(|error| serde_json::from_str(&words()).map_err(|_| error))
-            .map_err(|e| SchedulerError::Json(e.to_string()))?;
+            .map_err(|e| SchedulerError::Json(json::problem_in(text, &e)))?;
         Ok(Self {
             map,
             read: HashSet::new(),

@@ -127,10 +127,7 @@ fn sampler(folder: &Folder, asked: Option<&str>) -> miette::Result<String> {
     if let Some(asked) = asked {
         return Ok(asked.to_owned());
     }
-    let text = folder
-        .text("scheduler", "scheduler_config.json")
-        .or_report()?;
-    let fields = scheduler::config(&text).into_diagnostic()?;
+    let fields = folder.scheduler(scheduler::config).or_report()?;
     let class = fields.get("_class_name").and_then(|name| name.as_str());
     Ok(class.unwrap_or_default().to_owned())
 }
