@@ -331,6 +331,27 @@ fn lcm_takes_all_steps_of_a_part() {
     assert!(error.contains("26 steps, expected 1 to 25"), "{error}");
 }
 
+/// Only an image that was enlarged tells how much that changed.
+#[test]
+fn upscale_strengths_are_those_of_the_image() {
+    let Some(bench) = Bench::new("sd15") else {
+        return;
+    };
+    for (size, told) in [
+        ("128x128", None),
+        ("384x192", Some("Upscale strengths: 0.9, ")),
+    ] {
+        let more = ["--steps", "3", "--upscale", "0.9,0.8", "--overwrite"];
+        let output = bench.run(&[&["--prompt", "x", "--size", size][..], &more].concat());
+        assert!(output.status.success(), "{}", said(&output));
+        let bytes = std::fs::read(bench.path("out.png")).unwrap();
+        let text = String::from_utf8_lossy(&bytes);
+        assert!(text.contains(&format!("Size: {size}")), "{size}");
+        assert_eq!(text.contains("Upscale strengths"), told.is_some(), "{size}");
+        assert!(told.is_none_or(|told| text.contains(told)), "{size}");
+    }
+}
+
 #[test]
 fn a_pipeline_equals_itself() {
     let Some(bench) = Bench::new("sd21") else {
@@ -366,6 +387,12 @@ fn a_pipeline_equals_itself() {
         said(&again)
     );
     assert_eq!(read(&bench.path("both.png")).unwrap(), picture);
+    // A picture that nobody asked for is not written.
+    let before = bench.files();
+    let output = compare(&["--prompt", "x", "--steps", "1"]);
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["images"][0]["picture"], serde_json::Value::Null);
+    assert_eq!(bench.files(), before);
     let output = compare(&["--prompt", "x", "--steps", "1", "--sites"]);
     assert!(
         said(&output).contains("has no operator of ai.linfusion"),

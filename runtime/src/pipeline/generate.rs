@@ -42,6 +42,15 @@ pub struct Generated {
     pub latents: Array4<f32>,
 }
 
+/// An image that is written, to say what it tells of itself.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Made {
+    /// Its size.
+    pub size: Size,
+    /// How much each enlarging stage up to it changed; empty for one that was not enlarged.
+    pub upscaled: Vec<f64>,
+}
+
 /// One stage's time.
 #[derive(Debug, Clone, Serialize)]
 pub struct StageReport {
@@ -65,6 +74,7 @@ pub(super) struct Work<'a> {
     pub place: &'a Place,
     pub request: &'a Request,
     pub observer: &'a mut dyn Observer,
+    metadata: &'a dyn Fn(&Made) -> Metadata,
     pub vae: VaeConfig,
     pub config: DenoiserConfig,
     pub plan: Plan,
@@ -77,7 +87,7 @@ pub(super) struct Work<'a> {
     kept: Option<PathBuf>,
 }
 
-/// Makes the images of a request; files appear when they are whole, with the texts that `metadata` gives for their size.
+/// Makes the images of a request; files appear when they are whole, with the texts that `metadata` gives.
 ///
 /// # Errors
 /// The request is impossible with this pipeline, a model fails, a value isn't finite, a file cannot be written, or the
@@ -86,7 +96,7 @@ pub fn generate(
     folder: &Folder,
     place: &Place,
     request: &Request,
-    metadata: &dyn Fn(Size) -> Metadata,
+    metadata: &dyn Fn(&Made) -> Metadata,
     observer: &mut dyn Observer,
 ) -> Result<Generated, PipelineError> {
     let opened = Opened::new(folder, place, request)?;
@@ -109,6 +119,7 @@ pub fn generate(
         place,
         request,
         observer,
+        metadata,
         vae: opened.vae,
         config: opened.config,
         plan: opened.plan,
@@ -120,7 +131,7 @@ pub fn generate(
     };
     work.rehearse(&sizes)?;
     let made = work.stages(&sizes).and_then(|latents| {
-        let images = work.write(&latents, wanted, &metadata(wanted))?;
+        let images = work.write(&latents, wanted)?;
         Ok((latents, images))
     });
     let (latents, images) = match made {
@@ -220,7 +231,7 @@ impl Work<'_> {
             let conditions = self.conditions(&encoded, *size)?;
             latents = self.denoise(init, conditions, *size)?;
             if rung + 1 < sizes.len() {
-                last = Some(self.intermediate(&latents, *size)?);
+                last = Some(self.intermediate(&latents, rung)?);
             }
         }
         Ok(latents)
@@ -437,11 +448,13 @@ impl Work<'_> {
     }
 
     /// The image between two stages: whole, and in a file in case that the next is not finished.
-    fn intermediate(&mut self, latents: &Array4<f32>, size: Size) -> Result<Rgb, PipelineError> {
+    fn intermediate(&mut self, latents: &Array4<f32>, rung: usize) -> Result<Rgb, PipelineError> {
+        let made = self.plan.made(rung);
+        let size = made.size;
         let path = unused(&self.request.output, &size.to_string());
         self.timed(format!("decode {size}"), 0, |work| {
             let first = latents.index_axis(Axis(0), 0);
-            work.decode(first, size, &path, &Metadata::default())?;
+            work.decode(first, size, &path, &(work.metadata)(&made))?;
             if let Some(before) = work.kept.replace(path.clone()) {
                 let _ = std::fs::remove_file(before);
             }
@@ -450,18 +463,14 @@ impl Work<'_> {
         Ok(crate::image::read(&path)?)
     }
 
-    fn write(
-        &mut self,
-        latents: &Array4<f32>,
-        size: Size,
-        metadata: &Metadata,
-    ) -> Result<Vec<PathBuf>, PipelineError> {
+    fn write(&mut self, latents: &Array4<f32>, size: Size) -> Result<Vec<PathBuf>, PipelineError> {
         let count = latents.shape()[0];
+        let metadata = (self.metadata)(&self.plan.made(self.plan.sizes.len().saturating_sub(1)));
         self.timed(format!("decode {size}"), 0, |work| {
             let mut paths = Vec::new();
             for (number, latents) in latents.outer_iter().enumerate() {
                 let path = numbered(&work.request.output, number, count);
-                work.decode(latents, size, &path, metadata)?;
+                work.decode(latents, size, &path, &metadata)?;
                 paths.push(path);
             }
             Ok(paths)

@@ -52,6 +52,8 @@ pub fn stages(wanted: Size, native: usize, multiple: usize) -> Vec<Size> {
         scale *= FACTOR;
     }
     sizes.push(wanted);
+    // Rounding can make the last but one the wanted size already, which nothing is enlarged to then.
+    sizes.dedup();
     sizes
 }
 
@@ -83,6 +85,11 @@ mod tests {
             sides(1000, 1600, 512),
             [(384, 640), (832, 1280), (1000, 1600)]
         );
+    }
+
+    #[test]
+    fn no_stage_is_of_the_size_before() {
+        assert_eq!(sides(384, 192, 128), [(192, 64), (384, 192)]);
     }
 
     #[test]

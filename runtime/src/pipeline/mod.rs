@@ -24,7 +24,7 @@ pub use denoiser::Guidance;
 pub use error::PipelineError;
 pub use files::{outputs, preview};
 pub use folder::{DenoiserConfig, Family, Folder, VaeConfig};
-pub use generate::{Generated, StageReport, expected, generate};
+pub use generate::{Generated, Made, StageReport, expected, generate};
 pub use ladder::Size;
 pub use memory::StageMemory;
 pub use model::Place;

@@ -6,6 +6,7 @@ use super::conditions::is_residual;
 use super::error::PipelineError;
 use super::files::{outputs, preview};
 use super::folder::{DenoiserConfig, Folder, VaeConfig};
+use super::generate::Made;
 use super::ladder::{Size, stages};
 use super::request::{Init, Request};
 use super::sizes::SizeHints;
@@ -106,6 +107,15 @@ impl Plan {
             .or(list.last())
             .copied()
             .unwrap_or(0.3)
+    }
+
+    /// The image of the stage `rung`.
+    pub fn made(&self, rung: usize) -> Made {
+        let size = self.sizes.get(rung).copied();
+        Made {
+            size: size.unwrap_or_else(|| self.wanted()),
+            upscaled: (1..=rung).map(|rung| self.upscale_strength(rung)).collect(),
+        }
     }
 
     /// [images, channels, height, width] of the latents of an image.

@@ -11,8 +11,8 @@ use linfusion_models::terminal::say;
 use linfusion_runtime::engine::{Device, memory_of};
 use linfusion_runtime::image::{Rgb, check_output, read};
 use linfusion_runtime::pipeline::{
-    Folder, Generated, Guidance, Init, Observer, PipelineError, Place, Progress, Request, Size,
-    SizeHints, generate,
+    Folder, Generated, Guidance, Init, Made, Observer, PipelineError, Place, Progress, Request,
+    Size, SizeHints, generate,
 };
 use linfusion_runtime::{memory, npz, pipeline, provenance};
 use miette::{IntoDiagnostic, miette};
@@ -236,7 +236,7 @@ pub fn run(args: &GenerateArgs) -> miette::Result<ExitCode> {
     for (number, (prompt, output)) in prompts.iter().zip(outputs).enumerate() {
         let seed = args.seed.wrapping_add(number as u64);
         let request = request(args, prompt, seed, output)?;
-        let metadata = |size| origin.metadata(&request, size);
+        let metadata = |made: &Made| origin.metadata(&request, made);
         match generate(&folder, &place, &request, &metadata, &mut terminal) {
             Ok(generated) => summaries.push(Summary {
                 prompt: prompt.clone(),

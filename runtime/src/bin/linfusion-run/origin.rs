@@ -4,7 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use linfusion_runtime::image::{Metadata, Parameters};
-use linfusion_runtime::pipeline::{Folder, Init, Request, Size};
+use linfusion_runtime::pipeline::{Folder, Init, Made, Request};
 use linfusion_runtime::scheduler;
 use miette::{Context, IntoDiagnostic};
 use sha2::{Digest, Sha256};
@@ -45,8 +45,8 @@ impl Origin {
         })
     }
 
-    /// What an image of this size says.
-    pub fn metadata(&self, request: &Request, size: Size) -> Metadata {
+    /// What an image says.
+    pub fn metadata(&self, request: &Request, made: &Made) -> Metadata {
         let hash = |of: &str| {
             let found = self.hashes.iter().find(|(name, _)| name == of);
             found.map(|(_, hash)| hash.clone())
@@ -59,11 +59,11 @@ impl Origin {
             sampler: self.sampler.clone(),
             cfg_scale: request.guidance,
             seed: request.seed,
-            width: size.width as u32,
-            height: size.height as u32,
+            width: made.size.width as u32,
+            height: made.size.height as u32,
             model_hash: hash(MODEL),
             model: self.name.clone(),
-            others: vae.into_iter().chain(strengths(request)).collect(),
+            others: vae.into_iter().chain(strengths(request, made)).collect(),
             version: format!("linfusion-run {}", env!("CARGO_PKG_VERSION")),
             hashes: self.hashes.clone(),
         };
@@ -111,12 +111,13 @@ impl io::Write for Hashing<'_> {
 }
 
 /// How much an image to begin with, and enlarged ones, were changed.
-fn strengths(request: &Request) -> Vec<(String, String)> {
+fn strengths(request: &Request, made: &Made) -> Vec<(String, String)> {
     let mut fields = Vec::new();
     if let Init::Image { strength, .. } | Init::Inpaint { strength, .. } = request.init {
         fields.push(("Denoising strength".to_owned(), strength.to_string()));
-    } else if !request.direct {
-        let list: Vec<String> = request.upscale.iter().map(f64::to_string).collect();
+    }
+    if !made.upscaled.is_empty() {
+        let list: Vec<String> = made.upscaled.iter().map(f64::to_string).collect();
         fields.push(("Upscale strengths".to_owned(), list.join(" ")));
     }
     fields
