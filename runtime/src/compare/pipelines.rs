@@ -28,8 +28,8 @@ pub struct ImageDifference {
     pub psnr_db: Option<f64>,
     /// Structural similarity: 1 for equal images.
     pub ssim: f64,
-    /// Reference, other, and their difference brightened, side by side.
-    pub picture: PathBuf,
+    /// Reference, other, and their difference brightened, side by side; `None` where nobody asked for it.
+    pub picture: Option<PathBuf>,
     /// Seconds of both.
     pub seconds: [f64; 2],
 }
@@ -91,7 +91,8 @@ const GAIN: f32 = 4.0;
 /// Steps of the reference whose inputs the attentions are compared on, over all prompts.
 const SAMPLES: usize = 3;
 
-/// Runs both pipelines on every request and compares them; `requests` have the picture's path as output.
+/// Runs both pipelines on every request and compares them. Pictures of both go where `pictures` has a path for the request,
+/// and are replaced as the request says; its own output is not used.
 ///
 /// # Errors
 /// One doesn't run, or a picture cannot be written.
@@ -100,12 +101,13 @@ pub fn pipelines(
     other: &Folder,
     place: &Place,
     requests: &[Request],
+    pictures: &[PathBuf],
     with_sites: bool,
     observer: &mut dyn Observer,
 ) -> Result<PipelineComparison, CompareError> {
     same_sampler(reference, other)?;
-    for request in requests {
-        image::check_output(&request.output, request.overwrite)?;
+    for (request, picture) in requests.iter().zip(pictures) {
+        image::check_output(picture, request.overwrite)?;
     }
     let models = match with_sites {
         true => Some(models(reference, other)?),
@@ -114,7 +116,7 @@ pub fn pipelines(
     let scratch = TemporaryFolder::new().map_err(CompareError::Scratch)?;
     let mut images = Vec::new();
     let mut samples = Vec::new();
-    for request in requests {
+    for (number, request) in requests.iter().enumerate() {
         let mut run = |folder: &Folder, name: &str, wanted: usize| {
             let mut asked = request.clone();
             asked.output = scratch.path().join(name);
@@ -140,6 +142,7 @@ pub fn pipelines(
         samples.extend(taken);
         images.push(image_difference(
             request,
+            pictures.get(number).map(PathBuf::as_path),
             [&first, &second],
             &ours,
             &theirs,
@@ -190,6 +193,7 @@ fn failed(folder: &Folder, source: PipelineError) -> CompareError {
 
 fn image_difference(
     request: &Request,
+    path: Option<&Path>,
     made: [&Generated; 2],
     ours: &[Latents],
     theirs: &[Latents],
@@ -199,8 +203,10 @@ fn image_difference(
         image::read(path)
     };
     let [a, b] = [read(made[0])?, read(made[1])?];
-    let picture = image::side_by_side(&[&a, &b, &image::difference(&a, &b, GAIN)?])?;
-    picture.write(&request.output, &Metadata::default())?;
+    if let Some(path) = path {
+        let picture = image::side_by_side(&[&a, &b, &image::difference(&a, &b, GAIN)?])?;
+        picture.write(path, &Metadata::default())?;
+    }
     let psnr = image::psnr(&a, &b)?;
     Ok(ImageDifference {
         prompt: request.prompt.clone(),
@@ -208,7 +214,7 @@ fn image_difference(
         steps: ours.iter().zip(theirs).map(step_difference).collect(),
         psnr_db: psnr.is_finite().then_some(psnr),
         ssim: image::ssim(&a, &b)?,
-        picture: request.output.clone(),
+        picture: path.map(Path::to_owned),
         seconds: made.map(|m| m.stages.iter().map(|s| s.seconds).sum()),
     })
 }

@@ -52,9 +52,9 @@ pub struct CompareArgs {
     pub prompts: PromptArgs,
     #[command(flatten)]
     pub sampler: SamplerArgs,
-    /// Where both images and their difference go, side by side
-    #[arg(short, long, value_name = "OUT.png", default_value = "compare.png")]
-    pub output: PathBuf,
+    /// Write both images and their difference, side by side, here
+    #[arg(short, long, value_name = "OUT.png")]
+    pub output: Option<PathBuf>,
 }
 
 pub fn run(args: &CompareArgs) -> miette::Result<ExitCode> {
@@ -85,7 +85,8 @@ fn run_pipelines(args: &CompareArgs) -> miette::Result<ExitCode> {
         }
     }
     let prompts = args.prompts.read()?;
-    let outputs = prompt_outputs(&args.output, prompts.len());
+    let pictures = args.output.as_deref();
+    let pictures = pictures.map_or(Vec::new(), |path| prompt_outputs(path, prompts.len()));
     let open = |path: &Path| Folder::open(path).or_report();
     let (reference, other) = (open(&args.reference)?, open(&args.other)?);
     for folder in [&reference, &other] {
@@ -93,9 +94,8 @@ fn run_pipelines(args: &CompareArgs) -> miette::Result<ExitCode> {
     }
     let requests: Vec<pipeline::Request> = prompts
         .into_iter()
-        .zip(outputs)
         .enumerate()
-        .map(|(number, (prompt, output))| pipeline::Request {
+        .map(|(number, prompt)| pipeline::Request {
             seed: args.shape.seed.wrapping_add(number as u64),
             steps: args.sampler.steps,
             guidance: args.sampler.guidance,
@@ -104,7 +104,7 @@ fn run_pipelines(args: &CompareArgs) -> miette::Result<ExitCode> {
             vae_tile: args.sampler.vae_tile,
             force: args.sampler.force,
             overwrite: args.sampler.overwrite(),
-            ..pipeline::Request::new(prompt, output)
+            ..pipeline::Request::new(prompt, PathBuf::new())
         })
         .collect();
     let place = place(&args.place)?;
@@ -114,6 +114,7 @@ fn run_pipelines(args: &CompareArgs) -> miette::Result<ExitCode> {
         &other,
         &place,
         &requests,
+        &pictures,
         args.sites,
         &mut terminal,
     );
@@ -151,6 +152,11 @@ fn run_models(args: &CompareArgs) -> miette::Result<ExitCode> {
         return Err(usage_with(
             "a prompt is for pipelines, and these are models",
             "give inputs with --inputs FILE.npz, or nothing for random ones",
+        ));
+    }
+    if args.output.is_some() {
+        return Err(usage(
+            "--output is for pictures of pipelines, and these are models",
         ));
     }
     let options = session_options(&args.place)?;
