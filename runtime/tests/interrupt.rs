@@ -47,10 +47,10 @@ impl Running {
     }
 }
 
-/// ONNX Runtime leaves a file of its own, `.ses`, where temporary files go; ours are folders.
+/// But for `.ses`, a file that ONNX Runtime leaves where temporary files go.
 fn is_empty(folder: &Path) -> bool {
-    let entries = folder.read_dir().unwrap().flatten();
-    !entries.into_iter().any(|entry| entry.path().is_dir())
+    let mut entries = folder.read_dir().unwrap().flatten();
+    entries.all(|entry| entry.file_name() == ".ses")
 }
 
 /// SIGINT after the first stage leaves its image and says where, and never replaces one that was there.
@@ -75,6 +75,9 @@ fn a_stopped_run_leaves_the_last_finished_stage() {
         "{rest:?}"
     );
     let image = read(&bench.path(kept)).unwrap();
+    let bytes = std::fs::read(bench.path(kept)).unwrap();
+    let size = format!("Size: {}x{}", image.width(), image.height());
+    assert!(String::from_utf8_lossy(&bytes).contains(&size), "{size}");
     assert!(image.width() < 384, "{rest:?}");
     assert_eq!(std::fs::read_to_string(&mine).unwrap(), "mine");
     assert!(!bench.path("out.png").exists());
@@ -140,9 +143,71 @@ fn bench_ends_its_workers_and_leaves_nothing() {
     wait_until("a worker's folder", || !is_empty(&temporary));
     interrupt(&running.child);
     let (code, rest) = running.end();
-    assert_eq!((code, rest.as_slice()), (Some(130), &[][..]));
-    // It ends a moment after who started it.
-    wait_until("the end of the worker", || is_empty(&temporary));
+    let [stopping, nothing] = rest.as_slice() else {
+        panic!("{rest:?}");
+    };
+    assert_eq!(code, Some(130));
+    assert!(stopping.starts_with("stopping;"), "{rest:?}");
+    assert_eq!(nothing, "stopped at 128 × 128; nothing is measured");
+    assert!(is_empty(&temporary));
+}
+
+/// What was measured before is reported and written.
+#[test]
+fn an_interrupted_bench_reports_the_sizes_it_finished() {
+    let Some(bench) = Bench::new("sd15") else {
+        return;
+    };
+    let (report, plot) = (bench.path("bench.json"), bench.path("bench.svg"));
+    let model = fixtures::path("sd15-tiny/unet.onnx");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_linfusion-run"));
+    command
+        .args(["bench", "--engine", "ort", "--batch", "1", "--threads", "1"])
+        // A run of the second size takes minutes.
+        .args(["--sizes", "64,1536", "--repeats", "1000"])
+        .arg("--json")
+        .arg(&report)
+        .arg("--plot")
+        .arg(&plot)
+        .arg(&model)
+        .stdout(Stdio::piped());
+    let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
+    let worker = |side: &str| {
+        let workers = children_of(&child);
+        workers
+            .iter()
+            .any(|job| job.contains(&format!("\"side\":{side},")))
+    };
+    wait_until("the second size", || worker("1536"));
+    interrupt(&child);
+    assert_eq!(end_of(&mut child).code(), Some(130));
+    let output = child.wait_with_output().unwrap();
+    let table = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        table.contains("64 × 64") && !table.contains("1536"),
+        "{table}"
+    );
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(
+        said.contains("stopped at 1536 × 1536, which is not"),
+        "{said}"
+    );
+    let written: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(&report).unwrap()).unwrap();
+    assert_eq!(written["sizes"].as_array().unwrap().len(), 1);
+    assert_eq!(written["stopped_at"], "1536 × 1536");
+    assert!(plot.exists());
+}
+
+/// The command lines of a process's children.
+fn children_of(child: &Child) -> Vec<String> {
+    let tasks = format!("/proc/{0}/task/{0}/children", child.id());
+    let pids = std::fs::read_to_string(tasks).unwrap_or_default();
+    let lines = pids.split_whitespace().map(|pid| {
+        let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        String::from_utf8_lossy(&line).into_owned()
+    });
+    lines.collect()
 }
 
 #[test]

@@ -1,10 +1,13 @@
 //! The process that starts workers, gives them turns, and gathers what they measure.
 
 use std::fmt;
-use std::io::{BufRead, BufReader, Lines, Write};
+use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use linfusion_models::onnx::OnnxFile;
 use rustix::process::{Pid, Signal, kill_process};
@@ -12,7 +15,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use super::size::{ImageInput, NotDivisible, Pixels};
 use super::verdict::speedup;
 use super::worker::{Answer, Expected, Fault, Finished, RunTime, StageTime};
-use super::{BenchReport, Measurement, ModelSummary, Plan, SizeReport, Sizes, median};
+use super::{BenchReport, Measurement, ModelSummary, Observer, Plan, SizeReport, Sizes, median};
 use crate::provenance;
 
 /// Why a measurement did not come about.
@@ -31,6 +34,9 @@ pub enum BenchError {
         /// What the operating system said.
         r#source: std::io::Error,
     },
+    /// The observer stopped it.
+    #[error("stopped")]
+    Stopped,
     /// The model does not run.
     #[error("{} at {size}: {message}", model.display())]
     Failed {
@@ -79,7 +85,7 @@ impl BenchError {
         match self {
             Self::Nothing | Self::Size { .. } | Self::SizedTwice { .. } => true,
             Self::Failed { fault, .. } => *fault == Fault::Usage,
-            Self::Worker { .. } | Self::NoCommonSize { .. } => false,
+            Self::Worker { .. } | Self::NoCommonSize { .. } | Self::Stopped => false,
         }
     }
 }
@@ -97,12 +103,12 @@ impl fmt::Display for Asked {
     }
 }
 
-/// Measures everything in the plan, telling `progress` what is being done.
+/// Measures everything in the plan. Worker processes end with the thread that calls this: it should live as long as the program.
 ///
 /// # Errors
-/// A model does not run at the smallest size. At a larger one that is a finding, noted in its
-/// [`Measurement`].
-pub fn run(plan: &Plan, mut progress: impl FnMut(&str)) -> Result<BenchReport, BenchError> {
+/// What was asked for cannot be, a model does not load, or none gets through the smallest size. What else a model does not get
+/// through is a finding, noted in its [`Measurement`].
+pub fn run(plan: &Plan, observer: &dyn Observer) -> Result<BenchReport, BenchError> {
     if plan.models.is_empty() || plan.repeats == 0 {
         return Err(BenchError::Nothing);
     }
@@ -111,12 +117,22 @@ pub fn run(plan: &Plan, mut progress: impl FnMut(&str)) -> Result<BenchReport, B
         return Err(BenchError::Nothing);
     }
     let mut sizes = Vec::with_capacity(asked.len());
+    let mut stopped_at = None;
     for (i, size) in asked.into_iter().enumerate() {
-        let (size, failures) = measure(plan, size, &mut progress);
-        if let Some(failure) = failures.into_iter().next().filter(|_| i == 0) {
-            return Err(failure);
+        let (measured, mut failures) = measure(plan, size, observer);
+        if failures
+            .iter()
+            .any(|f| matches!(f.error, BenchError::Stopped))
+        {
+            stopped_at = Some(size.to_string());
+            break;
         }
-        sizes.push(size);
+        let none = measured.results.iter().all(|r| r.median_ms.is_none());
+        let is_fatal = |f: &Failure| none || !f.loaded || f.error.is_usage();
+        if let Some(fatal) = failures.iter().position(is_fatal).filter(|_| i == 0) {
+            return Err(failures.swap_remove(fatal).error);
+        }
+        sizes.push(measured);
     }
     let models = plan
         .models
@@ -126,7 +142,14 @@ pub fn run(plan: &Plan, mut progress: impl FnMut(&str)) -> Result<BenchReport, B
             untrained: provenance::is_untrained(path),
         })
         .collect();
-    Ok(BenchReport::new(plan, models, sizes))
+    Ok(BenchReport::new(plan, models, sizes, stopped_at))
+}
+
+/// Why a model did not get through a size.
+struct Failure {
+    error: BenchError,
+    /// Whether it was loaded: then it may get through another.
+    loaded: bool,
 }
 
 /// What the models are asked to run at, smallest first.
@@ -188,20 +211,16 @@ fn sizes(plan: &Plan) -> Result<Vec<Asked>, BenchError> {
 }
 
 /// All models at one size, and why some did not get through.
-fn measure(
-    plan: &Plan,
-    size: Asked,
-    progress: &mut impl FnMut(&str),
-) -> (SizeReport, Vec<BenchError>) {
+fn measure(plan: &Plan, size: Asked, observer: &dyn Observer) -> (SizeReport, Vec<Failure>) {
     let mut counted = vec![None; plan.models.len()];
     let mut pixels = size.0.map(Pixels::square);
-    let mut turns: Vec<Result<Turn, BenchError>> = plan
+    let mut turns: Vec<Result<Turn<'_>, BenchError>> = plan
         .models
         .iter()
         .zip(&mut counted)
         .map(|(model, counted)| {
-            progress(&format!("{size}: loading {}", model.display()));
-            let mut worker = Worker::start(plan, model, size)?;
+            observer.progress(&format!("{size}: loading {}", model.display()));
+            let mut worker = Worker::start(plan, model, size, observer)?;
             let (expected, found) = worker.counted()?;
             *counted = Some(expected);
             pixels = pixels.or(found);
@@ -213,7 +232,7 @@ fn measure(
         })
         .collect();
     for repeat in 1..=plan.repeats {
-        progress(&format!("{size}: run {repeat} of {}", plan.repeats));
+        observer.progress(&format!("{size}: run {repeat} of {}", plan.repeats));
         // Each goes first in its turn.
         let first = repeat % turns.len().max(1);
         let (before, from) = turns.split_at_mut(first);
@@ -233,7 +252,10 @@ fn measure(
             Ok((runs, finished)) => measurement(&runs, finished),
             Err(failure) => {
                 let failed = Measurement::failed(&failure);
-                failures.push(failure);
+                failures.push(Failure {
+                    error: failure,
+                    loaded: expected.is_some(),
+                });
                 failed
             }
         };
@@ -279,12 +301,12 @@ fn measurement(runs: &[RunTime], finished: Finished) -> Measurement {
 }
 
 /// A worker and what it has measured.
-struct Turn {
-    worker: Worker,
+struct Turn<'a> {
+    worker: Worker<'a>,
     runs: Vec<RunTime>,
 }
 
-impl Turn {
+impl Turn<'_> {
     fn take(&mut self) -> Result<(), BenchError> {
         self.runs.push(self.worker.run()?);
         Ok(())
@@ -295,30 +317,62 @@ impl Turn {
     }
 }
 
-struct Worker {
+struct Worker<'a> {
     model: PathBuf,
     size: Asked,
     process: Process,
     /// `None` once the worker was told to finish.
     requests: Option<ChildStdin>,
-    answers: Lines<BufReader<ChildStdout>>,
+    answers: Receiver<io::Result<String>>,
+    observer: &'a dyn Observer,
 }
 
 /// Ends the process when it is dropped, however that comes.
 struct Process(Child);
 
+/// How long a process may take to remove its temporary files.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// How often somebody looks whether a process has ended, or is to be.
+const LOOK: Duration = Duration::from_millis(20);
+
 impl Drop for Process {
     fn drop(&mut self) {
-        // SIGTERM leaves it the time to remove its temporary files. Both fail only if the process is gone already.
-        if let Ok(None) = self.0.try_wait() {
+        // Signals fail only if the process is gone already.
+        let is_there = |child: &mut Child| matches!(child.try_wait(), Ok(None));
+        if is_there(&mut self.0) {
             let _ = kill_process(Pid::from_child(&self.0), Signal::TERM);
+            let asked = Instant::now();
+            while is_there(&mut self.0) && asked.elapsed() < PATIENCE {
+                thread::sleep(LOOK);
+            }
+            let _ = self.0.kill();
         }
         let _ = self.0.wait();
     }
 }
 
-impl Worker {
-    fn start(plan: &Plan, model: &Path, size: Asked) -> Result<Self, BenchError> {
+/// The lines of a process, as they come, so that whoever waits for one can look up meanwhile.
+fn lines(from: ChildStdout) -> io::Result<Receiver<io::Result<String>>> {
+    let (sender, lines) = channel();
+    thread::Builder::new()
+        .name("answers".to_owned())
+        .spawn(move || {
+            for line in BufReader::new(from).lines() {
+                if sender.send(line).is_err() {
+                    break;
+                }
+            }
+        })?;
+    Ok(lines)
+}
+
+impl<'a> Worker<'a> {
+    fn start(
+        plan: &Plan,
+        model: &Path,
+        size: Asked,
+        observer: &'a dyn Observer,
+    ) -> Result<Self, BenchError> {
         let died = |source| BenchError::Worker {
             model: model.to_owned(),
             size,
@@ -330,7 +384,7 @@ impl Worker {
         let job = serde_json::to_string(&job).map_err(|e| died(e.into()))?;
         let mut child = Command::new(&plan.worker.program)
             .args(&plan.worker.arguments)
-            .arg(job)
+            .args([std::process::id().to_string(), job])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             // Ctrl-C is for this process, which ends its workers; they have nothing to say of it.
@@ -341,12 +395,14 @@ impl Worker {
         let process = Process(child);
         let (requests, answers) =
             pipes.ok_or_else(|| died(std::io::Error::other("it has no pipes")))?;
+        let answers = lines(answers).map_err(died)?;
         Ok(Self {
             model: model.to_owned(),
             size,
             process,
             requests: Some(requests),
-            answers: BufReader::new(answers).lines(),
+            answers,
+            observer,
         })
     }
 
@@ -365,6 +421,9 @@ impl Worker {
     }
 
     fn run(&mut self) -> Result<RunTime, BenchError> {
+        if self.observer.stopped() {
+            return Err(BenchError::Stopped);
+        }
         let sent = match &mut self.requests {
             Some(requests) => requests.write_all(b"\n").and_then(|()| requests.flush()),
             None => Err(std::io::Error::other("it was told to finish")),
@@ -388,7 +447,7 @@ impl Worker {
     }
 
     fn answer(&mut self) -> Result<Answer, BenchError> {
-        let line = match self.answers.next() {
+        let line = match self.line()? {
             Some(line) => line.map_err(|e| self.died(e))?,
             None => {
                 let status = self.process.0.wait().map_err(|e| self.died(e))?;
@@ -414,6 +473,20 @@ impl Worker {
         }
     }
 
+    /// The next line; `None` after the last.
+    fn line(&self) -> Result<Option<io::Result<String>>, BenchError> {
+        loop {
+            match self.answers.recv_timeout(LOOK) {
+                Ok(line) => return Ok(Some(line)),
+                Err(RecvTimeoutError::Disconnected) => return Ok(None),
+                Err(RecvTimeoutError::Timeout) if self.observer.stopped() => {
+                    return Err(BenchError::Stopped);
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+        }
+    }
+
     fn unexpected(&self, answer: &Answer) -> BenchError {
         self.died(std::io::Error::other(format!("it answered {answer:?}")))
     }
@@ -424,5 +497,24 @@ impl Worker {
             size: self.size,
             source,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_that_will_not_end_is_ended() {
+        let mut child = Command::new("sh")
+            .args(["-c", "trap '' TERM; echo deaf; exec sleep 1000000"])
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let lines = lines(child.stdout.take().unwrap()).unwrap();
+        assert_eq!(lines.recv().unwrap().unwrap(), "deaf");
+        drop(Process(child));
+        // Its end of the pipe is closed.
+        assert!(lines.recv().is_err());
     }
 }

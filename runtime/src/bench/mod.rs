@@ -19,7 +19,7 @@ pub use self::host::{Asked, BenchError, run};
 pub use self::pipeline::Images;
 pub use self::profile::{OperatorTime, Profile};
 pub use self::size::{ImageInput, NotDivisible, Pixels};
-pub use self::verdict::{Speedup, Verdict};
+pub use self::verdict::{ENOUGH, Speedup, Verdict};
 pub use self::worker::{
     EngineName, Expected, Fault, Job, OperatorsFrom, Profiling, StageTime, end_with_parent, serve,
 };
@@ -53,12 +53,29 @@ pub enum Sizes {
     },
 }
 
+/// Watches a measurement.
+pub trait Observer {
+    /// What is being done.
+    fn progress(&self, what: &str);
+
+    /// Whether to stop, which leaves the sizes that are finished; asked many times a second.
+    fn stopped(&self) -> bool {
+        false
+    }
+}
+
+impl<F: Fn(&str)> Observer for F {
+    fn progress(&self, what: &str) {
+        self(what);
+    }
+}
+
 /// How to start a worker.
 #[derive(Debug, Clone)]
 pub struct WorkerCommand {
     /// The executable.
     pub program: PathBuf,
-    /// Arguments before the job, which is passed as JSON.
+    /// Arguments before the number of this process (see [`end_with_parent`]) and the job, which is passed as JSON.
     pub arguments: Vec<String>,
 }
 
@@ -79,6 +96,8 @@ pub struct BenchReport {
     pub sizes: Vec<SizeReport>,
     /// For each model but the first, the smallest measured size from which on it is faster than the first.
     pub crossovers: Vec<Crossover>,
+    /// The size during which it was stopped; neither that nor the following are in `sizes`.
+    pub stopped_at: Option<String>,
 }
 
 /// A measured model.
@@ -143,12 +162,18 @@ pub struct Crossover {
     pub model: usize,
     /// The image size; `None` if it is not faster at the largest size.
     pub pixels: Option<Pixels>,
-    /// What can be said of it at the largest size; `None` where one of the two did not get through, or ran once only.
+    /// What can be said of it at the largest size; `None` where one of the two did not get through, or they
+    /// ran less than [`ENOUGH`] times.
     pub at_largest: Option<Verdict>,
 }
 
 impl BenchReport {
-    fn new(plan: &Plan, models: Vec<ModelSummary>, sizes: Vec<SizeReport>) -> Self {
+    fn new(
+        plan: &Plan,
+        models: Vec<ModelSummary>,
+        sizes: Vec<SizeReport>,
+        stopped_at: Option<String>,
+    ) -> Self {
         let crossovers = (1..models.len())
             .map(|model| Crossover {
                 model,
@@ -164,6 +189,7 @@ impl BenchReport {
             models,
             sizes,
             crossovers,
+            stopped_at,
         }
     }
 }

@@ -219,6 +219,7 @@ mod tests {
             models: Vec::new(),
             sizes: Vec::new(),
             crossovers: Vec::new(),
+            stopped_at: None,
         }
     }
 

@@ -82,15 +82,22 @@ impl Job {
     }
 }
 
-/// From here on the process gets SIGTERM when the one that started it ends, however that comes.
+/// From here on this process gets SIGTERM when the thread that started it ends, in a process of number `parent`, however that
+/// comes.
 ///
 /// # Errors
-/// The operating system refuses.
-pub fn end_with_parent() -> std::io::Result<()> {
-    let signal = rustix::process::Signal::TERM;
-    Ok(rustix::process::set_parent_process_death_signal(Some(
-        signal,
-    ))?)
+/// The operating system refuses, or the parent is gone already.
+pub fn end_with_parent(parent: u32) -> std::io::Result<()> {
+    use rustix::process::{Signal, getppid, set_parent_process_death_signal};
+    set_parent_process_death_signal(Some(Signal::TERM))?;
+    // What ended before that sends no signal.
+    let now = getppid().map(|pid| pid.as_raw_nonzero().get());
+    match now.and_then(|now| u32::try_from(now).ok()) == Some(parent) {
+        true => Ok(()),
+        false => Err(std::io::Error::other(
+            "whoever started the measurement is gone",
+        )),
+    }
 }
 
 /// Who has to change something so that there is something to measure.
@@ -477,6 +484,13 @@ fn profiled(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_orphan_does_not_begin() {
+        // No parent of anything: its number is this process's own.
+        assert!(end_with_parent(std::process::id()).is_err());
+        rustix::process::set_parent_process_death_signal(None).unwrap();
+    }
 
     fn serve_lines(job: &str, requests: &str) -> Vec<String> {
         let mut answers = Vec::new();

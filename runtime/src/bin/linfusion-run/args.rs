@@ -49,6 +49,8 @@ pub enum Command {
     /// One measuring process of `bench`
     #[command(hide = true)]
     MeasureWorker {
+        /// The number of the process that it is for
+        parent: u32,
         /// The job, as JSON
         job: String,
     },

@@ -5,12 +5,16 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Args;
-use linfusion_runtime::bench::{self, Images, Job, Plan, Profiling, Sizes, WorkerCommand};
+use linfusion_models::terminal::say;
+use linfusion_runtime::bench::{
+    self, BenchReport, Images, Job, Observer, Plan, Profiling, Sizes, WorkerCommand,
+};
 use linfusion_runtime::whole::write_whole;
 use miette::{IntoDiagnostic, WrapErr, miette};
 
 use crate::args::{Report, Shape, Where};
 use crate::failure::{OrReport, usage};
+use crate::interruption::{self, STOPPED};
 use crate::{output, print, session_options};
 
 #[derive(Args)]
@@ -37,6 +41,9 @@ pub struct BenchArgs {
     /// Also write the measurements here
     #[arg(long, value_name = "FILE.json")]
     pub json: Option<PathBuf>,
+    /// Replace files that are there
+    #[arg(long, alias = "force")]
+    pub overwrite: bool,
     #[command(flatten)]
     pub images: ImageArgs,
     #[command(flatten)]
@@ -82,6 +89,13 @@ pub fn run(args: &BenchArgs) -> miette::Result<ExitCode> {
         if let Some(folder) = folder.filter(|f| !f.is_dir()) {
             return Err(miette!("{} is no folder to write to", folder.display()));
         }
+        if !args.overwrite && path.symlink_metadata().is_ok() {
+            return Err(miette!(
+                help = "give another name, or --overwrite",
+                "{} exists already",
+                path.display()
+            ));
+        }
     }
     let options = session_options(&args.place)?;
     let plan = Plan {
@@ -120,25 +134,57 @@ pub fn run(args: &BenchArgs) -> miette::Result<ExitCode> {
             profiling: Profiling::On,
         },
     };
-    let progress = indicatif::ProgressBar::new_spinner();
-    progress.enable_steady_tick(std::time::Duration::from_millis(200));
-    let report = bench::run(&plan, |what| progress.set_message(what.to_owned())).or_report();
-    progress.finish_and_clear();
+    let watch = Watch(indicatif::ProgressBar::new_spinner());
+    watch
+        .0
+        .enable_steady_tick(std::time::Duration::from_millis(200));
+    interruption::asks("stopping; Ctrl-C again stops at once");
+    let report = bench::run(&plan, &watch).or_report();
+    watch.0.finish_and_clear();
     let report = report?;
-    print(&match args.place.report {
-        Report::Json => output::json(&report)?,
-        Report::Table if args.profile => output::bench(&report) + &output::profiles(&report),
-        Report::Table => output::bench(&report),
-    })?;
+    let Some(size) = &report.stopped_at else {
+        return write(args, &report).map(|()| ExitCode::SUCCESS);
+    };
+    match report.sizes.last() {
+        Some(_) => {
+            write(args, &report)?;
+            say(format_args!(
+                "stopped at {size}, which is not in the report"
+            ));
+        }
+        None => say(format_args!("stopped at {size}; nothing is measured")),
+    }
+    Ok(ExitCode::from(STOPPED))
+}
+
+/// Files first: what was measured is in them even where standard output takes no more.
+fn write(args: &BenchArgs, report: &BenchReport) -> miette::Result<()> {
     if let Some(path) = &args.json {
-        write_whole(path, output::json(&report)?.as_bytes())
+        write_whole(path, output::json(report)?.as_bytes())
             .into_diagnostic()
             .wrap_err_with(|| format!("writing {}", path.display()))?;
     }
     if let Some(path) = &args.plot {
-        bench::plot::write(&report, path).into_diagnostic()?;
+        bench::plot::write(report, path).into_diagnostic()?;
     }
-    Ok(ExitCode::SUCCESS)
+    print(&match args.place.report {
+        Report::Json => output::json(report)?,
+        Report::Table if args.profile => output::bench(report) + &output::profiles(report),
+        Report::Table => output::bench(report),
+    })
+}
+
+/// Shows what is being done, and stops after Ctrl-C.
+struct Watch(indicatif::ProgressBar);
+
+impl Observer for Watch {
+    fn progress(&self, what: &str) {
+        self.0.set_message(what.to_owned());
+    }
+
+    fn stopped(&self) -> bool {
+        interruption::is_asked_for()
+    }
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! What happens on a signal that ends a program: it ends at once, and leaves no temporary files, or it stops when it may.
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use linfusion_models::terminal::say;
@@ -9,8 +10,8 @@ use miette::IntoDiagnostic;
 /// Exit code of a run that the user stopped, as shells give it for Ctrl-C.
 pub const STOPPED: u8 = 130;
 
-/// Whether the first signal only asks to stop.
-static MAY_WAIT: AtomicBool = AtomicBool::new(false);
+/// What is said to the first signal, which only asks to stop; nothing where it ends the program.
+static NOTE: OnceLock<&str> = OnceLock::new();
 static ASKED: AtomicBool = AtomicBool::new(false);
 
 /// To be called once, before anything is done.
@@ -18,9 +19,9 @@ pub fn handle() -> miette::Result<()> {
     signals::on_each(|| {
         // The second time it means it, even in the middle of a step.
         let again = ASKED.swap(true, Ordering::SeqCst);
-        if MAY_WAIT.load(Ordering::SeqCst) && !again {
+        if let (Some(note), false) = (NOTE.get(), again) {
             // Nobody may be there to read it, as after SIGHUP.
-            say("stopping after this step; Ctrl-C again stops at once");
+            say(note);
             return;
         }
         leftovers::remove_all();
@@ -32,7 +33,13 @@ pub fn handle() -> miette::Result<()> {
 
 /// From here on somebody looks between two steps whether it [`is_asked_for`]: the first signal only asks.
 pub fn may_wait() {
-    MAY_WAIT.store(true, Ordering::SeqCst);
+    asks("stopping after this step; Ctrl-C again stops at once");
+}
+
+/// The same, with other words.
+pub fn asks(note: &'static str) {
+    // Where there are some, they hold.
+    let _ = NOTE.set(note);
 }
 
 /// Whether there was a signal.

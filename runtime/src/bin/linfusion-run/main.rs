@@ -76,8 +76,8 @@ fn run(command: &Command) -> miette::Result<ExitCode> {
             print(&String::from_utf8_lossy(&text)).map(|()| ExitCode::SUCCESS)
         }
         Command::Man => man(),
-        Command::MeasureWorker { job } => {
-            end_with_parent().into_diagnostic()?;
+        Command::MeasureWorker { parent, job } => {
+            end_with_parent(*parent).into_diagnostic()?;
             serve(job, io::stdin().lock(), io::stdout()).into_diagnostic()?;
             Ok(ExitCode::SUCCESS)
         }

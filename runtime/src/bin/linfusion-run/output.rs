@@ -4,7 +4,7 @@ use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
 use comfy_table::{CellAlignment, Table};
-use linfusion_runtime::bench::{BenchReport, Speedup, Verdict};
+use linfusion_runtime::bench::{BenchReport, ENOUGH, Speedup, Verdict};
 use linfusion_runtime::compare::{Difference, PipelineComparison, SiteDifference};
 use linfusion_runtime::doctor::Diagnosis;
 use linfusion_runtime::table::table;
@@ -82,19 +82,21 @@ pub fn comparison(comparison: &Comparison) -> String {
 
 /// What `compare` found of pipelines.
 pub fn pipelines(comparison: &PipelineComparison) -> String {
-    let mut table = table([
+    let pictures = comparison.images.iter().any(|i| i.picture.is_some());
+    let mut head = vec![
         "prompt",
         "seed",
         "latents after the last step, ‖Δ‖/‖ref‖",
         "PSNR dB",
         "SSIM",
         "seconds",
-        "picture",
-    ]);
+    ];
+    head.extend(pictures.then_some("picture"));
+    let mut table = table(head);
     for image in &comparison.images {
         let last = image.steps.last().map_or(0.0, |s| s.relative);
         let [reference, other] = image.seconds;
-        table.add_row([
+        let mut row = vec![
             image.prompt.chars().take(40).collect(),
             image.seed.to_string(),
             format!("{last:.3e}"),
@@ -103,8 +105,9 @@ pub fn pipelines(comparison: &PipelineComparison) -> String {
                 .map_or("equal".to_owned(), |v| format!("{v:.1}")),
             format!("{:.4}", image.ssim),
             format!("{reference:.1} / {other:.1}"),
-            image.picture.display().to_string(),
-        ]);
+        ];
+        row.extend(image.picture.iter().map(|path| path.display().to_string()));
+        table.add_row(row);
     }
     align_numbers(&mut table, 1);
     let mut text = format!("{table}\n");
@@ -220,9 +223,10 @@ pub fn bench(report: &BenchReport) -> String {
                 text,
                 "{name} is slower than the first model at the largest size"
             ),
-            (None, None) if report.repeats == 1 => writeln!(
+            (None, None) if report.repeats < ENOUGH => writeln!(
                 text,
-                "{name} and the first model: one run each tells nothing of the spread; --repeats 5 does"
+                "{name} and the first model: {} runs each are too few to tell which is faster; --repeats {ENOUGH} may do",
+                report.repeats
             ),
             (None, None) => writeln!(
                 text,

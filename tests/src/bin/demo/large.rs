@@ -34,7 +34,7 @@ impl Demo {
         );
         let softmax = self.resized("terrain.any-size.onnx", None)?;
         let linear = self.resized("terrain.any-size.linfusion.onnx", Some(weights))?;
-        let report = bench::run(&self.plan(&[&softmax, &linear], &BOTH)?, |_| {})?;
+        let report = bench::run(&self.plan(&[&softmax, &linear], &BOTH)?, &|_: &str| {})?;
         let mut table = table([
             "terrain",
             "softmax s",
@@ -62,7 +62,7 @@ impl Demo {
                 peak(b),
             ]);
         }
-        let large = bench::run(&self.plan(&[&linear], &[SIDE])?, |_| {})?;
+        let large = bench::run(&self.plan(&[&linear], &[SIDE])?, &|_: &str| {})?;
         let measured = large.sizes.first().and_then(|s| s.results.first());
         let counted = counted(&softmax)?;
         // At the rate of the largest size that softmax ran at.
