@@ -2,7 +2,6 @@
 
 use std::path::Path;
 
-use linfusion_models::onnx::proto::ModelProto;
 use linfusion_models::onnx::{ElementType, OnnxFile, make};
 use linfusion_models::shapes::{Footprint, Probe, Runner, Shapes, operations};
 use serde::Serialize;
@@ -141,9 +140,7 @@ impl Opened<'_> {
             kernels: options.operators != Operators::None,
             halves: halves(self.place.engine, options.device),
         };
-        let mut footprint = Footprint::of(model, &shapes, runner);
-        // While ONNX Runtime makes its tensors of those in the model's file, it holds the file's as well.
-        footprint.weights = footprint.weights.saturating_add(inline(model));
+        let footprint = Footprint::of(model, &shapes, runner);
         let outputs = model.graph.output.iter().filter_map(|value| {
             let fact = shapes.fact(value.name.as_deref()?);
             let element = ElementType::from_onnx(fact.element?)?;
@@ -290,13 +287,6 @@ impl Opened<'_> {
         let rows = size.height.min(self.request.vae_tile);
         (3 * 3 * 4 * rows * size.width) as u64
     }
-}
-
-/// Bytes of tensors in the model's file itself.
-fn inline(model: &ModelProto) -> u64 {
-    let stored = model.graph.initializer.iter();
-    let bytes = stored.filter_map(|t| t.raw_data.as_ref().map(|raw| raw.len() as u64));
-    bytes.sum()
 }
 
 fn signed(size: usize) -> i64 {
