@@ -25,10 +25,12 @@ pub fn problem_in(text: &str, error: &serde_json::Error) -> String {
     let field = match error.classify() {
         Category::Data => lines.enumerate().fold(None, |found, (index, line)| {
             let end = match index + 1 == error.line() {
-                true => line.floor_char_boundary(error.column()),
+                true => error.column().min(line.len()),
                 false => line.len(),
             };
-            last_key(&line[..end]).or(found)
+            // A column may end within a character.
+            let before = (0..=end).rev().find_map(|end| line.get(..end));
+            before.and_then(last_key).or(found)
         }),
         _ => None,
     };
