@@ -55,7 +55,7 @@ if command -v cargo >/dev/null; then
     # The wheel's own, with its CUDA provider beside it.
     runtime=$("$python" -c 'import glob, os, onnxruntime as o; print(max(glob.glob(os.path.join(os.path.dirname(o.__file__), "capi", "libonnxruntime.so.*"))))')
     on_gpu() { (cd ../.. && LINFUSION_TEST_DEVICE=cuda:0 ORT_DYLIB_PATH=$runtime cargo test --workspace --locked "$@"); }
-    on_gpu --lib -- engine:: arithmetic:: || wrong=1
+    on_gpu --lib -- --include-ignored engine:: arithmetic:: || wrong=1
     on_gpu --test pipelines --test conditions --test generate || wrong=1
 else
     echo "not run: cargo is not on PATH"

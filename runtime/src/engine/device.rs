@@ -135,10 +135,30 @@ const CUDA: &str = "CUDAExecutionProvider";
 
 /// Runs x + x on the device.
 fn probe(device: Device, library: Option<&Path>) -> Result<(), EngineError> {
-    let value = |name| make::value_info(name, ElementType::F32, &[make::Dim::Fixed(1)]);
+    let options = SessionOptions {
+        operators: Operators::None,
+        library: library.map(Path::to_owned),
+        device,
+        ..SessionOptions::default()
+    };
+    let bytes = of_one_node("Add", &["x", "x"], &[make::Dim::Fixed(1)], vec![]);
+    let mut session = Session::from_bytes(Engine::Ort, &bytes, &options)?;
+    session.run(&[("x", ndarray::arr1(&[1.0_f32]).into())])?;
+    Ok(())
+}
+
+/// A model of one node that takes `x`, in float32 of these dimensions, and stored tensors, and gives `y` of the same dimensions.
+pub(super) fn of_one_node(
+    operator: &str,
+    inputs: &[&str],
+    dims: &[make::Dim],
+    stored: Vec<proto::TensorProto>,
+) -> Vec<u8> {
+    let value = |name| make::value_info(name, ElementType::F32, dims);
     let graph = proto::GraphProto {
-        name: Some("probe".to_owned()),
-        node: vec![make::node("Add", "add", &["x", "x"], &["y"], vec![])],
+        name: Some("one".to_owned()),
+        node: vec![make::node(operator, "node", inputs, &["y"], vec![])],
+        initializer: stored,
         input: vec![value("x")],
         output: vec![value("y")],
         ..Default::default()
@@ -149,16 +169,7 @@ fn probe(device: Device, library: Option<&Path>) -> Result<(), EngineError> {
         graph: buffa::MessageField::some(graph),
         ..Default::default()
     };
-    let options = SessionOptions {
-        operators: Operators::None,
-        library: library.map(Path::to_owned),
-        device,
-        ..SessionOptions::default()
-    };
-    let bytes = buffa::Message::encode_to_vec(&model);
-    let mut session = Session::from_bytes(Engine::Ort, &bytes, &options)?;
-    session.run(&[("x", ndarray::arr1(&[1.0_f32]).into())])?;
-    Ok(())
+    buffa::Message::encode_to_vec(&model)
 }
 
 #[cfg(test)]
