@@ -4,8 +4,10 @@
 //! size live side by side and take turns, so that whatever slows the machine down slows all of them.
 
 mod host;
+mod job;
 mod pipeline;
 pub mod plot;
+mod process;
 mod profile;
 mod size;
 mod verdict;
@@ -16,13 +18,12 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 pub use self::host::{Asked, BenchError, run};
+pub use self::job::{EngineName, Expected, Fault, Job, OperatorsFrom, Profiling, StageTime};
 pub use self::pipeline::Images;
 pub use self::profile::{OperatorTime, Profile};
 pub use self::size::{ImageInput, NotDivisible, Pixels};
 pub use self::verdict::{ENOUGH, Speedup, Verdict};
-pub use self::worker::{
-    EngineName, Expected, Fault, Job, OperatorsFrom, Profiling, StageTime, end_with_parent, serve,
-};
+pub use self::worker::{end_with_parent, serve};
 
 use crate::engine::Engine;
 

@@ -6,9 +6,10 @@ use linfusion_models::leftovers::TemporaryFolder;
 use linfusion_models::onnx::write::Overwrite;
 use serde::{Deserialize, Serialize};
 
+use super::job::{Expected, Job, RunTime, StageTime};
 use super::median;
 use super::size::Pixels;
-use super::worker::{Expected, Job, RunTime, StageTime, WorkerError};
+use super::worker::WorkerError;
 use crate::image::Metadata;
 use crate::pipeline::{Folder, Observer, Place, Progress, Request, Size, expected, generate};
 
