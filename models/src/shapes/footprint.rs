@@ -269,7 +269,6 @@ fn scratch(node: &NodeProto, fact: &dyn Fn(&str) -> Fact) -> u64 {
 mod tests {
     use super::*;
     use crate::onnx::proto::GraphProto;
-    use crate::onnx::proto::TensorProto;
     use crate::onnx::{ElementType, make};
 
     fn graph(element: ElementType, nodes: Vec<NodeProto>, output: &str) -> ModelProto {

@@ -19,7 +19,7 @@ use crate::generate::GenerateArgs;
     version,
     after_help = "Exit codes: 0 done; 1 failed; 2 wrong usage; 3 compare: outputs are beyond --tolerance; \
                   4 doctor: no ONNX Runtime, or a broken operator library; 5 compare: models' outputs are infinite or NaN; \
-                  130 interrupted.\n\
+                  130 interrupted, also by SIGTERM and SIGHUP.\n\
                   LINFUSION_LOG sets what is logged, e.g. `debug`."
 )]
 pub struct Arguments {
