@@ -6,21 +6,25 @@ use serde_json::error::Category;
 /// told.
 #[must_use]
 pub fn problem(error: &serde_json::Error) -> String {
+    missing(error).unwrap_or_else(|| error.to_string())
+}
+
+fn missing(error: &serde_json::Error) -> Option<String> {
     let text = error.to_string();
-    let missing = text
+    let (field, _) = text
         .strip_prefix("missing field `")
         .and_then(|rest| rest.split_once('`'))
-        .filter(|_| error.classify() == Category::Data);
-    match missing {
-        Some((field, _)) => format!("field `{field}` is missing"),
-        None => text,
-    }
+        .filter(|_| error.classify() == Category::Data)?;
+    Some(format!("field `{field}` is missing"))
 }
 
 /// The same of an error in `text`, with the name of the field whose value is not what it should be.
 #[must_use]
 pub fn problem_in(text: &str, error: &serde_json::Error) -> String {
-    let problem = problem(error);
+    if let Some(missing) = missing(error) {
+        return missing;
+    }
+    let problem = error.to_string();
     let lines = text.lines().take(error.line());
     let field = match error.classify() {
         Category::Data => lines.enumerate().fold(None, |found, (index, line)| {
