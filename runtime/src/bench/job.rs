@@ -29,7 +29,7 @@ pub struct Job {
     pub device_memory: Option<usize>,
     /// Side of the square image in pixels; `None`: what the graph or `shapes` say.
     pub side: Option<usize>,
-    /// Pixels along an edge for a row or column of the image input; `None`: see [`ImageInput::of`].
+    /// Pixels along an edge for a row or column of the image input; `None`: see [`super::ImageInput::of`].
     pub scale: Option<usize>,
     /// Batch size.
     pub batch: usize,
