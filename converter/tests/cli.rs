@@ -714,7 +714,10 @@ fn what_cannot_be_printed_is_no_panic() {
             .unwrap();
         assert_eq!(output.status.code(), Some(1));
         let said = text(&output.stderr);
-        assert!(said.contains("error: standard output: "), "{said}");
+        assert!(
+            said.contains("error: writing to standard output: "),
+            "{said}"
+        );
         let file = "unet.linfusion.onnx";
         assert_eq!(
             said.contains(&format!("{file} was written")),

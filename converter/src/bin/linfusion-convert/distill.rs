@@ -13,9 +13,10 @@ use linfusion_convert::distill::{
 };
 use linfusion_convert::plan::Selection;
 use linfusion_models::onnx::write::Overwrite;
+use linfusion_models::terminal::say;
 
 use crate::args::{AttentionArg, ConvertArgs, MethodArg, ReportAs, SelectionArgs};
-use crate::{Failure, print_bytes, print_json, say, selection, spinner};
+use crate::{Failure, print_bytes, print_json, selection, spinner};
 
 /// Learning weights.
 #[derive(Args, Debug)]

@@ -1,11 +1,13 @@
 //! `linfusion-convert`: reports go to stdout, progress and diagnostics to stderr.
 
+#![deny(clippy::print_stdout, clippy::print_stderr)] // They panic where `terminal` does not.
+
 mod args;
 #[cfg(feature = "distill")]
 mod distill;
 mod verify;
 
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -28,7 +30,8 @@ use linfusion_convert::verify::VerifyError;
 use linfusion_models::onnx::text::{Elided, PrintOptions, print_model};
 use linfusion_models::onnx::write::{Overwrite, clean_up_unfinished};
 use linfusion_models::onnx::{OnnxFile, ReadError};
-use linfusion_models::{leftovers, signals};
+use linfusion_models::terminal::say;
+use linfusion_models::{leftovers, signals, terminal};
 
 fn main() -> ExitCode {
     let filter = tracing_subscriber::EnvFilter::try_from_env("LINFUSION_LOG")
@@ -147,20 +150,8 @@ impl From<BadPattern> for Failure {
     }
 }
 
-/// Writes a line to stderr. If nobody reads there, there is nobody to tell.
-fn say(line: impl std::fmt::Display) {
-    let _ = writeln!(std::io::stderr(), "{line}");
-}
-
-/// Writes to stdout. A reader that went away (`| head`) is no failure.
 fn print_bytes(bytes: &[u8]) -> Result<(), Failure> {
-    let mut out = std::io::stdout().lock();
-    match out.write_all(bytes).and_then(|()| out.flush()) {
-        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => {
-            Err(Failure::new(1, format!("standard output: {e}")))
-        }
-        _ => Ok(()),
-    }
+    terminal::print(bytes).map_err(|error| Failure::new(1, error))
 }
 
 fn print_json(value: &impl serde::Serialize) -> Result<(), Failure> {

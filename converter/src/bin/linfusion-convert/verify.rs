@@ -8,9 +8,10 @@ use linfusion_convert::verify::{
 };
 use linfusion_models::checkpoint::Checkpoint;
 use linfusion_models::onnx::{OnnxFile, is_external};
+use linfusion_models::terminal::say;
 
 use crate::args::{ReportAs, VerifyArgs};
-use crate::{Failure, print_bytes, print_json, say};
+use crate::{Failure, print_bytes, print_json};
 
 pub fn run_verify(args: &VerifyArgs) -> Result<(), Failure> {
     let file = OnnxFile::open(&args.model)?;
