@@ -57,7 +57,10 @@ impl StagedFolder {
         };
         match rename_with(self.scratch.path(), &self.place, flags) {
             // What was there has the temporary name now, and goes with it.
-            Ok(()) if there => Ok(()),
+            Ok(()) if there => match self.scratch.path().symlink_metadata()?.is_dir() {
+                true => Ok(()),
+                false => fs::remove_file(self.scratch.path()),
+            },
             Ok(()) => {
                 self.scratch.keep();
                 Ok(())
@@ -152,6 +155,11 @@ mod tests {
             let refused = publish(StagedFolder::of(&place).unwrap(), Overwrite::Refuse);
             assert_eq!(refused.unwrap_err().kind(), io::ErrorKind::AlreadyExists);
             assert_eq!(fs::read_to_string(place.join("file")).unwrap(), "second");
+            let file = scratch.path().join("file");
+            fs::write(&file, "x").unwrap();
+            publish(StagedFolder::of(&file).unwrap(), Overwrite::Force).unwrap();
+            assert_eq!(names(scratch.path()), ["file", "weights"]);
+            fs::remove_dir(&file).unwrap();
             // As open as a folder that anybody else makes.
             let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode();
             let other = scratch.path().join("other");

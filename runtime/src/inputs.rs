@@ -12,7 +12,7 @@ use ndarray::{ArrayD, IxDyn};
 
 use crate::engine::{Dim, Port};
 pub use crate::packed::raster_ids;
-use crate::packed::{Ids, squarest, tokens};
+use crate::packed::{self, Ids, squarest, tokens};
 use crate::tensor::Tensor;
 
 /// What to make inputs for.
@@ -47,6 +47,7 @@ impl Default for Request {
 pub const DEFAULT_LATENT: usize = 64;
 /// Pixels along an edge of the image that one latent pixel stands for.
 pub const PIXELS_PER_LATENT: usize = 8;
+
 /// Why inputs cannot be made.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum InputsError {
@@ -85,7 +86,9 @@ pub enum InputsError {
         inputs: Vec<String>,
     },
     /// A shape was given that the graph does not take.
-    #[error("the shape {given:?} was given for `{name}`, but the graph takes {declared}")]
+    #[error(
+        "the shape {given:?} was given for `{name}`, but the graph takes {declared} (hint: --set {name}=… with a size for each dimension)"
+    )]
     Shape {
         /// The input.
         name: String,
@@ -93,22 +96,6 @@ pub enum InputsError {
         given: Vec<usize>,
         /// Its declared type and shape.
         declared: String,
-    },
-    /// Ids are not as many as the tokens that they are of.
-    #[error(
-        "`{ids}` {places:?} has the places of {} tokens, but `{of}` {shape:?} has {}",
-        rows(places),
-        rows(shape)
-    )]
-    Ids {
-        /// The ids.
-        ids: String,
-        /// Their shape.
-        places: Vec<usize>,
-        /// The tokens that they are of.
-        of: String,
-        /// Their shape.
-        shape: Vec<usize>,
     },
     /// A tensor would not fit into memory.
     #[error("input `{name}` would have the shape {shape:?}, which is too large")]
@@ -137,48 +124,43 @@ pub fn make(ports: &[Port], request: &Request) -> Result<Vec<(String, Tensor)>, 
     }
     let mut sizes = Sizes::new(ports, request);
     let mut random = SplitMix64::new(request.seed);
-    let inputs = ports
+    ports
         .iter()
         .map(|port| {
             let shape = sizes.shape_of(port)?;
             Ok((port.name.clone(), values(port, &shape, &mut random)?))
         })
-        .collect::<Result<Vec<_>, InputsError>>()?;
-    ids_fit(ports, &inputs).map(|()| inputs)
+        .collect()
 }
 
-/// Looks whether the ids of a packed image, and of its text, are as many as the tokens. Engines tell it of a node somewhere in
-/// the graph.
-///
-/// # Errors
-/// They are not.
-pub fn ids_fit(ports: &[Port], inputs: &[(String, Tensor)]) -> Result<(), InputsError> {
+/// What an engine that refuses these inputs may mean: ids of a packed image, or of its text, that are not as many as the tokens of
+/// any input. It tells it of a node somewhere in the graph; graphs that join tokens inside have ids of their own number.
+#[must_use]
+pub fn ids_hint(ports: &[Port], inputs: &[(String, Tensor)]) -> Option<String> {
     let shape = |port: &Port| {
         let (_, tensor) = inputs.iter().find(|(name, _)| *name == port.name)?;
         Some(tensor.shape().to_vec()).filter(|shape| shape.len() >= 2)
     };
-    for port in ports {
-        let (Some(of), Some(places)) = (ids(port), shape(port)) else {
-            continue;
-        };
-        let role = match of {
-            Ids::Image => Role::Packed,
-            Ids::Text => Role::Sequence,
-        };
-        let is_of = |other: &&Port| ids(other).is_none() && tokens_role(other, 1) == Some(role);
-        let Some(of) = ports.iter().find(is_of) else {
-            continue;
-        };
-        if let Some(shape) = shape(of).filter(|shape| rows(shape) != rows(&places)) {
-            return Err(InputsError::Ids {
-                ids: port.name.clone(),
-                places,
-                of: of.name.clone(),
-                shape,
-            });
+    ports.iter().find_map(|port| {
+        let (whose, positions) = (ids(port)?, shape(port)?);
+        let is_of = |other: &&Port| ids(other).is_none() && tokens_of(other) == Some(whose);
+        let of: Vec<_> = ports
+            .iter()
+            .filter(is_of)
+            .filter_map(|other| Some((&other.name, shape(other)?)))
+            .collect();
+        if of.iter().any(|(_, shape)| rows(shape) == rows(&positions)) {
+            return None;
         }
-    }
-    Ok(())
+        let (name, tokens) = of.first()?;
+        Some(format!(
+            "`{}` {positions:?} has the position ids of {} tokens, but `{name}` {tokens:?} has {} \
+             (hint: --set takes the shape of each input; one of the two is enough)",
+            port.name,
+            rows(&positions),
+            rows(tokens)
+        ))
+    })
 }
 
 /// Tokens of a tensor that has a row for each.
@@ -234,6 +216,7 @@ impl<'a> Sizes<'a> {
             tokens: HashMap::new(),
             symbols: HashMap::new(),
         };
+        let mut given: Vec<(Role, usize)> = Vec::new();
         for (name, shape) in &request.shapes {
             let port = ports.iter().find(|port| port.name == *name);
             for (dim, size) in port.iter().flat_map(|p| &p.shape).flatten().zip(shape) {
@@ -245,7 +228,16 @@ impl<'a> Sizes<'a> {
                 let roles = shape.iter().enumerate();
                 let roles =
                     roles.filter_map(|(axis, size)| Some((tokens_role(port, axis)?, *size)));
-                sizes.tokens.extend(roles);
+                given.extend(roles);
+            }
+        }
+        // Inputs of different numbers of tokens are joined inside the graph; nobody knows which is meant.
+        for (role, size) in &given {
+            if given
+                .iter()
+                .all(|(other, same)| other != role || same == size)
+            {
+                sizes.tokens.insert(*role, *size);
             }
         }
         sizes
@@ -347,25 +339,28 @@ fn role(port: &Port, axis: usize, dim: &Dim) -> Option<Role> {
 }
 
 fn ids(port: &Port) -> Option<Ids> {
+    Ids::of(&port.name, &fixed(port)?)
+}
+
+fn tokens_of(port: &Port) -> Option<Ids> {
+    packed::tokens_of(&port.name, &fixed(port)?)
+}
+
+/// The sizes that a graph fixes.
+fn fixed(port: &Port) -> Option<Vec<Option<usize>>> {
     let dims = port.shape.as_deref()?.iter().map(|dim| match dim {
         Dim::Fixed(size) => Some(*size),
         Dim::Symbol(_) | Dim::Any => None,
     });
-    Ids::of(&port.name, &dims.collect::<Vec<_>>())
+    Some(dims.collect())
 }
 
 /// What a dimension of a graph stands for whose image comes in packed, where it is of tokens.
 fn tokens_role(port: &Port, axis: usize) -> Option<Role> {
     let rank = port.shape.as_ref()?.len();
-    let of_tokens = axis + 2 == rank;
-    match ids(port) {
-        Some(Ids::Image) if of_tokens => Some(Role::Packed),
-        Some(Ids::Text) if of_tokens => Some(Role::Sequence),
-        None if rank == 3 && of_tokens => Some(match port.name.contains("encoder") {
-            true => Role::Sequence,
-            false => Role::Packed,
-        }),
-        _ => None,
+    match tokens_of(port).filter(|_| axis + 2 == rank)? {
+        Ids::Image => Some(Role::Packed),
+        Ids::Text => Some(Role::Sequence),
     }
 }
 

@@ -28,6 +28,23 @@ impl Ids {
     }
 }
 
+/// Whose tokens the second last axis of an input counts, in a graph whose image comes in packed: those of ids by name, and of
+/// `[batch, tokens, width]` by name as well, where the text has one of its own.
+#[must_use]
+pub fn tokens_of(name: &str, dims: &[Option<usize>]) -> Option<Ids> {
+    let is_text = || {
+        ["encoder", "txt", "text", "context"]
+            .iter()
+            .any(|part| name.contains(part))
+    };
+    match (Ids::of(name, dims), dims.len()) {
+        (Some(ids), _) => Some(ids),
+        (None, 3) if is_text() => Some(Ids::Text),
+        (None, 3) => Some(Ids::Image),
+        _ => None,
+    }
+}
+
 /// The (_, row, column) of each pixel of an image, in raster order: `[rows · cols, 3]` in the order of their elements.
 pub fn raster_ids(rows: usize, cols: usize) -> impl Iterator<Item = f64> + Clone {
     let pixels = (0..rows).flat_map(move |row| (0..cols).map(move |col| (row, col)));

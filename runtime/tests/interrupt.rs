@@ -163,8 +163,8 @@ fn an_interrupted_bench_reports_the_sizes_it_finished() {
     let mut command = Command::new(env!("CARGO_BIN_EXE_linfusion-run"));
     command
         .args(["bench", "--engine", "ort", "--batch", "1", "--threads", "1"])
-        // A run of the second size takes minutes.
-        .args(["--sizes", "64,1536", "--repeats", "1000"])
+        // So many runs of the second size take minutes.
+        .args(["--sizes", "64,512", "--repeats", "1000"])
         .arg("--json")
         .arg(&report)
         .arg("--plot")
@@ -178,24 +178,24 @@ fn an_interrupted_bench_reports_the_sizes_it_finished() {
             .iter()
             .any(|job| job.contains(&format!("\"side\":{side},")))
     };
-    wait_until("the second size", || worker("1536"));
+    wait_until("the second size", || worker("512"));
     interrupt(&child);
     assert_eq!(end_of(&mut child).code(), Some(130));
     let output = child.wait_with_output().unwrap();
     let table = String::from_utf8(output.stdout).unwrap();
     assert!(
-        table.contains("64 × 64") && !table.contains("1536"),
+        table.contains("64 × 64") && !table.contains("512"),
         "{table}"
     );
     let said = String::from_utf8(output.stderr).unwrap();
     assert!(
-        said.contains("stopped at 1536 × 1536, which is not"),
+        said.contains("stopped at 512 × 512, which is not"),
         "{said}"
     );
     let written: serde_json::Value =
         serde_json::from_str(&std::fs::read_to_string(&report).unwrap()).unwrap();
     assert_eq!(written["sizes"].as_array().unwrap().len(), 1);
-    assert_eq!(written["stopped_at"], "1536 × 1536");
+    assert_eq!(written["stopped_at"], "512 × 512");
     assert!(plot.exists());
 }
 

@@ -25,6 +25,9 @@ pub fn unfinished(output: &Path) -> PathBuf {
     output.with_file_name(name)
 }
 
+/// How often a folder that is gone again is made.
+const TRIES: usize = 100;
+
 /// The folder [`unfinished`], held against other processes; goes with this if nothing is kept in it.
 pub(super) struct Claim {
     folder: PathBuf,
@@ -42,11 +45,14 @@ impl Claim {
             path: folder.clone(),
             source,
         };
-        // The folder of a process that ends may go between any two of these.
+        // The folder of a process that ends may go between any two of these; some network file systems number what is open and
+        // what is named apart.
+        let mut tries = 0;
         let handle = loop {
+            tries += 1;
             fs::create_dir_all(&folder).map_err(failed)?;
             let handle = match File::open(&folder) {
-                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) if error.kind() == io::ErrorKind::NotFound && tries < TRIES => continue,
                 opened => opened.map_err(failed)?,
             };
             match handle.try_lock() {
@@ -59,7 +65,7 @@ impl Claim {
                 // Some network file systems have no locks.
                 Ok(()) | Err(TryLockError::Error(_)) => {}
             }
-            if is_at(&handle, &folder) {
+            if is_at(&handle, &folder) || tries == TRIES {
                 break handle;
             }
         };

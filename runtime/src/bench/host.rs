@@ -113,7 +113,11 @@ pub fn run(plan: &Plan, observer: &dyn Observer) -> Result<BenchReport, BenchErr
     let mut sizes = Vec::with_capacity(asked.len());
     let mut stopped_at = None;
     for (i, size) in asked.into_iter().enumerate() {
-        let (measured, mut failures) = measure(plan, size, observer);
+        let need = match i {
+            0 => Need::All,
+            _ => Need::Any,
+        };
+        let (measured, mut failures) = measure(plan, size, need, observer);
         if failures
             .iter()
             .any(|f| matches!(f.error, BenchError::Stopped))
@@ -139,6 +143,13 @@ pub fn run(plan: &Plan, observer: &dyn Observer) -> Result<BenchReport, BenchErr
     Ok(BenchReport::new(plan, models, sizes, stopped_at))
 }
 
+/// Which models must load, or nothing is measured.
+#[derive(PartialEq)]
+enum Need {
+    All,
+    Any,
+}
+
 /// Why a model did not get through a size.
 struct Failure {
     error: BenchError,
@@ -158,17 +169,19 @@ fn sizes(plan: &Plan) -> Result<Vec<Asked>, BenchError> {
             Some((path, ImageInput::of(&file, plan.template.scale)?))
         })
         .collect();
-    let shaped = inputs
-        .iter()
-        .find(|(_, i)| plan.template.shapes.iter().any(|(name, _)| *name == i.name));
+    let shapes = &plan.template.shapes;
+    let shaped = inputs.iter().find_map(|(_, input)| {
+        let mut names = shapes.iter().map(|(name, _)| name);
+        names.find(|name| input.is_told_by(name))
+    });
     let fixed: Vec<(&PathBuf, Pixels)> = inputs
         .iter()
         .filter_map(|(path, i)| Some((*path, i.pixels(i.fixed?))))
         .collect();
     let sides = match (&plan.sizes, shaped, fixed.first()) {
-        (Sizes::Sides(_), Some((_, input)), _) => {
+        (Sizes::Sides(_), Some(input), _) => {
             return Err(BenchError::SizedTwice {
-                input: input.name.clone(),
+                input: input.clone(),
             });
         }
         (Sizes::Fixed { .. }, Some(_), _) => return Ok(vec![Asked(None)]),
@@ -205,7 +218,12 @@ fn sizes(plan: &Plan) -> Result<Vec<Asked>, BenchError> {
 }
 
 /// All models at one size, and why some did not get through.
-fn measure(plan: &Plan, size: Asked, observer: &dyn Observer) -> (SizeReport, Vec<Failure>) {
+fn measure(
+    plan: &Plan,
+    size: Asked,
+    need: Need,
+    observer: &dyn Observer,
+) -> (SizeReport, Vec<Failure>) {
     let mut counted = vec![None; plan.models.len()];
     let mut pixels = size.0.map(Pixels::square);
     let mut turns: Vec<Result<Turn<'_>, BenchError>> = plan
@@ -225,7 +243,12 @@ fn measure(plan: &Plan, size: Asked, observer: &dyn Observer) -> (SizeReport, Ve
             })
         })
         .collect();
-    for repeat in 1..=plan.repeats {
+    let repeats = match need == Need::All && counted.iter().any(Option::is_none) {
+        // Said before the others have run in vain.
+        true => 0,
+        false => plan.repeats,
+    };
+    for repeat in 1..=repeats {
         observer.progress(&format!("{size}: run {repeat} of {}", plan.repeats));
         // Each goes first in its turn.
         let first = repeat % turns.len().max(1);

@@ -249,7 +249,7 @@ mod tests {
 
     #[test]
     fn a_crossover_holds_to_the_largest_size() {
-        use Verdict::{Equal, Faster, Slower};
+        use Verdict::{Faster, Slower, Unclear};
         let measurement = |verdict: Option<Verdict>| Measurement {
             median_ms: Some(1.0),
             speedup: verdict.map(|verdict| Speedup {
@@ -271,10 +271,10 @@ mod tests {
             verdicts.iter().enumerate().map(size).collect()
         };
         let from = |verdicts: &[Option<Verdict>]| crossover(&sizes(verdicts), 1);
-        let runs = [Slower, Faster, Equal, Faster, Faster].map(Some);
+        let runs = [Slower, Faster, Unclear, Faster, Faster].map(Some);
         assert_eq!(from(&runs), Some(Pixels::square(24)));
         assert_eq!(from(&[Some(Faster), None]), Some(Pixels::square(0)));
-        assert_eq!(from(&[Some(Faster), Some(Equal)]), None);
+        assert_eq!(from(&[Some(Faster), Some(Unclear)]), None);
         assert_eq!(from(&[]), None);
     }
 }

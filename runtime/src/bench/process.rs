@@ -27,9 +27,13 @@ pub(super) struct Worker<'a> {
 }
 
 /// Ends the process when it is dropped, however that comes.
-struct Process(Child);
+struct Process {
+    child: Child,
+    /// How long it may take to remove its temporary files.
+    patience: Duration,
+}
 
-/// How long a process may take to remove its temporary files.
+/// For most.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// How often somebody looks whether a process has ended, or is to be.
 const LOOK: Duration = Duration::from_millis(20);
@@ -38,15 +42,15 @@ impl Drop for Process {
     fn drop(&mut self) {
         // Signals fail only if the process is gone already.
         let is_there = |child: &mut Child| matches!(child.try_wait(), Ok(None));
-        if is_there(&mut self.0) {
-            let _ = kill_process(Pid::from_child(&self.0), Signal::TERM);
+        if is_there(&mut self.child) {
+            let _ = kill_process(Pid::from_child(&self.child), Signal::TERM);
             let asked = Instant::now();
-            while is_there(&mut self.0) && asked.elapsed() < PATIENCE {
+            while is_there(&mut self.child) && asked.elapsed() < self.patience {
                 thread::sleep(LOOK);
             }
-            let _ = self.0.kill();
+            let _ = self.child.kill();
         }
-        let _ = self.0.wait();
+        let _ = self.child.wait();
     }
 }
 
@@ -77,6 +81,9 @@ impl<'a> Worker<'a> {
             size,
             source,
         };
+        if observer.stopped() {
+            return Err(BenchError::Stopped);
+        }
         let mut job = plan.template.clone();
         job.model = model.to_owned();
         job.side = size.0;
@@ -91,7 +98,10 @@ impl<'a> Worker<'a> {
             .spawn()
             .map_err(died)?;
         let pipes = child.stdin.take().zip(child.stdout.take());
-        let process = Process(child);
+        let process = Process {
+            child,
+            patience: PATIENCE,
+        };
         let (requests, answers) =
             pipes.ok_or_else(|| died(std::io::Error::other("it has no pipes")))?;
         let answers = lines(answers).map_err(died)?;
@@ -141,7 +151,7 @@ impl<'a> Worker<'a> {
             Answer::Done(finished) => finished,
             other => return Err(self.unexpected(&other)),
         };
-        self.process.0.wait().map_err(|e| self.died(e))?;
+        // It has said all that it has to say; one that hangs while it ends is ended.
         Ok(finished)
     }
 
@@ -149,7 +159,7 @@ impl<'a> Worker<'a> {
         let line = match self.line()? {
             Some(line) => line.map_err(|e| self.died(e))?,
             None => {
-                let status = self.process.0.wait().map_err(|e| self.died(e))?;
+                let status = self.process.child.wait().map_err(|e| self.died(e))?;
                 let why = match std::os::unix::process::ExitStatusExt::signal(&status) {
                     Some(9) => {
                         "it was killed, which is how a system short of memory ends a process"
@@ -175,12 +185,12 @@ impl<'a> Worker<'a> {
     /// The next line; `None` after the last.
     fn line(&self) -> Result<Option<io::Result<String>>, BenchError> {
         loop {
+            if self.observer.stopped() {
+                return Err(BenchError::Stopped);
+            }
             match self.answers.recv_timeout(LOOK) {
                 Ok(line) => return Ok(Some(line)),
                 Err(RecvTimeoutError::Disconnected) => return Ok(None),
-                Err(RecvTimeoutError::Timeout) if self.observer.stopped() => {
-                    return Err(BenchError::Stopped);
-                }
                 Err(RecvTimeoutError::Timeout) => {}
             }
         }
@@ -212,7 +222,10 @@ mod tests {
             .unwrap();
         let lines = lines(child.stdout.take().unwrap()).unwrap();
         assert_eq!(lines.recv().unwrap().unwrap(), "deaf");
-        drop(Process(child));
+        drop(Process {
+            child,
+            patience: Duration::from_millis(50),
+        });
         // Its end of the pipe is closed.
         assert!(lines.recv().is_err());
     }

@@ -7,7 +7,7 @@ use linfusion_models::onnx::make::{Dim, tensor_type_of};
 use serde::{Deserialize, Serialize};
 
 use crate::inputs::PIXELS_PER_LATENT;
-use crate::packed::{Ids, PACKED, latents};
+use crate::packed::{Ids, PACKED, latents, tokens_of};
 
 /// Height and width of an image in pixels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -65,6 +65,8 @@ pub struct ImageInput {
     pub fixed: Option<[usize; 2]>,
     /// Whether it is of packed tokens.
     packed: bool,
+    /// Other inputs of as many tokens.
+    beside: Vec<String>,
 }
 
 impl ImageInput {
@@ -92,6 +94,7 @@ impl ImageInput {
                 }),
                 fixed: size_of(&rows).zip(size_of(&cols)).map(|(r, c)| [r, c]),
                 packed: false,
+                beside: Vec::new(),
             })
         });
         image.or_else(|| Self::of_packed(file, scale))
@@ -99,21 +102,39 @@ impl ImageInput {
 
     /// That of a model whose image comes in packed.
     fn of_packed(file: &OnnxFile, scale: Option<usize>) -> Option<Self> {
-        file.model.graph.input.iter().find_map(|value| {
-            let name = value.name.as_deref()?;
-            let (_, dims) = tensor_type_of(value)?;
-            let dims: Vec<Option<usize>> = dims?.iter().map(size_of).collect();
-            let tokens = match (Ids::of(name, &dims), dims.as_slice()) {
-                (Some(Ids::Image), [.., tokens, _]) => *tokens,
-                _ => return None,
-            };
-            Some(Self {
-                name: name.to_owned(),
-                scale: scale.unwrap_or(PIXELS_PER_LATENT),
-                fixed: tokens.map(latents),
-                packed: true,
+        let inputs: Vec<(&str, Vec<Option<usize>>)> = file
+            .model
+            .graph
+            .input
+            .iter()
+            .filter_map(|value| {
+                let (_, dims) = tensor_type_of(value)?;
+                Some((value.name.as_deref()?, dims?.iter().map(size_of).collect()))
             })
+            .collect();
+        let ids =
+            |(name, dims): &&(&str, Vec<Option<usize>>)| Ids::of(name, dims) == Some(Ids::Image);
+        let (name, dims) = inputs.iter().find(ids)?;
+        let tokens = match dims.as_slice() {
+            [.., tokens, _] => *tokens,
+            _ => return None,
+        };
+        let beside = inputs
+            .iter()
+            .filter(|(other, dims)| other != name && tokens_of(other, dims) == Some(Ids::Image));
+        Some(Self {
+            name: (*name).to_owned(),
+            scale: scale.unwrap_or(PIXELS_PER_LATENT),
+            fixed: tokens.map(latents),
+            packed: true,
+            beside: beside.map(|(other, _)| (*other).to_owned()).collect(),
         })
+    }
+
+    /// Whether the shape of the input called `name` tells the image's size.
+    #[must_use]
+    pub fn is_told_by(&self, name: &str) -> bool {
+        self.name == name || self.beside.iter().any(|other| other == name)
     }
 
     /// The image's size in pixels where the input has this shape.
@@ -190,6 +211,14 @@ mod tests {
         std::fs::write(&path, fixtures::bytes("hybrid-flux/model.onnx.gz").unwrap()).unwrap();
         let packed = input(&path);
         assert_eq!((packed.name.as_str(), packed.scale), ("img_ids", 8));
+        let telling = [
+            "img_ids",
+            "hidden_states",
+            "encoder_hidden_states",
+            "txt_ids",
+        ];
+        let telling = telling.map(|name| packed.is_told_by(name));
+        assert_eq!(telling, [true, true, false, false]);
         assert_eq!(packed.elements(64), Ok(8));
         let odd = NotDivisible {
             side: 40,

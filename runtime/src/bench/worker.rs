@@ -123,6 +123,7 @@ pub(super) enum WorkerError {
     Profile(#[from] ProfileError),
     #[error("on {inputs}: {source}")]
     Run {
+        /// And what may be wrong with them.
         inputs: String,
         r#source: EngineError,
     },
@@ -274,9 +275,12 @@ impl Model {
     fn run(&mut self) -> Result<RunTime, WorkerError> {
         let start = Instant::now();
         let ran = self.session.run(&self.inputs);
-        ran.map_err(|source| WorkerError::Run {
-            inputs: inputs::described(&self.inputs),
-            source,
+        ran.map_err(|source| {
+            let mut inputs = inputs::described(&self.inputs);
+            if let Some(hint) = inputs::ids_hint(self.session.inputs(), &self.inputs) {
+                inputs += &format!("; {hint}");
+            }
+            WorkerError::Run { inputs, source }
         })?;
         Ok(RunTime {
             ms: start.elapsed().as_secs_f64() * 1e3,

@@ -368,11 +368,13 @@ fn ordered<'a, T: Described>(
 }
 
 impl Port {
-    /// Whether a tensor of this shape fits.
+    /// Whether a tensor of this shape fits, as far as the graph tells: ONNX Runtime has no dimensions for a scalar and for an
+    /// input of unknown rank alike, and is asked itself.
     pub fn takes(&self, shape: &[usize]) -> bool {
         self.shape.as_ref().is_none_or(|dims| {
             let fits = |(dim, size)| !matches!(dim, &Dim::Fixed(fixed) if fixed != size);
-            dims.len() == shape.len() && dims.iter().zip(shape.iter().copied()).all(fits)
+            dims.is_empty()
+                || dims.len() == shape.len() && dims.iter().zip(shape.iter().copied()).all(fits)
         })
     }
 

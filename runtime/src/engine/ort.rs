@@ -159,12 +159,14 @@ fn opened(path: &Path) -> Result<Library, String> {
     Ok(library)
 }
 
-/// ONNX Runtime's messages become events; a library does not write to the terminal. Of an error it also gives a status with the
-/// same words, which whoever called it reports.
+/// ONNX Runtime's messages become events; a library does not write to the terminal. Of a node that fails it also gives a status
+/// with the same words, which whoever called it reports; other errors are said here alone.
 fn log(level: LogLevel, _category: &str, _id: &str, place: &str, message: &str) {
+    let is_told = place.contains("ExecuteKernel");
     match level {
-        LogLevel::Fatal => tracing::error!(place, "{message}"),
-        LogLevel::Error | LogLevel::Warning => tracing::debug!(place, "{message}"),
+        LogLevel::Error if is_told => tracing::debug!(place, "{message}"),
+        LogLevel::Fatal | LogLevel::Error => tracing::error!(place, "{message}"),
+        LogLevel::Warning => tracing::debug!(place, "{message}"),
         LogLevel::Info | LogLevel::Verbose => tracing::trace!(place, "{message}"),
     }
 }

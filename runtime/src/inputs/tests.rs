@@ -140,13 +140,76 @@ fn ids_are_as_many_as_tokens() {
     let text: (&str, &[usize]) = ("encoder_hidden_states", &[2, 5, 12]);
     assert_eq!(given(&[text]), Ok(of(64, 5)));
     let image: (&str, &[usize]) = ("hidden_states", &[2, 24, 8]);
-    let both = given(&[image, ("img_ids", &[9, 3])]).unwrap_err();
-    assert_eq!(
-        both.to_string(),
-        "`img_ids` [9, 3] has the places of 9 tokens, but `hidden_states` [2, 24, 8] has 24"
-    );
-    let both = given(&[text, ("txt_ids", &[2, 6, 3])]).unwrap_err();
-    assert!(matches!(both, InputsError::Ids { ids, .. } if ids == "txt_ids"));
+    assert_eq!(given(&[image]), Ok(of(24, 77)));
+
+    // Both are taken as they are: graphs that join tokens inside have ids of their own number. Engines that refuse them are
+    // explained.
+    let hint = |shapes: &[(&str, &[usize])]| {
+        let inputs = ports.iter().zip(given(shapes).unwrap());
+        let inputs: Vec<_> = inputs
+            .map(|(port, shape)| (port.name.clone(), Tensor::F32(ArrayD::zeros(shape))))
+            .collect();
+        ids_hint(&ports, &inputs).unwrap_or_default()
+    };
+    let said = hint(&[image, ("img_ids", &[9, 3])]);
+    let expected =
+        "`img_ids` [9, 3] has the position ids of 9 tokens, but `hidden_states` [2, 24, 8] has 24 ";
+    assert!(said.starts_with(expected), "{said}");
+    let said = hint(&[text, ("txt_ids", &[2, 6, 3])]);
+    assert!(said.starts_with("`txt_ids` [2, 6, 3]"), "{said}");
+    assert_eq!(hint(&[image, text]), "");
+}
+
+/// Inputs as others name them, and reference images whose tokens are joined inside the graph.
+#[test]
+fn packed_images_have_many_names() {
+    let ports = [
+        port("img", DType::F32, &["b", "n", "64"]),
+        port("txt", DType::F32, &["b", "m", "32"]),
+        port("img_ids", DType::F32, &["b", "i", "3"]),
+        port("txt_ids", DType::F32, &["b", "j", "3"]),
+    ];
+    let request = Request {
+        shapes: vec![
+            ("img".to_owned(), vec![1, 24, 64]),
+            ("txt".to_owned(), vec![1, 5, 32]),
+        ],
+        ..Request::default()
+    };
+    let expected = vec![
+        vec![1, 24, 64],
+        vec![1, 5, 32],
+        vec![1, 24, 3],
+        vec![1, 5, 3],
+    ];
+    assert_eq!(shapes(&ports, &request), Ok(expected));
+
+    let ports = [
+        port("hidden_states", DType::F32, &["b", "n", "64"]),
+        port("image_latents", DType::F32, &["b", "r", "64"]),
+        port("img_ids", DType::F32, &["i", "3"]),
+    ];
+    let request = Request {
+        shapes: vec![
+            ("hidden_states".to_owned(), vec![1, 24, 64]),
+            ("image_latents".to_owned(), vec![1, 8, 64]),
+            ("img_ids".to_owned(), vec![32, 3]),
+        ],
+        ..Request::default()
+    };
+    let expected = vec![vec![1, 24, 64], vec![1, 8, 64], vec![32, 3]];
+    assert_eq!(shapes(&ports, &request), Ok(expected));
+}
+
+/// ONNX Runtime has no dimensions for scalars and for inputs of unknown rank alike.
+#[test]
+fn a_shape_without_dimensions_takes_any() {
+    let ports = [port("x", DType::F32, &[])];
+    let request = Request {
+        shapes: vec![("x".to_owned(), vec![1, 4, 8, 8])],
+        ..Request::default()
+    };
+    assert_eq!(shapes(&ports, &request), Ok(vec![vec![1, 4, 8, 8]]));
 }
 
 #[test]

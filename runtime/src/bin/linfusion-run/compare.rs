@@ -185,24 +185,22 @@ fn run_models(args: &CompareArgs) -> miette::Result<ExitCode> {
             inputs::make(first.inputs(), &request).or_report()?
         }
     };
-    let mut outputs = Vec::new();
+    let (mut outputs, mut taken) = (Vec::new(), Vec::new());
     for (model, session) in &mut sessions {
         let fitted = fitting(session, &made, model, args.inputs.as_deref())?;
-        if let Some(path) = &args.inputs {
-            let named = || format!("{} does not fit {}", path.display(), model.display());
-            let fits = inputs::ids_fit(session.inputs(), &fitted);
-            fits.into_diagnostic().wrap_err_with(named)?;
-        }
+        let hint = inputs::ids_hint(session.inputs(), &fitted);
         let result = session.run(&fitted).into_diagnostic().wrap_err_with(|| {
+            let hint = hint.map_or(String::new(), |hint| format!("; {hint}"));
             let described = inputs::described(&fitted);
             let from = args
                 .inputs
                 .iter()
                 .map(|path| format!(" of {}", path.display()));
             let from: String = from.collect();
-            format!("running {} on {described}{from}", model.display())
+            format!("running {} on {described}{from}{hint}", model.display())
         })?;
         outputs.push(result);
+        taken = fitted;
     }
     let [reference, other] = <[Vec<(String, Tensor)>; 2]>::try_from(outputs)
         .map_err(|_| miette!("two models give two results"))?;
@@ -223,25 +221,23 @@ fn run_models(args: &CompareArgs) -> miette::Result<ExitCode> {
         Report::Table => output::comparison(&comparison),
     })?;
     if verdict == NOT_FINITE {
-        say(not_finite(args, given.as_deref(), &comparison.outputs));
+        say(not_finite(args, &taken, &comparison.outputs));
     }
     Ok(ExitCode::from(verdict))
 }
 
 /// What to do about outputs that are not finite.
-fn not_finite(
-    args: &CompareArgs,
-    given: Option<&[(String, Tensor)]>,
-    outputs: &[Difference],
-) -> String {
-    let given = given.unwrap_or_default().iter();
-    let mut broken = given.filter(|(_, tensor)| !tensor.is_finite());
+fn not_finite(args: &CompareArgs, taken: &[(String, Tensor)], outputs: &[Difference]) -> String {
+    let mut broken = taken.iter().filter(|(_, tensor)| !tensor.is_finite());
     if let (Some((name, tensor)), Some(path)) = (broken.next(), &args.inputs) {
-        let count = tensor.to_f64().iter().filter(|v| !v.is_finite()).count();
+        let values = tensor.to_f64();
+        let count = |of: &dyn Fn(&f64) -> bool| values.iter().filter(|v| of(v)).count();
         return format!(
-            "hint: {count} of the {} values of `{name}` in {} are infinite or NaN themselves",
-            tensor.shape().iter().product::<usize>(),
-            path.display()
+            "hint: of the {} values of `{name}` in {} {} are NaN and {} infinite themselves",
+            values.len(),
+            path.display(),
+            count(&|v| v.is_nan()),
+            count(&|v| v.is_infinite())
         );
     }
     let reference = outputs.iter().any(|d| d.not_finite[0] > 0);

@@ -41,6 +41,8 @@ fn main() -> ExitCode {
         )
         .with_writer(io::stderr)
         .with_ansi(io::stderr().is_terminal())
+        // Whoever closed standard error is not told that it is closed.
+        .log_internal_errors(false)
         .init();
     // As it is, or the terminal breaks commands and paths to be copied in the middle.
     // Fails only where there is one already.

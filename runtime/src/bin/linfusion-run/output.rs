@@ -215,9 +215,9 @@ pub fn bench(report: &BenchReport) -> String {
                 text,
                 "{name} is faster than the first model from {pixels} on"
             ),
-            (None, Some(Verdict::Equal)) => writeln!(
+            (None, Some(Verdict::Unclear)) => writeln!(
                 text,
-                "{name} is as fast as the first model at the largest size, within the spread of the runs"
+                "which of {name} and the first model is faster at the largest size is within the spread of the runs; more --repeats may tell"
             ),
             (None, Some(_)) => writeln!(
                 text,
@@ -246,7 +246,7 @@ pub fn bench(report: &BenchReport) -> String {
 
 fn speedup(speedup: Speedup) -> String {
     let equal = match speedup.verdict {
-        Some(Verdict::Equal) => " (equal)",
+        Some(Verdict::Unclear) => " (unclear)",
         _ => "",
     };
     format!("{:.2} ×{equal}", speedup.ratio)
