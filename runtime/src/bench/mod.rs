@@ -23,14 +23,14 @@ pub use self::pipeline::Images;
 pub use self::profile::{OperatorTime, Profile};
 pub use self::size::{ImageInput, NotDivisible, Pixels};
 pub use self::verdict::{ENOUGH, Speedup, Verdict};
-pub use self::worker::{end_with_parent, serve};
+pub use self::worker::work;
 
 use crate::engine::Engine;
 
 /// What to measure.
 #[derive(Debug, Clone)]
 pub struct Plan {
-    /// The program to start workers with: this one, with the subcommand that calls [`serve`].
+    /// The program to start workers with: this one, with the subcommand that calls [`work`].
     pub worker: WorkerCommand,
     /// The models, or pipelines' folders; ratios are taken against the first.
     pub models: Vec<PathBuf>,
@@ -76,7 +76,7 @@ impl<F: Fn(&str)> Observer for F {
 pub struct WorkerCommand {
     /// The executable.
     pub program: PathBuf,
-    /// Arguments before the number of this process (see [`end_with_parent`]) and the job, which is passed as JSON.
+    /// Arguments before those that [`work`] takes.
     pub arguments: Vec<String>,
 }
 

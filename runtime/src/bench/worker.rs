@@ -22,12 +22,26 @@ use crate::pipeline::PipelineError;
 use crate::subgraph;
 use crate::tensor::Tensor;
 
+/// All that a measuring process does: `arguments` are those that were put behind [`super::WorkerCommand::arguments`], requests and
+/// answers go by standard input and output.
+///
+/// # Errors
+/// The arguments are others, whoever started the process is gone, or an answer cannot be written.
+pub fn work(arguments: &[String]) -> std::io::Result<()> {
+    let wrong = || std::io::Error::other("a worker is started with a process's number and a job");
+    let [parent, job] = arguments else {
+        return Err(wrong());
+    };
+    end_with_parent(parent.parse().map_err(|_| wrong())?)?;
+    serve(job, std::io::stdin().lock(), std::io::stdout())
+}
+
 /// From here on this process gets SIGTERM when the thread that started it ends, in a process of number `parent`, however that
 /// comes.
 ///
 /// # Errors
 /// The operating system refuses, or the parent is gone already.
-pub fn end_with_parent(parent: u32) -> std::io::Result<()> {
+fn end_with_parent(parent: u32) -> std::io::Result<()> {
     use rustix::process::{Signal, getppid, set_parent_process_death_signal};
     set_parent_process_death_signal(Some(Signal::TERM))?;
     // What ended before that sends no signal.
@@ -50,11 +64,7 @@ impl Answer {
 ///
 /// # Errors
 /// An answer cannot be written; that a model does not run is an answer.
-pub fn serve(
-    job: &str,
-    requests: impl BufRead,
-    mut answers: impl Write,
-) -> Result<(), std::io::Error> {
+fn serve(job: &str, requests: impl BufRead, mut answers: impl Write) -> Result<(), std::io::Error> {
     let mut answer = |answer: &Answer| -> Result<(), std::io::Error> {
         let line = serde_json::to_string(answer)?;
         writeln!(answers, "{line}")?;

@@ -49,10 +49,9 @@ pub enum Command {
     /// One measuring process of `bench`
     #[command(hide = true)]
     MeasureWorker {
-        /// The number of the process that it is for
-        parent: u32,
-        /// The job, as JSON
-        job: String,
+        /// What the library that started it says
+        #[arg(allow_hyphen_values = true)]
+        arguments: Vec<String>,
     },
 }
 

@@ -22,7 +22,7 @@ use linfusion_models::terminal::{self, say};
 use miette::{IntoDiagnostic, MietteDiagnostic, Report};
 
 use args::{Arguments, Command, DoctorArgs, Where};
-use linfusion_runtime::bench::{OperatorsFrom, end_with_parent, serve};
+use linfusion_runtime::bench::{OperatorsFrom, work};
 use linfusion_runtime::doctor;
 use linfusion_runtime::engine::library::LibraryError;
 use linfusion_runtime::engine::{Device, Engine, SessionOptions};
@@ -78,9 +78,8 @@ fn run(command: &Command) -> miette::Result<ExitCode> {
             print(&String::from_utf8_lossy(&text)).map(|()| ExitCode::SUCCESS)
         }
         Command::Man => man(),
-        Command::MeasureWorker { parent, job } => {
-            end_with_parent(*parent).into_diagnostic()?;
-            serve(job, io::stdin().lock(), io::stdout()).into_diagnostic()?;
+        Command::MeasureWorker { arguments } => {
+            work(arguments).into_diagnostic()?;
             Ok(ExitCode::SUCCESS)
         }
     }

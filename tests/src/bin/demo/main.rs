@@ -18,7 +18,7 @@ use linfusion_convert::distill::{self, Attention, Mid, Progress, Refinement, Sch
 use linfusion_convert::plan::Selection;
 use linfusion_models::fixtures;
 use linfusion_models::onnx::write::Overwrite;
-use linfusion_runtime::bench::serve;
+use linfusion_runtime::bench::work;
 use linfusion_runtime::engine::{Engine, Operators};
 use linfusion_runtime::table::table;
 use linfusion_tests::{has_ort, request, run};
@@ -27,11 +27,9 @@ use linfusion_tests::{has_ort, request, run};
 const INPUTS: &str = r#"{"noisy": {"normal": {"std": 80}}, "sigma": {"constant": 80}, "difficulty": {"uniform": {"min": 0, "max": 1}}}"#;
 
 fn main() -> ExitCode {
-    let mut arguments = std::env::args().skip(1);
-    let outcome = match (arguments.next().as_deref(), arguments.next()) {
-        (Some("worker"), Some(job)) => {
-            serve(&job, std::io::stdin().lock(), std::io::stdout().lock()).map_err(Into::into)
-        }
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let outcome = match arguments.split_first() {
+        Some((name, rest)) if name == "worker" => work(rest).map_err(Into::into),
         _ => demo(),
     };
     match outcome {
