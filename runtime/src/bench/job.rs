@@ -55,6 +55,28 @@ pub enum Profiling {
 }
 
 impl Job {
+    /// A job of which nothing is said but what runs it, with the operators in the process, one image and 77 text tokens.
+    #[must_use]
+    pub fn on(engine: EngineName) -> Self {
+        Self {
+            model: PathBuf::new(),
+            engine,
+            threads: None,
+            operators: OperatorsFrom::InProcess,
+            library: None,
+            device: Device::Cpu,
+            device_memory: None,
+            side: None,
+            scale: None,
+            batch: 1,
+            sequence: 77,
+            shapes: Vec::new(),
+            seed: 0,
+            images: Images::default(),
+            profiling: Profiling::Off,
+        }
+    }
+
     pub(super) fn options(&self) -> SessionOptions {
         SessionOptions {
             operators: self.operators.clone().into(),

@@ -325,7 +325,7 @@ mod tests {
     use std::path::PathBuf;
 
     use super::*;
-    use crate::bench::{EngineName, Images};
+    use crate::bench::EngineName;
 
     #[test]
     fn an_orphan_does_not_begin() {
@@ -348,20 +348,10 @@ mod tests {
     fn job(model: &str, side: usize) -> String {
         let job = Job {
             model: fixture(model),
-            engine: EngineName::Tract,
-            threads: None,
-            operators: OperatorsFrom::InProcess,
-            library: None,
-            device: Device::Cpu,
-            device_memory: None,
             side: Some(side),
-            scale: None,
-            batch: 1,
             sequence: 7,
-            shapes: Vec::new(),
-            seed: 0,
-            images: Images::default(),
             profiling: Profiling::On,
+            ..Job::on(EngineName::Tract)
         };
         serde_json::to_string(&job).unwrap()
     }

@@ -4,11 +4,13 @@ mod refused;
 mod sketch;
 
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use linfusion_convert::convert::{WeightsFrom, convert};
 use linfusion_convert::distill::{
-    Attention, Budget, DistillError, Progress, Refinement, SiteReport, Source, Together, run,
+    Attention, Budget, DistillError, Progress, Refinement, Request, SiteReport, Source, Together,
+    run,
 };
 use linfusion_convert::patterns::Patterns;
 use linfusion_convert::plan::{Method, MethodRule};
@@ -142,6 +144,29 @@ fn layers_are_read_off_exactly() {
     }
 }
 
+/// Runs `request`, of two groups, the second of which finds no scratch folder any more.
+fn stopped_in_the_second_group(request: &Request, folder: &Path) {
+    let scratch = folder.join("scratch");
+    std::fs::create_dir(&scratch).unwrap();
+    let request = Request {
+        scratch: Some(scratch.clone()),
+        ..request.clone()
+    };
+    let begins = AtomicUsize::new(0);
+    let stopped = run(&request, &|progress| {
+        if let Progress::Begin { stage, .. } = progress
+            && stage == "running the original"
+            && begins.fetch_add(1, Ordering::Relaxed) == 1
+        {
+            std::fs::remove_dir_all(&scratch).unwrap();
+        }
+    });
+    assert!(
+        matches!(stopped, Err(DistillError::Scratch { .. })),
+        "{stopped:?}"
+    );
+}
+
 #[test]
 fn an_interrupted_run_goes_on_to_the_same_weights() {
     let folder = tempfile::tempdir().unwrap();
@@ -156,23 +181,7 @@ fn an_interrupted_run_goes_on_to_the_same_weights() {
     quietly(&request).unwrap();
     assert_eq!(weights(&request.out), whole);
 
-    // Stopped in the middle: the second group finds no scratch folder any more.
-    request.scratch = Some(folder.path().join("scratch"));
-    let scratch = folder.path().join("scratch");
-    std::fs::create_dir(&scratch).unwrap();
-    let begins = AtomicUsize::new(0);
-    let stopped = run(&request, &|progress| {
-        if let Progress::Begin { stage, .. } = progress
-            && stage == "running the original"
-            && begins.fetch_add(1, Ordering::Relaxed) == 1
-        {
-            std::fs::remove_dir_all(&scratch).unwrap();
-        }
-    });
-    assert!(
-        matches!(stopped, Err(DistillError::Scratch { .. })),
-        "{stopped:?}"
-    );
+    stopped_in_the_second_group(&request, folder.path());
     assert_eq!(weights(&request.out), whole, "the earlier result is kept");
     assert!(left(&folder).contains(&"linfusion.unfinished".to_owned()));
 
@@ -266,22 +275,8 @@ fn what_was_learned_for_another_attention_does_not_count() {
     let folder = tempfile::tempdir().unwrap();
     let mut request = request(folder.path(), Looks::Anywhere);
     request.schedule.steps = 5;
-    // In two groups, the second of which finds no folder.
     request.disk_budget = 3 * 12 * 64 * 8 * 2;
-    let scratch = folder.path().join("scratch");
-    std::fs::create_dir(&scratch).unwrap();
-    request.scratch = Some(scratch.clone());
-    let begins = AtomicUsize::new(0);
-    let stopped = run(&request, &|progress| {
-        if let Progress::Begin { stage, .. } = progress
-            && stage == "running the original"
-            && begins.fetch_add(1, Ordering::Relaxed) == 1
-        {
-            std::fs::remove_dir_all(&scratch).unwrap();
-        }
-    });
-    assert!(stopped.is_err());
-    request.scratch = Some(folder.path().to_owned());
+    stopped_in_the_second_group(&request, folder.path());
     request.selection.attention = vec![MethodRule {
         sites: None,
         method: Some(Method::Hybrid),

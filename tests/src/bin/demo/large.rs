@@ -10,8 +10,7 @@ use linfusion_models::onnx::OnnxFile;
 use linfusion_models::onnx::write::Overwrite;
 use linfusion_models::shapes::{Footprint, Runner, operations};
 use linfusion_runtime::bench::{
-    self, EngineName, Images, Job, Measurement, OperatorsFrom, Plan, Profiling, Sizes,
-    WorkerCommand, plot,
+    self, EngineName, Job, Measurement, Plan, Sizes, WorkerCommand, plot,
 };
 use linfusion_runtime::engine::{Device, Engine, Operators, halves};
 use linfusion_runtime::memory::shown;
@@ -129,24 +128,11 @@ impl Demo {
             sizes: Sizes::Sides(sides.to_vec()),
             repeats: 1,
             template: Job {
-                model: PathBuf::new(),
-                engine: match self.engine {
+                sequence: 1,
+                ..Job::on(match self.engine {
                     Engine::Ort => EngineName::Ort,
                     Engine::Tract => EngineName::Tract,
-                },
-                threads: None,
-                operators: OperatorsFrom::InProcess,
-                library: None,
-                device: Device::Cpu,
-                device_memory: None,
-                side: None,
-                scale: None,
-                batch: 1,
-                sequence: 1,
-                shapes: Vec::new(),
-                seed: 0,
-                images: Images::default(),
-                profiling: Profiling::Off,
+                })
             },
         })
     }
