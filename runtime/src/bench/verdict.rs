@@ -12,11 +12,11 @@ const PAIRED: usize = 8;
 /// How a model's time compares with the first one's.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Speedup {
-    /// The first model's time ÷ this one's: from [`PAIRED`] turns on the median of the turns' ratios, of less the ratio of the
+    /// The first model's time ÷ this one's: from 8 turns on the median of the turns' ratios, of less the ratio of the
     /// medians.
     pub ratio: f64,
-    /// Where the median of the turns' ratios lies with a confidence of 99 %; of less than [`PAIRED`] turns how far the ratios of
-    /// any two runs reach, of less than [`ENOUGH`] those of the turns.
+    /// Where the median of the turns' ratios lies with a confidence of 99 %; of fewer turns how far the ratios of
+    /// any two runs reach, of fewer than [`ENOUGH`] those of the turns.
     pub range: [f64; 2],
     /// What can be said; `None` of less than [`ENOUGH`] runs.
     pub verdict: Option<Verdict>,
