@@ -54,11 +54,15 @@ pub fn diff(before: &OnnxFile, after: &OnnxFile) -> Difference {
     for &key in &removed {
         scope_of_removed.insert(key, sorter.scope_of_removed(key, &old, &new, &removed));
     }
+    let mut scope_of_changed: HashMap<&str, String> = HashMap::new();
     for (key, node) in &old.nodes {
         if let Some(scope) = scope_of_removed.get(key) {
             sorter.note(scope.as_deref(), Change::Removed, describe(node));
         } else if let Some(other) = new.nodes.get(key).filter(|other| *other != node) {
             let scope = scope_of_change(node, other, &scope_of_removed, &sorter, &new);
+            if let Some(scope) = &scope {
+                scope_of_changed.insert(key, scope.clone());
+            }
             sorter.note(scope.as_deref(), Change::Changed, describe(other));
         }
     }
@@ -74,7 +78,12 @@ pub fn diff(before: &OnnxFile, after: &OnnxFile) -> Difference {
                 let readers = old.graph.readers(name).iter();
                 let scope = readers
                     .filter_map(|r| old.graph.node(r.node).output.first())
-                    .find_map(|key| scope_of_removed.get(key.as_str())?.clone());
+                    .find_map(|key| {
+                        let key = key.as_str();
+                        let gone = scope_of_removed.get(key).cloned().flatten();
+                        gone.or_else(|| scope_of_changed.get(key).cloned())
+                    })
+                    .or_else(|| sorter.by_name(name));
                 sorter.note(scope.as_deref(), Change::Removed, describe_tensor(tensor));
             }
             Some(other) if !same_tensor(before, tensor, after, other) => {
@@ -283,14 +292,15 @@ fn scope_of_change(
         return None;
     }
     let changed = before.input.iter().zip(&after.input);
-    changed.filter(|(a, b)| a != b).find_map(|(was, is)| {
+    let scope = changed.filter(|(a, b)| a != b).find_map(|(was, is)| {
         let went = removed.get(was.as_str()).cloned().flatten();
         let came = || match new.nodes.get(is.as_str()) {
             Some(node) => sorter.scope_of_added(node),
             None => sorter.by_name(is),
         };
         went.or_else(came)
-    })
+    });
+    scope.or_else(|| sorter.scope_of_old(before))
 }
 
 fn same_operator(a: Option<&&NodeProto>, b: Option<&&NodeProto>) -> bool {

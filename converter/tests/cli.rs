@@ -568,20 +568,40 @@ fn a_pipeline_is_converted_as_a_folder() {
     assert!(moved.join("vae_decoder/model.onnx").is_file());
     assert!(moved.join("text_encoder").is_symlink());
 
-    // What is there stays as it is.
-    let again = linfusion(
-        &["sd15", "--weights", weights, "--force"],
-        &root.join("moved"),
-    );
-    assert_eq!(again.status.code(), Some(1));
-    assert!(
-        text(&again.stderr).contains("'sd15.linfusion' cannot be made"),
-        "{}",
-        text(&again.stderr)
-    );
+    // What is there stays as it is, or is replaced as a whole where that is asked for; never the original.
+    std::fs::write(moved.join("mark"), "x").unwrap();
+    std::fs::create_dir(root.join("moved/other")).unwrap();
+    for (more, expected) in [
+        (&[][..], "'sd15.linfusion' exists already; --force"),
+        (&["-o", "sd15", "--force"], "'sd15' is the pipeline itself"),
+        (
+            &["-o", "sd15/new"],
+            "'sd15/new' is the pipeline itself or in it",
+        ),
+        (
+            &["-o", "other", "--force"],
+            "'other' is no pipeline's folder",
+        ),
+    ] {
+        let args = [&["sd15", "--weights", weights], more].concat();
+        let again = linfusion(&args, &root.join("moved"));
+        let said = text(&again.stderr);
+        assert_eq!(again.status.code(), Some(1), "{said}");
+        assert!(said.contains(expected), "{said}");
+        assert!(moved.join("mark").is_file());
+    }
+    let args = ["sd15", "--weights", weights, "--force"];
+    let forced = linfusion(&args, &root.join("moved"));
+    assert_eq!(forced.status.code(), Some(0), "{}", text(&forced.stderr));
+    assert!(text(&forced.stdout).contains("wrote sd15.linfusion/unet/model.onnx"));
+    assert!(!moved.join("mark").exists());
     assert_eq!(
         std::fs::read(moved.join("unet/model.onnx")).unwrap(),
         converted
+    );
+    assert_eq!(
+        files(&root.join("moved")),
+        ["other", "sd15", "sd15.linfusion"]
     );
 }
 

@@ -11,6 +11,10 @@ use linfusion_models::staged::parent_folder;
 /// # Errors
 /// The folder is missing or full, or cannot be written to.
 pub fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    // Renaming would replace a device or a pipe by a file.
+    if path.metadata().is_ok_and(|m| !m.is_file() && !m.is_dir()) {
+        return Err(io::Error::other("it is no regular file"));
+    }
     let file = tempfile::NamedTempFile::new_in(parent_folder(path));
     let mut file = file.map_err(unnamed)?;
     let _leftover = Leftover::new(file.path());
@@ -41,6 +45,8 @@ mod tests {
             assert_eq!(std::fs::read_to_string(&path).unwrap(), text);
         }
         assert_eq!(folder.path().read_dir().unwrap().count(), 1);
+        let error = write_whole(Path::new("/dev/null"), b"").unwrap_err();
+        assert_eq!(error.to_string(), "it is no regular file");
         let error = write_whole(&folder.path().join("no/x.json"), b"").unwrap_err();
         assert_eq!(error.to_string(), "No such file or directory (os error 2)");
     }

@@ -27,10 +27,19 @@ pub enum PipelineFault {
     /// There is no model, or no single one.
     #[error("has no model.onnx and no other single ONNX file")]
     NoModel,
-    /// The new folder cannot be made, or is there.
+    /// The new folder is there.
+    #[error("exists already; --force replaces it, -o names another folder")]
+    Exists,
+    /// The output is the pipeline itself, or in it.
     #[error(
-        "cannot be made: {0}\nhint: -o names another folder; one that is there is never replaced"
+        "is the pipeline itself or in it, and the new folder links to what is there\nhint: -o names another"
     )]
+    Itself,
+    /// Something that is no pipeline is in its place.
+    #[error("is no pipeline's folder, and is not replaced\nhint: -o names another")]
+    NoPipeline,
+    /// The new folder cannot be made.
+    #[error("cannot be made: {0}\nhint: -o names another folder")]
     Create(std::io::Error),
     /// Something cannot be put into it.
     #[error("cannot be written: {0}")]

@@ -132,18 +132,15 @@ pub fn convert(
     let mut actions = plan(&analysis, &request.selection, &[]);
     // A model with nothing to convert needs no checkpoint to say so.
     let enough = refuse_fewer(&name, &analysis, &actions, request.partial);
-    let checkpoint = match (open_checkpoint(request, &name, &analysis), &enough) {
-        // Window attention alone does with the graph's own weights.
-        (Err(ConvertError::NoWeights { .. }), Ok(()))
-            if actions
-                .iter()
-                .filter_map(Action::method)
-                .all(|m| m == Method::Window) =>
-        {
-            None
-        }
-        (Ok(checkpoint), _) => checkpoint,
-        (Err(e), _) => return enough.and(Err(e)),
+    // Window attention alone does with the graph's own weights, whatever lies beside the model.
+    let mut methods = actions.iter().filter_map(Action::method);
+    let windows = enough.is_ok() && methods.all(|m| m == Method::Window);
+    let checkpoint = match windows && matches!(request.weights, WeightsFrom::Search) {
+        true => None,
+        false => match open_checkpoint(request, &name, &analysis) {
+            Ok(checkpoint) => checkpoint,
+            Err(e) => return enough.and(Err(e)),
+        },
     };
     let modules = match modules(&analysis, checkpoint.as_ref()) {
         Ok(modules) => modules,

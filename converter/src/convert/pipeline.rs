@@ -4,6 +4,9 @@ use std::io;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
+use linfusion_models::onnx::write::Overwrite;
+use linfusion_models::staged::{StagedFolder, parent_folder};
+
 use super::error::{ConvertError, PipelineFault};
 use super::{Request, Run, convert};
 use crate::report::ConvertReport;
@@ -15,10 +18,8 @@ const DENOISERS: [&str; 2] = ["unet", "transformer"];
 /// Converts the pipeline in the folder `request.model` into the folder `request.out` (default `<FOLDER>.linfusion`): the
 /// converted model and small files are new, other components are links to the original's.
 ///
-/// The index is written last: a folder without it is unfinished.
-///
 /// # Errors
-/// [`ConvertError`]; the new folder is removed then.
+/// [`ConvertError`]; what was there before is as it was.
 pub fn convert_pipeline(
     request: &Request,
     progress: &mut dyn FnMut(&str),
@@ -49,22 +50,39 @@ pub fn convert_pipeline(
         .out
         .clone()
         .unwrap_or_else(|| default_output(folder));
-    std::fs::create_dir(&out).map_err(|source| fault(&out, PipelineFault::Create(source)))?;
-    let target = out.join(component);
-    let done = std::fs::create_dir(&target)
-        .map_err(|source| fault(&target, PipelineFault::Write(source)))
-        .and_then(|()| {
-            inner.out = Some(target.join(model.file_name().unwrap_or("model.onnx".as_ref())));
-            let report = convert(&inner, progress)?;
-            fill(folder, &out, component)
-                .map_err(|source| fault(&out, PipelineFault::Write(source)))?;
-            Ok(report)
-        });
-    if done.is_err() {
-        // What it began; a failure to remove it has nobody to be told to beside the first.
-        let _ = std::fs::remove_dir_all(&out);
+    if request.overwrite == Overwrite::Refuse && out.symlink_metadata().is_ok() {
+        return Err(fault(&out, PipelineFault::Exists));
     }
-    done
+    // The new folder links to the original's.
+    let at = |path: &Path| std::fs::canonicalize(path).ok();
+    let inside = at(parent_folder(&out)).zip(at(folder));
+    if at(&out).is_some_and(|out| Some(out) == at(folder))
+        || inside.is_some_and(|(parent, folder)| parent.starts_with(folder))
+    {
+        return Err(fault(&out, PipelineFault::Itself));
+    }
+    // Others' folders are not for replacing.
+    if out.symlink_metadata().is_ok() && !out.join(INDEX).is_file() {
+        return Err(fault(&out, PipelineFault::NoPipeline));
+    }
+    let staged = StagedFolder::of(&out);
+    let staged = staged.map_err(|source| fault(&out, PipelineFault::Create(source)))?;
+    let written = |source| fault(&out, PipelineFault::Write(source));
+    let target = staged.path().join(component);
+    std::fs::create_dir(&target).map_err(written)?;
+    let name = model.file_name().unwrap_or("model.onnx".as_ref());
+    inner.out = Some(target.join(name));
+    let mut report = convert(&inner, progress)?;
+    fill(folder, staged.path(), component).map_err(written)?;
+    let begun = staged.path().to_owned();
+    staged.publish(request.overwrite).map_err(written)?;
+    // By the names that the files have now.
+    for path in report.output.iter_mut().chain(&mut report.companions) {
+        if let Ok(inside) = Path::new(path.as_str()).strip_prefix(&begun) {
+            *path = out.join(inside).display().to_string();
+        }
+    }
+    Ok(report)
 }
 
 fn default_output(folder: &Path) -> PathBuf {

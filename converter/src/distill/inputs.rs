@@ -162,11 +162,11 @@ pub(super) fn fitting(
         place: origin.clone(),
         problem,
     };
+    let given: Vec<String> = arrays.iter().map(|(name, _)| name.clone()).collect();
     let mut taken = Vec::with_capacity(ports.len());
     for port in ports {
         let found = arrays.iter().position(|(name, _)| *name == port.name);
         let Some(found) = found else {
-            let given: Vec<&str> = arrays.iter().map(|(name, _)| name.as_str()).collect();
             return Err(fault(format!(
                 "has no '{}' {port}, which the graph takes; it has {given:?}",
                 port.name

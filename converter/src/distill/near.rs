@@ -100,8 +100,9 @@ pub(super) fn of_hybrid(converted: &Teacher<'_>, target: &Target) -> Result<Valu
     fed.push(converted.cut(target, &target.x.name, Whether::Open)?);
     let wanted = converted.cut(target, &target.merged.name, Whether::Open)?;
     let nodes = part(converted.file, &fed, &[wanted]);
+    // The last: where rows and columns are computed from what earlier sites make, their windows come before it.
     let mut nodes = nodes.graph.node.iter();
-    let window = nodes.find(|n| op(n) == WINDOW_ATTENTION);
+    let window = nodes.rfind(|n| op(n) == WINDOW_ATTENTION);
     let made = window.and_then(|n| n.output.first());
     let name = made.ok_or_else(|| {
         target.fault(

@@ -94,7 +94,7 @@ pub fn run(
         }
         progress(Progress::Note(match resumed {
             0 => format!(
-                "{kept} is of an interrupted run with another request, or damaged; all sites are learned anew"
+                "{kept} is of an interrupted run with another request, or damaged; all sites are learned anew, and it goes when they are"
             ),
             _ => format!(
                 "{resumed} of {} sites are taken over from an interrupted run ({kept})",

@@ -379,6 +379,34 @@ fn a_budget_keeps_softmax_where_it_is_needed() {
     assert_eq!(checkpoint.modules.len(), 1);
 }
 
+/// Rows and columns of a UNet's sites are computed from what earlier ones make: their windows are in each other's way.
+#[test]
+fn hybrid_sites_of_a_unet_are_refined() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut request = request(folder.path(), Looks::Anywhere);
+    request.model = linfusion_models::fixtures::path("sd15-tiny/unet.onnx");
+    let spec = r#"{"sample": {"normal": {}, "shape": [1, 4, 16, 16]},
+        "timestep": {"integers": {"min": 0, "max": 999}},
+        "encoder_hidden_states": {"normal": {}, "shape": [1, 7, 12]}}"#;
+    std::fs::write(folder.path().join("spec.json"), spec).unwrap();
+    request.selection.window = Some(WindowSpec {
+        window: Window::Rect { rows: 3, cols: 3 },
+        border: Border::Clamp,
+    });
+    request.selection.attention = vec![MethodRule {
+        sites: None,
+        method: Some(Method::Hybrid),
+    }];
+    request.selection.only =
+        Some(Patterns::new("--only", &["down_blocks.[01]*".to_owned()]).unwrap());
+    (request.samples, request.holdout, request.schedule.steps) = (2, 1, 20);
+    request.refinement = Refinement::IfBetter;
+    let report = quietly(&request).unwrap();
+    let hybrid = |site: &SiteReport| site.attention == Method::Hybrid;
+    assert!(report.sites.len() == 4 && report.sites.iter().all(hybrid));
+    assert!(report.notes.iter().any(|n| n.starts_with("refinement")));
+}
+
 /// A pipeline makes its own samples; its denoiser has cross-attention, which is left.
 #[test]
 fn a_pipeline_teaches_itself() {

@@ -323,7 +323,7 @@ pub fn tell_what_is_kept() {
         Learning::Begun(folder) => {
             // Fails, as it should, where another request keeps something.
             let _ = std::fs::remove_dir(folder);
-            say("\ninterrupted before the first site was learned; nothing is kept");
+            say("\ninterrupted before the first site was learned; nothing of this run is kept");
         }
         Learning::Kept(folder) => say(format_args!(
             "\ninterrupted; the sites that are learned are kept in {}, and the same command goes on from there",

@@ -7,11 +7,11 @@ use linfusion_convert::verify::{
     StoredWeights, Unread, Verified, Verify, VerifyError, compare_weights, converted_sites, verify,
 };
 use linfusion_models::checkpoint::Checkpoint;
-use linfusion_models::onnx::{OnnxFile, is_external};
+use linfusion_models::onnx::OnnxFile;
 use linfusion_models::terminal::say;
 
 use crate::args::{ReportAs, VerifyArgs};
-use crate::{Failure, print_bytes, print_json};
+use crate::{Failure, data_is_there, print_bytes, print_json};
 
 pub fn run_verify(args: &VerifyArgs) -> Result<(), Failure> {
     let file = OnnxFile::open(&args.model)?;
@@ -23,13 +23,7 @@ pub fn run_verify(args: &VerifyArgs) -> Result<(), Failure> {
         .iter()
         .any(|p| p.key.as_deref() == Some(METADATA_KEY));
     let name = args.model.display();
-    // A data file that is missing or cut off says nothing of the rewrite.
-    for tensor in file.model.graph.initializer.iter() {
-        if is_external(tensor) {
-            file.tensor(tensor)
-                .map_err(|e| Failure::new(1, format!("'{name}': {e}")))?;
-        }
-    }
+    data_is_there(&file)?;
     match (total, converted, &args.weights) {
         (0, false, _) => {
             return Err(Failure::new(

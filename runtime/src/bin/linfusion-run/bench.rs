@@ -84,10 +84,16 @@ pub fn run(args: &BenchArgs) -> miette::Result<ExitCode> {
             "models and pipelines' folders are measured apart: a step of the former, a whole image of the latter",
         ));
     }
+    if args.plot.is_some() && args.plot == args.json {
+        return Err(usage("--json and --plot name one file"));
+    }
     for path in args.plot.iter().chain(&args.json) {
         let folder = path.parent().filter(|f| !f.as_os_str().is_empty());
         if let Some(folder) = folder.filter(|f| !f.is_dir()) {
             return Err(miette!("{} is no folder to write to", folder.display()));
+        }
+        if path.metadata().is_ok_and(|m| !m.is_file()) {
+            return Err(miette!("{} is no regular file", path.display()));
         }
         if !args.overwrite && path.symlink_metadata().is_ok() {
             return Err(miette!(

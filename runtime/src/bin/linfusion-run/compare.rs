@@ -38,7 +38,7 @@ pub struct CompareArgs {
     #[arg(long)]
     pub latent: Option<usize>,
     /// Fail (exit code 3) if a value, of a pipeline's latents after any step, is further off than this
-    #[arg(long, value_name = "MAX_ABS")]
+    #[arg(long, value_name = "MAX_ABS", value_parser = tolerance)]
     pub tolerance: Option<f64>,
     /// Also each replaced attention, alone, on the first one's own activations
     #[arg(long)]
@@ -132,10 +132,22 @@ fn run_pipelines(args: &CompareArgs) -> miette::Result<ExitCode> {
     })?;
     let steps = comparison.images.iter().flat_map(|image| &image.steps);
     let furthest = steps.map(|s| s.max_abs).fold(0.0, f64::max);
-    Ok(match args.tolerance {
-        Some(limit) if furthest > limit => ExitCode::from(TOO_FAR_APART),
-        _ => ExitCode::SUCCESS,
-    })
+    let Some(limit) = args.tolerance else {
+        return Ok(ExitCode::SUCCESS);
+    };
+    let (what, code) = match furthest > limit {
+        true => ("beyond", ExitCode::from(TOO_FAR_APART)),
+        false => ("within", ExitCode::SUCCESS),
+    };
+    say(format_args!(
+        "latents are up to {furthest:.1e} apart: {what} the tolerance of {limit:e}"
+    ));
+    Ok(code)
+}
+
+fn tolerance(text: &str) -> Result<f64, String> {
+    let limit = text.parse::<f64>().ok().filter(|limit| *limit >= 0.0);
+    limit.ok_or_else(|| format!("'{text}' is no number from 0 up"))
 }
 
 fn note_untrained(model: &Path) {

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use linfusion_models::leftovers::{Leftover, unnamed};
 use linfusion_models::onnx::write::Overwrite;
+use linfusion_models::staged::parent_folder;
 use tempfile::TempPath;
 
 use self::png::PngRows;
@@ -53,6 +54,13 @@ pub fn check_output(path: &Path, overwrite: Overwrite) -> Result<(), ImageError>
         return Err(ImageError::write(
             path,
             std::io::ErrorKind::IsADirectory.into(),
+        ));
+    }
+    // Renaming would replace a device or a pipe by a file.
+    if path.metadata().is_ok_and(|m| !m.is_file()) {
+        return Err(ImageError::write(
+            path,
+            std::io::Error::other("it is no regular file"),
         ));
     }
     if overwrite == Overwrite::Refuse && path.symlink_metadata().is_ok() {
@@ -240,10 +248,7 @@ const LARGEST_FILE: u64 = 1 << 60;
 
 /// A file in the folder of `path`, as only there it can be renamed to it.
 fn temporary_file(path: &Path) -> Result<tempfile::NamedTempFile<File>, ImageError> {
-    let folder = match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    };
+    let folder = parent_folder(path);
     let mut builder = tempfile::Builder::new();
     builder.prefix(".linfusion-").suffix(".part");
     // A temporary file is private by default; this one becomes a file as any other, under the user's umask.
