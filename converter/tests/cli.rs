@@ -706,6 +706,14 @@ fn weights_are_learned_and_used_in_one_go() {
             "unet.onnx"
         ]
     );
+    // They are found beside the model, and not learned again unasked.
+    let again = linfusion(&["unet.onnx", "--force"], folder.path());
+    assert_eq!(again.status.code(), Some(0), "{}", text(&again.stderr));
+    let said = text(&again.stdout);
+    assert!(
+        said.contains("weights found: unet.linfusion-weights"),
+        "{said}"
+    );
 }
 
 /// A full disk behind a redirection, or nobody left who reads.

@@ -42,7 +42,9 @@ fn refusal(bench: &Bench, arguments: &[&str]) -> String {
 fn grey(path: &Path, value: u8) {
     let mut writer = RowWriter::create(path, 128, 128, &Metadata::default()).unwrap();
     writer.write_rows(&[value; 3 * 128 * 128]).unwrap();
-    writer.finish().unwrap();
+    writer
+        .finish(linfusion_models::onnx::write::Overwrite::Force)
+        .unwrap();
 }
 
 /// Gives the first convolution of a UNet five channels more, of which the mask's has this weight and the others none.

@@ -305,7 +305,9 @@ fn lcm_takes_all_steps_of_a_part() {
     let picture = bench.path("picture.png");
     let mut writer = RowWriter::create(&picture, 128, 128, &Metadata::default()).unwrap();
     writer.write_rows(&[90; 3 * 128 * 128]).unwrap();
-    writer.finish().unwrap();
+    writer
+        .finish(linfusion_models::onnx::write::Overwrite::Force)
+        .unwrap();
     let asked = Request {
         steps: 4,
         scheduler: Some("lcm".to_owned()),

@@ -38,7 +38,16 @@ impl SearchPlaces {
     }
 }
 
-/// Looks for a checkpoint: `linfusion/` and `*.linfusion.safetensors` beside the model (and beside the
+/// What `linfusion-convert MODEL --weights distill` calls the checkpoint that it learns for a model or a pipeline's folder of this
+/// name.
+#[must_use]
+pub fn learned_name(model: &Path) -> std::ffi::OsString {
+    let mut name = model.file_stem().unwrap_or_default().to_owned();
+    name.push(".linfusion-weights");
+    name
+}
+
+/// Looks for a checkpoint: `linfusion/`, the one that was learned for the model ([`learned_name`]), and `*.linfusion.safetensors` beside the model (and beside the
 /// pipeline that the model's folder belongs to), then the published checkpoint of the architecture in the
 /// local Hugging Face cache.
 pub fn discover(
@@ -52,10 +61,20 @@ pub fn discover(
         _ => PathBuf::from("."),
     };
     look_beside(&folder, model_path, &mut discovery);
+    look_at(folder.join(learned_name(model_path)), &mut discovery);
     // In a diffusers pipeline the model is `unet/model.onnx`, and its siblings are folders.
     let pipeline = folder.join("..");
     if pipeline.join("model_index.json").is_file() {
         look_beside(&pipeline, model_path, &mut discovery);
+        // By its own name, which may be a link's or the working folder's.
+        if let Ok(pipeline) = std::path::absolute(&folder).map(|f| f.join(".."))
+            && let Ok(pipeline) = pipeline.canonicalize()
+        {
+            look_at(
+                pipeline.with_file_name(learned_name(&pipeline)),
+                &mut discovery,
+            );
+        }
     }
     if let (Some(cache), Some(repository)) =
         (&places.hub_cache, architecture.and_then(hub_repository))
@@ -84,12 +103,7 @@ pub fn download_command(architecture: Architecture) -> Option<String> {
 }
 
 fn look_beside(folder: &Path, model_path: &Path, discovery: &mut Discovery) {
-    let linfusion = folder.join("linfusion");
-    discovery.searched.push(linfusion.clone());
-    if is_checkpoint_folder(&linfusion) {
-        discovery.found.push(linfusion);
-    }
-
+    look_at(folder.join("linfusion"), discovery);
     discovery
         .searched
         .push(folder.join("*.linfusion.safetensors"));
@@ -108,6 +122,13 @@ fn look_beside(folder: &Path, model_path: &Path, discovery: &mut Discovery) {
     let own = model_path.with_extension("linfusion.safetensors");
     files.sort_by_key(|file| (file.file_name() != own.file_name(), file.clone()));
     discovery.found.append(&mut files);
+}
+
+fn look_at(checkpoint: PathBuf, discovery: &mut Discovery) {
+    discovery.searched.push(checkpoint.clone());
+    if is_checkpoint_folder(&checkpoint) {
+        discovery.found.push(checkpoint);
+    }
 }
 
 fn look_in_cache(cache: &Path, repository: &str, discovery: &mut Discovery) {

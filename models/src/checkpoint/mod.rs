@@ -24,7 +24,9 @@ use std::sync::OnceLock;
 use linfusion_ops::schema::WindowSpec;
 use sha2::{Digest, Sha256};
 
-pub use self::discover::{Discovery, SearchPlaces, discover, download_command, hub_repository};
+pub use self::discover::{
+    Discovery, SearchPlaces, discover, download_command, hub_repository, learned_name,
+};
 pub use self::error::CheckpointError;
 pub use self::tensors::{CheckpointTensor, FloatType, MlpPart, Part};
 

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use linfusion_models::onnx::write::Overwrite;
 use ndarray::{Array4, ArrayD, ArrayView3, Axis, Ix4};
 use serde::Serialize;
 
@@ -416,6 +417,7 @@ impl Work<'_> {
             size,
             &path,
             &Metadata::default(),
+            Overwrite::Force,
         )?;
         self.observer
             .progress(Progress::Note(format!("preview: {}", path.display())));
@@ -428,6 +430,7 @@ impl Work<'_> {
         size: Size,
         path: &Path,
         metadata: &Metadata,
+        overwrite: Overwrite,
     ) -> Result<(), PipelineError> {
         let mut decoder = Decoder::load(
             self.folder,
@@ -444,7 +447,7 @@ impl Work<'_> {
             finite(band.iter(), || "vae_decoder".to_owned())?;
             Ok(writer.write_rows(&bytes(band))?)
         })?;
-        Ok(writer.finish()?)
+        Ok(writer.finish(overwrite)?)
     }
 
     /// The image between two stages: whole, and in a file in case that the next is not finished.
@@ -454,7 +457,8 @@ impl Work<'_> {
         let path = unused(&self.request.output, &size.to_string());
         self.timed(format!("decode {size}"), 0, |work| {
             let first = latents.index_axis(Axis(0), 0);
-            work.decode(first, size, &path, &(work.metadata)(&made))?;
+            let metadata = (work.metadata)(&made);
+            work.decode(first, size, &path, &metadata, Overwrite::Force)?;
             if let Some(before) = work.kept.replace(path.clone()) {
                 let _ = std::fs::remove_file(before);
             }
@@ -470,7 +474,7 @@ impl Work<'_> {
             let mut paths = Vec::new();
             for (number, latents) in latents.outer_iter().enumerate() {
                 let path = numbered(&work.request.output, number, count);
-                work.decode(latents, size, &path, &metadata)?;
+                work.decode(latents, size, &path, &metadata, work.request.overwrite)?;
                 paths.push(path);
             }
             Ok(paths)

@@ -12,6 +12,7 @@ use linfusion_convert::distill::{
     Together, run,
 };
 use linfusion_convert::plan::Selection;
+use linfusion_models::checkpoint::learned_name;
 use linfusion_models::onnx::write::Overwrite;
 use linfusion_models::terminal::say;
 
@@ -181,8 +182,7 @@ pub fn for_conversion(
             ),
         ));
     }
-    let mut name = model.file_stem().unwrap_or_default().to_owned();
-    name.push(".linfusion-weights");
+    let name = learned_name(model);
     let out = args.out.as_deref().unwrap_or(model).with_file_name(name);
     if out.symlink_metadata().is_ok() && !args.force {
         let there = out.display();

@@ -335,6 +335,17 @@ fn summary(report: &ConvertReport, weights: &WeightsFrom, explain: bool) -> Stri
     if let Some(resized) = &report.resized {
         text += &resized.text();
     }
+    let wrote = |output: &str| {
+        let companions = match report.companions.is_empty() {
+            true => String::new(),
+            false => format!(" (keep {} with it)", report.companions.join(", ")),
+        };
+        format!("wrote {output}{companions}\n")
+    };
+    let nothing = || "dry run: nothing written\n".to_owned();
+    if report.converted == 0 && report.resized.is_some() {
+        return text + &report.output.as_deref().map_or_else(nothing, wrote);
+    }
     let kept = report.model.sites.len() - report.converted;
     text += &format!(
         "{}: {} of {} attention sites converted, {kept} kept ({} cross)\n",
@@ -353,16 +364,9 @@ fn summary(report: &ConvertReport, weights: &WeightsFrom, explain: bool) -> Stri
         text += &format!("{how}{checkpoint}\n");
     }
     match &report.output {
-        None => text += "dry run: nothing written\n",
+        None => text += &nothing(),
         Some(output) => {
-            text += &format!(
-                "wrote {output}{}\n",
-                if report.companions.is_empty() {
-                    String::new()
-                } else {
-                    format!(" (keep {} with it)", report.companions.join(", "))
-                }
-            );
+            text += &wrote(output);
             match &report.verified {
                 None => text += "not verified (--verify off)\n",
                 Some(v) => {

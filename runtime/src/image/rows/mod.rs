@@ -124,11 +124,11 @@ impl RowWriter {
         Ok(())
     }
 
-    /// Completes the file and gives it its name; a file that has this name is replaced.
+    /// Completes the file and gives it its name; whether a file that has this name by now is replaced, `overwrite` says.
     ///
     /// # Errors
     /// Rows are missing, or the file cannot be written.
-    pub fn finish(self) -> Result<(), ImageError> {
+    pub fn finish(self, overwrite: Overwrite) -> Result<(), ImageError> {
         if self.rows != u64::from(self.height) {
             return Err(self.wrong_count(self.rows));
         }
@@ -137,9 +137,19 @@ impl RowWriter {
             .finish()
             .map_err(|error| cannot(self.sink.cause(error)))?;
         self.sink.close().map_err(cannot)?;
-        let persisted = self.temporary.persist(&self.path);
+        let persisted = match overwrite {
+            Overwrite::Force => self.temporary.persist(&self.path),
+            Overwrite::Refuse => self.temporary.persist_noclobber(&self.path),
+        };
         drop(self.leftover);
-        persisted.map_err(|error| ImageError::write(&self.path, error.error))
+        persisted
+            .map(drop)
+            .map_err(|error| match error.error.kind() {
+                std::io::ErrorKind::AlreadyExists => ImageError::Exists {
+                    path: self.path.clone(),
+                },
+                _ => ImageError::write(&self.path, error.error),
+            })
     }
 
     fn wrong_count(&self, found: u64) -> ImageError {
@@ -152,14 +162,14 @@ impl RowWriter {
 }
 
 impl Rgb {
-    /// Writes the image to a PNG or TIFF file; see [`RowWriter`].
+    /// Writes the image to a PNG or TIFF file, over one that is there; see [`RowWriter`].
     ///
     /// # Errors
     /// The same as a [`RowWriter`]'s.
     pub fn write(&self, path: &Path, metadata: &Metadata) -> Result<(), ImageError> {
         let mut writer = RowWriter::create(path, self.width(), self.height(), metadata)?;
         writer.write_rows(self.bytes())?;
-        writer.finish()
+        writer.finish(Overwrite::Force)
     }
 }
 

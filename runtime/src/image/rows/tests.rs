@@ -45,7 +45,7 @@ fn rows_that_come_in_parts_are_read_back() {
             writer.write_rows(&bytes).unwrap();
             part += 1;
         }
-        writer.finish().unwrap();
+        writer.finish(Overwrite::Force).unwrap();
         assert!(read(&path).unwrap() == image, "{name}");
     }
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 7);
@@ -131,7 +131,7 @@ fn more_or_fewer_rows_than_promised_are_errors_and_leave_nothing() {
             Err(ImageError::PartOfRow { row: 6, found: 5 })
         ));
         assert!(matches!(
-            writer.finish(),
+            writer.finish(Overwrite::Force),
             Err(ImageError::Rows {
                 expected: 3,
                 found: 2,
@@ -154,7 +154,7 @@ fn a_file_is_replaced_only_at_the_end() {
     let mut writer = RowWriter::create(&path, 3, 2, &Metadata::default()).unwrap();
     writer.write_rows(image.bytes()).unwrap();
     assert_eq!(fs::read(&path).unwrap(), b"old");
-    writer.finish().unwrap();
+    writer.finish(Overwrite::Force).unwrap();
     assert_eq!(read(&path).unwrap(), image);
 }
 
@@ -218,4 +218,23 @@ fn a_full_disk_is_an_error_even_at_the_last_byte() {
     drop(reader);
     let error = sink.cause(body.finish().unwrap_err());
     assert_eq!(error.kind(), std::io::ErrorKind::BrokenPipe);
+}
+
+/// Of two that were begun under one name, one is written.
+#[test]
+fn what_came_meanwhile_is_not_replaced_unasked() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("x.png");
+    let begun = || {
+        let mut writer = RowWriter::create(&path, 1, 1, &Metadata::default()).unwrap();
+        writer.write_rows(&[1, 2, 3]).unwrap();
+        writer
+    };
+    let writers = [begun(), begun(), begun()];
+    let [first, second, third] = writers;
+    first.finish(Overwrite::Refuse).unwrap();
+    let error = second.finish(Overwrite::Refuse).unwrap_err();
+    assert!(matches!(error, ImageError::Exists { .. }), "{error}");
+    third.finish(Overwrite::Force).unwrap();
+    assert_eq!(folder.path().read_dir().unwrap().count(), 1);
 }
