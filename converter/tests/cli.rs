@@ -672,6 +672,8 @@ fn weights_are_learned_and_used_in_one_go() {
     refused(&["unet.onnx", "--weights", "distill"], "--random");
     refused(&["distill", "unet.onnx", "-o", "linfusion"], "--random");
     refused(&["inspect", "unet.onnx", "--attention", "auto"], "distill");
+    let rate = ["distill", "unet.onnx", "-o", "w", "--end-to-end-lr", "1"];
+    refused(&rate, "--end-to-end");
     let idle = ["unet.onnx", "--weights", "none", "--samples", "3"];
     refused(&idle, "--samples says how weights are learned");
     refused(

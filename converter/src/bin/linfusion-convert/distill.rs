@@ -55,7 +55,7 @@ pub struct HowArgs {
     #[arg(long, value_name = "FOLDER")]
     pub pipeline: Option<PathBuf>,
     /// Prompts for the pipeline, one a line [default: a list that is built in].
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["inputs", "random"])]
     pub prompts: Option<PathBuf>,
     /// Steps of the pipeline's sampler.
     #[arg(long, value_name = "N", default_value_t = 20)]
@@ -90,7 +90,7 @@ pub struct HowArgs {
     #[arg(long, value_name = "STEPS", num_args = 0..=1, default_missing_value = "200", require_equals = true)]
     pub end_to_end: Option<usize>,
     /// Learning rate of that.
-    #[arg(long, value_name = "RATE", default_value_t = Together::default().learning_rate)]
+    #[arg(long, value_name = "RATE", default_value_t = Together::default().learning_rate, requires = "end_to_end")]
     pub end_to_end_lr: f64,
     /// Leave softmax at the sites that serve the output worst until its PSNR is so high.
     #[arg(long, value_name = "DB")]

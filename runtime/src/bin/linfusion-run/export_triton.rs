@@ -99,10 +99,13 @@ pub fn run(args: &ExportTritonArgs) -> miette::Result<ExitCode> {
                     "note: no model has LinFusion operators, and the library was not copied; was the pipeline converted?",
                 );
             }
-            crate::print(&match args.report {
-                Report::Json => crate::output::json(&exported)?,
-                Report::Table => table(&exported),
-            })?;
+            crate::print_beside(
+                "the repository is",
+                &match args.report {
+                    Report::Json => crate::output::json(&exported)?,
+                    Report::Table => table(&exported),
+                },
+            )?;
             Ok(ExitCode::SUCCESS)
         }
         Err(stopped @ TritonError::Stopped) => {

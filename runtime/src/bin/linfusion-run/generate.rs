@@ -250,13 +250,16 @@ pub fn run(args: &GenerateArgs) -> miette::Result<ExitCode> {
             Err(error) => return Err(error).or_report(),
         }
     }
-    crate::print(&match args.place.report {
-        Report::Json => crate::output::json(&summaries)?,
-        Report::Table => {
-            let paths = summaries.iter().flat_map(|s| &s.generated.images);
-            paths.map(|p| format!("{}\n", p.display())).collect()
-        }
-    })?;
+    crate::print_beside(
+        "the images are",
+        &match args.place.report {
+            Report::Json => crate::output::json(&summaries)?,
+            Report::Table => {
+                let paths = summaries.iter().flat_map(|s| &s.generated.images);
+                paths.map(|p| format!("{}\n", p.display())).collect()
+            }
+        },
+    )?;
     Ok(ExitCode::SUCCESS)
 }
 

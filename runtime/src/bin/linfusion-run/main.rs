@@ -158,6 +158,14 @@ fn man() -> miette::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// The same of a report about what is there all the same.
+fn print_beside(written: &str, text: &str) -> miette::Result<()> {
+    let lost = |error: miette::Report| {
+        miette::miette!("{error}; {written} written, only the report is lost")
+    };
+    print(text).map_err(lost)
+}
+
 fn print(text: &str) -> miette::Result<()> {
     terminal::print(text).into_diagnostic()
 }
