@@ -713,7 +713,7 @@ fn weights_are_learned_and_used_in_one_go() {
     assert_eq!(again.status.code(), Some(0), "{}", text(&again.stderr));
     let said = text(&again.stdout);
     assert!(
-        said.contains("weights found: unet.linfusion-weights"),
+        said.contains("weights found: ") && said.contains("unet.linfusion-weights/"),
         "{said}"
     );
 }

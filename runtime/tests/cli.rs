@@ -601,6 +601,15 @@ fn doctor_tells_success_by_its_exit_code() {
         "/nowhere/libonnxruntime.so",
     ]));
     assert_eq!(text.matches("/nowhere/").count(), 1, "{text}");
+    // Called as other commands call it, too; and what it does not use is not accepted.
+    for (option, value, code) in [
+        ("--operator-library", "/nowhere/liblinfusion_ops.so", 4),
+        ("--operators", "/nowhere/liblinfusion_ops.so", 4),
+        ("--device", "cpu", 2),
+    ] {
+        let output = run(&["doctor", option, value]);
+        assert_eq!(output.status.code(), Some(code), "{option}");
+    }
     if std::env::var_os("ORT_DYLIB_PATH").is_some() {
         let output = run(&["doctor"]);
         assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));

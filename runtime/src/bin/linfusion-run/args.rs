@@ -58,10 +58,19 @@ pub enum Command {
 #[derive(Args)]
 pub struct DoctorArgs {
     /// Also look at this operator library
-    #[arg(long, value_name = "FILE", env = "LINFUSION_OPS_LIBRARY")]
+    #[arg(
+        long,
+        alias = "operators",
+        value_name = "FILE",
+        env = "LINFUSION_OPS_LIBRARY"
+    )]
     pub operator_library: Option<PathBuf>,
-    #[command(flatten)]
-    pub place: Where,
+    /// ONNX Runtime's library [default: ORT_DYLIB_PATH, else searched for]
+    #[arg(long, value_name = "FILE")]
+    pub ort_library: Option<PathBuf>,
+    /// Form of the report
+    #[arg(long, value_enum, default_value_t = Report::Table)]
+    pub report: Report,
 }
 
 /// What random inputs look like.

@@ -87,7 +87,7 @@ fn run(command: &Command) -> miette::Result<ExitCode> {
 
 fn run_doctor(args: &DoctorArgs) -> miette::Result<ExitCode> {
     let diagnosis = doctor::diagnose(
-        args.place.ort_library.as_deref(),
+        args.ort_library.as_deref(),
         args.operator_library.as_deref(),
     );
     let well = diagnosis.onnx_runtime.is_some()
@@ -95,7 +95,7 @@ fn run_doctor(args: &DoctorArgs) -> miette::Result<ExitCode> {
             .operator_library
             .as_ref()
             .is_none_or(|library| library.problem.is_none());
-    print(&match args.place.report {
+    print(&match args.report {
         args::Report::Json => output::json(&diagnosis)?,
         args::Report::Table => output::diagnosis(&diagnosis),
     })?;
