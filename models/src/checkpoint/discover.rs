@@ -194,7 +194,7 @@ mod tests {
         };
         let none = discover(&model, Some(Architecture::Sdxl), &places);
         assert_eq!(none.found, Vec::<PathBuf>::new());
-        assert_eq!(none.searched.len(), 3);
+        assert_eq!(none.searched.len(), 4);
 
         let entry = cache.join("models--Yuanshi--LinFusion-XL");
         make(&entry.join("snapshots/0123abcd/config.json"));
@@ -206,6 +206,9 @@ mod tests {
         make(&folder.path().join("unet.linfusion.safetensors"));
         make(&folder.path().join("linfusion/config.json"));
         make(&folder.path().join("linfusion/x.safetensors"));
+        let learned = folder.path().join("unet.linfusion-weights");
+        make(&learned.join("config.json"));
+        make(&learned.join("x.safetensors"));
 
         let found = discover(&model, Some(Architecture::Sdxl), &places).found;
         let expected = [
@@ -213,11 +216,28 @@ mod tests {
             folder.path().join("unet.linfusion.safetensors"),
             folder.path().join("aa.linfusion.safetensors"),
             folder.path().join("zz.linfusion.safetensors"),
+            learned,
             entry.join("snapshots/0123abcd"),
         ];
         assert_eq!(found, expected);
         let other = discover(&model, Some(Architecture::Sd15), &places).found;
-        assert_eq!(other.len(), 4);
+        assert_eq!(other.len(), 5);
+    }
+
+    #[test]
+    fn what_was_learned_for_a_pipeline_lies_beside_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path().canonicalize().unwrap();
+        for name in ["sd15/unet", "sd15.linfusion-weights"] {
+            std::fs::create_dir_all(root.join(name)).unwrap();
+        }
+        std::fs::write(root.join("sd15/model_index.json"), "{}").unwrap();
+        let learned = root.join("sd15.linfusion-weights");
+        std::fs::write(learned.join("config.json"), "{}").unwrap();
+        std::fs::write(learned.join("x.safetensors"), "").unwrap();
+        let model = root.join("sd15/unet/model.onnx");
+        let found = discover(&model, None, &SearchPlaces::default()).found;
+        assert_eq!(found, [learned]);
     }
 
     #[test]
