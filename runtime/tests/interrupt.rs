@@ -225,6 +225,12 @@ fn nohup_is_respected() {
             .arg(env!("CARGO_BIN_EXE_linfusion-run"))
             .arg(&model);
         let running = Running::new(&mut command);
+        // The shell that it was a moment ago has handlers of its own.
+        let program = std::fs::canonicalize(env!("CARGO_BIN_EXE_linfusion-run")).unwrap();
+        let runs = format!("/proc/{}/exe", running.child.id());
+        wait_until("the program", || {
+            std::fs::read_link(&runs).is_ok_and(|exe| exe == program)
+        });
         wait_until("a handler", || handles_interrupts(&running.child));
         assert_eq!(handles_hangups(&running.child), !ignored, "{before}");
         assert_eq!(ignores_hangups(&running.child), ignored, "{before}");
