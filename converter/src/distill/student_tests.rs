@@ -152,9 +152,9 @@ fn blocks_do_not_change_the_output() {
             .unwrap();
         let tail = &whole[whole.len() - alone.len()..];
         let largest = alone.iter().fold(0.0_f32, |m, v| m.max(v.abs()));
-        // Blocks add the tokens' terms in another order, which moves a sum by the root of their number times a
-        // rounding; 8 leaves room for the quotient of two.
-        let bound = 8.0 * (count as f32).sqrt() * f32::EPSILON * largest;
+        // A sample is cut alike in both; only products of other numbers of rows may take kernels that add their six terms
+        // in another order, a rounding a term.
+        let bound = 6.0 * f32::EPSILON * largest;
         for (a, b) in tail.iter().zip(&alone) {
             assert!((a - b).abs() <= bound, "{a} {b}");
         }

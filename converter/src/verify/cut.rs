@@ -129,8 +129,7 @@ pub(super) fn cut(file: &OnnxFile, site: &Converted) -> Result<ModelProto, Strin
         }
         if let Some(&i) = producers.get(value) {
             if nodes.insert(i) {
-                queue.extend(graph.node[i].input.iter().map(String::as_str));
-                // What the body of a loop or branch reads from around it.
+                // What the body of a loop or branch makes itself is none of the graph's.
                 queue.extend(reads(&graph.node[i]).filter(|name| {
                     producers.contains_key(name)
                         || stored.contains_key(name)

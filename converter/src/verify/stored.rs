@@ -128,11 +128,12 @@ fn converted_modules(file: &OnnxFile) -> Vec<String> {
     if let Some(list) = recorded.and_then(|p| p.value.as_deref()) {
         return list.split_whitespace().map(str::to_owned).collect();
     }
-    let (sites, _) = converted_sites(file);
+    let (sites, unread) = converted_sites(file);
     let mut seen = HashSet::new();
     sites
         .into_iter()
         .map(|site| site.module)
+        .chain(unread.into_iter().map(|site| site.module))
         .filter(|module| seen.insert(module.clone()))
         .collect()
 }

@@ -26,7 +26,7 @@ pub struct Speedup {
 /// [`Verdict::Unclear`] is said in at most 1 % of such comparisons, whatever the distribution of times.
 ///
 /// What a process brings along for all its runs, as where its memory lies, is not chance among them: each model is measured in one
-/// process, and differences of a percent or so may be that process's.
+/// process, and a small difference may be that process's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Verdict {

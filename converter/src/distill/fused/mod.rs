@@ -280,19 +280,22 @@ mod tests {
     }
 
     #[test]
-    fn products_are_the_librarys() {
+    fn products_are_those_of_their_numbers() {
         let mut random = SplitMix64::new(6);
         let (a, b) = (var(&mut random, &[4, 6]), var(&mut random, &[3, 6]));
         let found = product(&a, &b.t().unwrap().contiguous().unwrap().t().unwrap()).unwrap();
-        let expected = a.matmul(&b.t().unwrap()).unwrap();
-        let (found, expected) = (
-            found.to_vec2::<f32>().unwrap(),
-            expected.to_vec2::<f32>().unwrap(),
-        );
-        for (a, b) in found.concat().iter().zip(expected.concat()) {
-            // Six products of up to four, added in some order, each rounded by half an epsilon: 6 x 4 and 8 + 12 + 16 + 20 +
-            // 24 of them, on either side.
-            assert!((a - b).abs() <= 104.0 * f32::EPSILON, "{a} {b}");
+        let rows = |t: &Tensor| t.to_vec2::<f32>().unwrap();
+        let (found, a, b) = (rows(&found), rows(&a), rows(&b));
+        for (row, found) in a.iter().zip(&found) {
+            for (column, found) in b.iter().zip(found) {
+                let products = row.iter().zip(column);
+                let expected: f64 = products.map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+                // Six products of up to four, added in some order, each rounded by half an epsilon: of 6 x 4, and of 8 + 12 +
+                // 16 + 20 + 24.
+                let bound = 52.0 * f64::from(f32::EPSILON);
+                let found = f64::from(*found);
+                assert!((found - expected).abs() <= bound, "{found} {expected}");
+            }
         }
     }
 
