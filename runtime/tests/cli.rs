@@ -60,6 +60,14 @@ fn compare_finds_a_model_equal_to_itself_on_given_inputs() {
     assert!(report["outputs"][0]["reference_std"].as_f64().unwrap() > 0.1);
 }
 
+/// The model of a fixture that is compressed.
+fn unpacked(name: &str, folder: &Path) -> String {
+    let path = folder.join(format!("{name}.onnx"));
+    let bytes = linfusion_models::fixtures::bytes(&format!("{name}/model.onnx.gz")).unwrap();
+    std::fs::write(&path, bytes).unwrap();
+    path.to_str().unwrap().to_owned()
+}
+
 #[test]
 fn compare_says_which_input_is_missing() {
     let (sd15, sdxl) = (
@@ -126,14 +134,51 @@ fn bench_measures_each_model_in_its_own_process() {
     assert!(std::fs::read_to_string(plot).unwrap().contains("copy.onnx"));
 }
 
+/// What is said of two models is what their runs allow.
+#[test]
+fn bench_judges_by_the_range_of_the_ratios() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = fixture("sd15-tiny/unet.onnx");
+    let copy = copy_of(&model, folder.path());
+    let usual = [
+        "--sizes",
+        "64",
+        "--batch",
+        "1",
+        "--sequence",
+        "7",
+        "--report",
+        "json",
+    ];
+    for repeats in ["5", "9"] {
+        let models = [
+            "bench",
+            &model,
+            copy.to_str().unwrap(),
+            "--repeats",
+            repeats,
+        ];
+        let output = run(&[&models[..], &usual].concat());
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        let speedup = json(&output)["sizes"][0]["results"][1]["speedup"].clone();
+        let [low, high] = [0, 1].map(|i| speedup["range"][i].as_f64().unwrap());
+        let expected = if low > 1.0 {
+            "faster"
+        } else if high < 1.0 {
+            "slower"
+        } else {
+            "unclear"
+        };
+        assert_eq!(speedup["verdict"], expected, "{low} {high}");
+    }
+}
+
 /// A model that does not get through the smallest size does not keep the others from it.
 #[test]
 fn bench_goes_on_without_what_does_not_get_through() {
     let folder = tempfile::tempdir().unwrap();
-    let pixart = folder.path().join("pixart.onnx");
-    let bytes = linfusion_models::fixtures::bytes("hybrid-pixart/model.onnx.gz").unwrap();
-    std::fs::write(&pixart, bytes).unwrap();
-    let (unet, pixart) = (fixture("sd15-tiny/unet.onnx"), pixart.to_str().unwrap());
+    let pixart = unpacked("hybrid-pixart", folder.path());
+    let (unet, pixart) = (fixture("sd15-tiny/unet.onnx"), pixart.as_str());
     // Nine latents, which the UNet cannot halve.
     let usual = ["--sizes", "72", "--repeats", "1", "--report", "json"];
     let output = run(&[&["bench", &unet, pixart], &usual[..]].concat());
@@ -243,10 +288,8 @@ fn bench_tells_pixels_from_latents() {
 #[test]
 fn bench_is_not_given_two_sizes() {
     let folder = tempfile::tempdir().unwrap();
-    let flux = folder.path().join("flux.onnx");
-    let bytes = linfusion_models::fixtures::bytes("hybrid-flux/model.onnx.gz").unwrap();
-    std::fs::write(&flux, bytes).unwrap();
-    let flux = flux.to_str().unwrap();
+    let flux = unpacked("hybrid-flux", folder.path());
+    let flux = flux.as_str();
     let shape = ["--set", "hidden_states=1,16,8"];
     let both = run(&[&["bench", flux, "--sizes", "32"][..], &shape].concat());
     assert_eq!(both.status.code(), Some(2), "{}", stderr(&both));
@@ -283,10 +326,8 @@ fn bench_does_not_run_beside_what_does_not_load() {
 #[test]
 fn given_shapes_are_checked_before_an_engine_sees_them() {
     let folder = tempfile::tempdir().unwrap();
-    let flux = folder.path().join("flux.onnx");
-    let bytes = linfusion_models::fixtures::bytes("hybrid-flux/model.onnx.gz").unwrap();
-    std::fs::write(&flux, bytes).unwrap();
-    let (flux, unet) = (flux.to_str().unwrap(), fixture("sd15-tiny/unet.onnx"));
+    let flux = unpacked("hybrid-flux", folder.path());
+    let (flux, unet) = (flux.as_str(), fixture("sd15-tiny/unet.onnx"));
     let tokens = ["hidden_states=1,8,8", "img_ids=9,3"];
     let ids =
         "`img_ids` [9, 3] has the position ids of 9 tokens, but `hidden_states` [1, 8, 8] has 8";

@@ -8,6 +8,7 @@ use linfusion_models::checkpoint::CheckpointError;
 use linfusion_models::checkpoint::write::{NewModule, write_folder};
 use linfusion_models::onnx::write::Overwrite;
 use linfusion_models::staged::{StagedFolder, parent_folder};
+use linfusion_runtime::whole::check_place;
 
 use super::error::DistillError;
 
@@ -30,12 +31,12 @@ pub(super) fn check(place: &Path, overwrite: Overwrite) -> Result<(), DistillErr
 /// # Errors
 /// Something is in its place, or its folder takes none.
 pub(super) fn check_file(place: &Path, overwrite: Overwrite) -> Result<(), DistillError> {
-    if place.is_dir() {
-        return Err(failed(place)(io::ErrorKind::IsADirectory.into()));
-    }
-    admit(place, overwrite)?;
-    let file = tempfile::tempfile_in(parent_folder(place));
-    file.map(drop).map_err(failed(place))
+    check_place(place, overwrite).map_err(|error| match error.kind() {
+        io::ErrorKind::AlreadyExists => DistillError::Exists {
+            path: place.to_owned(),
+        },
+        _ => failed(place)(error),
+    })
 }
 
 /// Writes `modules` beside `place`.

@@ -198,13 +198,19 @@ fn an_interrupted_run_goes_on_to_the_same_weights() {
     assert_ne!(weights(&request.out), whole);
 }
 
-#[test]
-fn refined_sites_are_not_refined_again_after_an_interruption() {
-    let folder = tempfile::tempdir().unwrap();
-    let mut request = request(folder.path(), Looks::Anywhere);
+/// A request whose refinement is worth keeping.
+fn refining(folder: &Path) -> Request {
+    let mut request = request(folder, Looks::Anywhere);
     request.refinement = Refinement::IfBetter;
     request.samples = 32;
     request.schedule.steps = 100;
+    request
+}
+
+#[test]
+fn refined_sites_are_not_refined_again_after_an_interruption() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut request = refining(folder.path());
     let scratch = folder.path().join("scratch");
     request.scratch = Some(scratch.clone());
     std::fs::create_dir(&scratch).unwrap();
@@ -291,10 +297,7 @@ fn what_was_learned_for_another_attention_does_not_count() {
 #[test]
 fn refined_sites_of_another_selection_are_learned_anew() {
     let folder = tempfile::tempdir().unwrap();
-    let mut request = request(folder.path(), Looks::Anywhere);
-    request.refinement = Refinement::IfBetter;
-    request.samples = 32;
-    request.schedule.steps = 100;
+    let mut request = refining(folder.path());
     request.selection.only = Some(Patterns::new("--only", &["blocks.1.*".to_owned()]).unwrap());
     quietly(&request).unwrap();
     let expected = weights(&request.out);

@@ -5,11 +5,12 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Args;
+use linfusion_models::onnx::write::Overwrite;
 use linfusion_models::terminal::say;
 use linfusion_runtime::bench::{
     self, BenchReport, Images, Job, Observer, Plan, Profiling, Sizes, WorkerCommand,
 };
-use linfusion_runtime::whole::write_whole;
+use linfusion_runtime::whole::{check_place, write_whole};
 use miette::{IntoDiagnostic, WrapErr, miette};
 
 use crate::args::{Report, Shape, Where};
@@ -88,20 +89,18 @@ pub fn run(args: &BenchArgs) -> miette::Result<ExitCode> {
         return Err(usage("--json and --plot name one file"));
     }
     for path in args.plot.iter().chain(&args.json) {
-        let folder = path.parent().filter(|f| !f.as_os_str().is_empty());
-        if let Some(folder) = folder.filter(|f| !f.is_dir()) {
-            return Err(miette!("{} is no folder to write to", folder.display()));
-        }
-        if path.metadata().is_ok_and(|m| !m.is_file()) {
-            return Err(miette!("{} is no regular file", path.display()));
-        }
-        if !args.overwrite && path.symlink_metadata().is_ok() {
-            return Err(miette!(
+        let overwrite = match args.overwrite {
+            true => Overwrite::Force,
+            false => Overwrite::Refuse,
+        };
+        check_place(path, overwrite).map_err(|error| match error.kind() {
+            std::io::ErrorKind::AlreadyExists => miette!(
                 help = "give another name, or --overwrite",
                 "{} exists already",
                 path.display()
-            ));
-        }
+            ),
+            _ => miette!("{} cannot be written: {error}", path.display()),
+        })?;
     }
     let options = session_options(&args.place)?;
     let plan = Plan {

@@ -17,6 +17,7 @@ use self::png::PngRows;
 use self::sink::Sink;
 use self::tiff::TiffRows;
 use super::{ImageError, Metadata, Rgb};
+use crate::whole::check_place;
 
 /// Writes an image row by row. The file appears under its name, whole, with [`RowWriter::finish`]; a writer that is
 /// dropped before leaves nothing.
@@ -50,25 +51,12 @@ impl std::fmt::Debug for RowWriter {
 /// As [`RowWriter::create`]; or there is such a file.
 pub fn check_output(path: &Path, overwrite: Overwrite) -> Result<(), ImageError> {
     Format::of(path)?;
-    if path.is_dir() {
-        return Err(ImageError::write(
-            path,
-            std::io::ErrorKind::IsADirectory.into(),
-        ));
-    }
-    // Renaming would replace a device or a pipe by a file.
-    if path.metadata().is_ok_and(|m| !m.is_file()) {
-        return Err(ImageError::write(
-            path,
-            std::io::Error::other("it is no regular file"),
-        ));
-    }
-    if overwrite == Overwrite::Refuse && path.symlink_metadata().is_ok() {
-        return Err(ImageError::Exists {
+    check_place(path, overwrite).map_err(|error| match error.kind() {
+        std::io::ErrorKind::AlreadyExists => ImageError::Exists {
             path: path.to_owned(),
-        });
-    }
-    temporary_file(path).map(drop)
+        },
+        _ => ImageError::write(path, error),
+    })
 }
 
 impl RowWriter {
