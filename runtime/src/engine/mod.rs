@@ -2,6 +2,7 @@
 
 mod cuda;
 mod device;
+mod environment;
 mod error;
 pub mod library;
 mod ort;
@@ -19,8 +20,8 @@ use std::path::{Path, PathBuf};
 use linfusion_models::shapes::Halves;
 
 pub use self::device::{Chosen, Device, DeviceChoice};
+pub use self::environment::{execution_providers, load_library};
 pub use self::error::EngineError;
-pub use self::ort::{execution_providers, load_library};
 pub use self::value::{Location, Value};
 
 use crate::tensor::{DType, Tensor};
