@@ -6,21 +6,26 @@
 //! ([`super::inputs::TRUTH`]). Source: Liu, Yu, Wang: "LinFusion: 1 GPU, 1 Minute, 16K Image", 2024, section 3.3.
 
 use std::f64::consts::PI;
+use std::path::Path;
 
 use candle_core::{Device, Tensor, Var};
-use candle_nn::{AdamW, Optimizer, ParamsAdamW};
+use linfusion_models::checkpoint::Part;
 use linfusion_runtime::tensor::{DType, Tensor as Fed};
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
+use super::Progress;
+use super::adam::AdamW;
 use super::capture::Teacher;
+use super::device::device;
 use super::error::{DistillError, learning};
-use super::graph::{Program, Replaced};
 use super::inputs::{Sample, TRUTH};
 use super::learn::{Learned, Work};
-use super::student::{Beginning, Student};
+use super::state::State;
+use super::student::{Student, Weights};
+use super::student_graph::{StudentGraph, Students, outputs, student};
 use super::target::Target;
-use crate::attention::plain::Layout;
-use crate::plan::Method;
+use crate::plan::Selection;
 
 /// How all sites learn together.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -49,209 +54,157 @@ const LOOKS: usize = 8;
 const PATIENCE: usize = 3;
 const NAME: &str = "end to end";
 
-/// The original as a function that can be differentiated, with and without its attentions.
+/// Learning end to end, before its students are known.
 pub(super) struct Whole {
     together: Together,
-    original: Program,
-    student: Program,
-    /// Of the wanted values those that are the model's outputs; the others are the attentions'.
-    outputs: usize,
-    /// Where the students' tokens are, and their outputs' shapes.
-    places: Vec<Place>,
+    graph: StudentGraph,
+    device: Device,
 }
 
-struct Place {
-    target: Target,
-    shape: Vec<usize>,
+/// What is learned from, and what is told on the way.
+struct Course<'a> {
+    learned: &'a [Sample],
+    held_out: &'a [Sample],
+    /// Takes what is learned at each look.
+    state: &'a State,
+    progress: &'a (dyn Fn(Progress) + Sync),
+}
+
+/// Where learning is after a look.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+struct Standing {
+    step: usize,
+    /// Looks in a row without improvement.
+    idle: usize,
+    /// Bits of the least error so far: text could round it.
+    least: u64,
 }
 
 impl Whole {
-    /// Reads the graph.
+    /// Reads the graph; a converted copy is made in `scratch` where it is needed.
     ///
     /// # Errors
-    /// An operator cannot be differentiated, a site becomes something else than linear, or a truth is no output.
+    /// An operator cannot be differentiated, a truth is no output, or there is no device.
     pub fn new(
         teacher: &Teacher<'_>,
         targets: &[Target],
         samples: &[Sample],
+        selection: &Selection,
+        scratch: &Path,
         together: Together,
     ) -> Result<Self, DistillError> {
-        let fault = |problem: String| DistillError::Setting {
-            option: "--end-to-end",
-            problem,
-        };
         if !(together.learning_rate.is_finite() && together.learning_rate > 0.0) {
-            return Err(fault(
-                "has a learning rate that is no positive number".to_owned(),
-            ));
+            return Err(DistillError::Setting {
+                option: "--end-to-end",
+                problem: "has a learning rate that is no positive number".to_owned(),
+            });
         }
-        if let Some(other) = targets.iter().find(|t| t.methods != [Method::Linear]) {
-            return Err(fault(format!(
-                "is for linear attention alone so far, and {} may become something else (hint: --attention linear)",
-                other.module
-            )));
-        }
-        let whole = Self::of(teacher, targets, together)?;
-        let found: Option<Vec<i64>> = whole.shape_of_output(teacher).map(<[i64]>::to_vec);
-        for sample in samples {
-            let Some(truth) = &sample.truth else { continue };
-            let dims: Vec<i64> = truth.shape().iter().map(|d| *d as i64).collect();
-            if Some(&dims) != found.as_ref() {
-                return Err(DistillError::Inputs {
-                    place: sample.origin.clone(),
-                    problem: format!(
-                        "'{TRUTH}' has shape {dims:?}, and the first output has {found:?}"
-                    ),
-                });
-            }
-        }
-        Ok(whole)
-    }
-
-    fn of(
-        teacher: &Teacher<'_>,
-        targets: &[Target],
-        together: Together,
-    ) -> Result<Self, DistillError> {
-        let outputs = outputs(teacher);
-        let attentions = targets.iter().map(|t| t.merged.name.as_str());
-        let wanted: Vec<&str> = outputs.iter().copied().chain(attentions).collect();
-        let replaced: Vec<Replaced<'_>> = targets
-            .iter()
-            .map(|t| Replaced {
-                input: &t.x.name,
-                output: &t.merged.name,
-            })
-            .collect();
-        let program = |replaced: &[Replaced<'_>]| {
-            Program::new(
-                teacher.file,
-                teacher.shapes,
-                replaced,
-                &wanted,
-                &Device::Cpu,
-            )
-        };
-        let place = |target: &Target| {
-            let dims = teacher.shapes.shape(&target.merged.name);
-            let dims =
-                dims.and_then(|dims| dims.iter().map(|d| usize::try_from(*d).ok()).collect());
-            Ok(Place {
-                target: target.clone(),
-                shape: dims
-                    .ok_or_else(|| target.fault(&target.merged.name, "has no known shape"))?,
-            })
-        };
+        check_truths(teacher, samples)?;
+        let device = device()?;
+        let inputs = samples.first().map_or(&[][..], |s| &s.inputs);
+        let graph = StudentGraph::new(teacher, targets, selection, scratch, inputs, &device)?;
         Ok(Self {
             together,
-            original: program(&[])?,
-            student: program(&replaced)?,
-            outputs: outputs.len(),
-            places: targets
-                .iter()
-                .map(place)
-                .collect::<Result<_, DistillError>>()?,
+            graph,
+            device,
         })
     }
 
-    fn shape_of_output<'t>(&self, teacher: &'t Teacher<'_>) -> Option<&'t [i64]> {
-        outputs(teacher)
-            .first()
-            .and_then(|name| teacher.shapes.shape(name))
-    }
-
-    /// Learns all `sites` together; gives back those that served the samples held out best, which may be the same.
+    /// Learns all `sites` together; gives back those that served the samples held out best, which may be the same. `None`:
+    /// none of them has anything to learn.
     ///
     /// # Errors
-    /// An operation or its gradient fails.
-    pub fn refine(&self, work: &Work<'_>, sites: &[Learned]) -> Result<Vec<Learned>, DistillError> {
+    /// An operation or its gradient fails, or what is learned cannot be kept.
+    pub fn refine(
+        &self,
+        work: &Work<'_>,
+        sites: &[Learned],
+    ) -> Result<Option<Vec<Learned>>, DistillError> {
         let failed = learning(NAME);
-        let students = sites
-            .iter()
-            .map(student)
-            .collect::<candle_core::Result<Vec<_>>>();
+        let students = sites.iter().map(|site| student(site, &self.device));
+        let students = students.collect::<candle_core::Result<Vec<_>>>();
         let students = students.map_err(&failed)?;
-        let (learned, held_out) = (work.learned(), work.held_out());
+        if students.iter().all(Option::is_none) {
+            return Ok(None);
+        }
         work.begin("learning end to end", self.together.steps);
-        self.learn(&students, learned, held_out, &|steps| work.advance(steps))?;
+        let course = Course {
+            learned: work.learned(),
+            held_out: work.held_out(),
+            state: &work
+                .state
+                .with(&format!("{NAME} {:?} {}", self.together, digest(sites))),
+            progress: work.progress,
+        };
+        self.learn(&students, &course)?;
         let mut sites = sites.to_vec();
         for (site, student) in sites.iter_mut().zip(&students) {
-            site.done.weights = student.weights().map_err(&failed)?;
+            if let Some(student) = student {
+                site.done.weights = student.weights().map_err(&failed)?;
+            }
         }
-        Ok(sites)
+        Ok(Some(sites))
     }
 
-    /// Leaves the students with the weights that served `held_out` best; gives the error on them before and after:
+    /// Leaves the students with the weights that served the samples held out best; gives the error on them before and after:
     /// ‖student − original‖² / ‖original‖² of the model's outputs.
-    fn learn(
-        &self,
-        students: &[Student],
-        samples: &[Sample],
-        held_out: &[Sample],
-        tick: &dyn Fn(usize),
-    ) -> Result<[f64; 2], DistillError> {
+    fn learn(&self, students: &Students, course: &Course<'_>) -> Result<[f64; 2], DistillError> {
         let failed = learning(NAME);
-        let weights: Vec<Var> = students.iter().flat_map(Student::vars).collect();
-        let all = || {
-            students
-                .iter()
-                .map(Student::weights)
-                .collect::<candle_core::Result<Vec<_>>>()
-        };
-        let expected = held_out
+        let tick = |steps: usize| (course.progress)(Progress::Advance(steps as u64));
+        let weights: Vec<Var> = students.iter().flatten().flat_map(Student::vars).collect();
+        let expected = course
+            .held_out
             .iter()
-            .map(|sample| Ok(self.original.run(&sample.inputs, &|_, x| Ok(x.clone()))?))
+            .map(|sample| self.graph.original(sample))
             .collect::<Result<Vec<_>, DistillError>>()?;
-        let before = self.error(students, held_out, &expected)?;
-        let (mut least, mut best, mut idle) = (before, all().map_err(&failed)?, 0);
-        let mut optimizer = AdamW::new(weights.clone(), ParamsAdamW::default()).map_err(&failed)?;
-        let steps = self.together.steps;
-        let every = steps.div_ceil(LOOKS).max(1);
-        for step in 0..steps {
-            let at = step % samples.len().max(1);
-            let Some(sample) = samples.get(at) else { break };
-            let cosine = 0.5 * (1.0 + (PI * step as f64 / steps as f64).cos());
-            optimizer.set_learning_rate(self.together.learning_rate * cosine);
-            let original = self.original.run(&sample.inputs, &|_, x| Ok(x.clone()))?;
-            let truth = truth(sample).map_err(&failed)?;
-            let sites = |i: usize, x: &Tensor| self.site(students, i, x);
+        let before = self.error(students, course.held_out, &expected)?;
+        let mut adam = AdamW::new(weights.clone()).map_err(&failed)?;
+        let mut best = now(students).map_err(&failed)?;
+        let mut at = Standing {
+            step: 0,
+            idle: 0,
+            least: before.to_bits(),
+        };
+        let (steps, every) = (self.together.steps, self.together.steps.div_ceil(LOOKS));
+        if let Some((then, found)) = load(course.state, students, &mut adam).map_err(&failed)? {
+            (at, best) = (then, found);
+            (course.progress)(Progress::Note(format!(
+                "{NAME}: {} of {steps} steps are taken over from an interrupted run",
+                at.step
+            )));
+            tick(at.step);
+        }
+        while at.step < steps && at.idle < PATIENCE {
+            let Some(sample) = course.learned.get(at.step % course.learned.len().max(1)) else {
+                break;
+            };
+            let cosine = 0.5 * (1.0 + (PI * at.step as f64 / steps as f64).cos());
+            let original = self.graph.original(sample)?;
+            let truth = self.truth(sample).map_err(&failed)?;
             let loss = |results: &[Tensor]| self.loss(results, &original, truth.as_ref());
-            let gradient = self
-                .student
-                .gradient(&sample.inputs, &sites, &weights, &loss)?;
-            optimizer.step(&gradient.by).map_err(&failed)?;
+            let gradient = self.graph.gradient(students, sample, &weights, &loss)?;
+            let rate = self.together.learning_rate * cosine;
+            adam.step(&gradient.by, rate).map_err(&failed)?;
+            at.step += 1;
             tick(1);
-            if (step + 1) % every != 0 && step + 1 != steps {
+            if at.step % every != 0 && at.step != steps {
                 continue;
             }
-            let now = self.error(students, held_out, &expected)?;
-            idle += 1;
+            let error = self.error(students, course.held_out, &expected)?;
+            at.idle += 1;
             // NaN is no improvement.
-            if now < least {
-                (least, best, idle) = (now, all().map_err(&failed)?, 0);
+            if error < f64::from_bits(at.least) {
+                (at.least, at.idle) = (error.to_bits(), 0);
+                best = now(students).map_err(&failed)?;
             }
-            if idle >= PATIENCE {
-                tick(steps - step - 1);
-                break;
-            }
+            save(course.state, at, students, &best, &adam)?;
+            (course.progress)(Progress::Kept);
         }
-        for (student, weights) in students.iter().zip(&best) {
+        tick(steps - at.step.min(steps));
+        for (student, weights) in students.iter().flatten().zip(&best) {
             student.set(weights).map_err(&failed)?;
         }
-        Ok([before, least])
-    }
-
-    /// A student in the place of its attention: tensors as the graph has them.
-    fn site(&self, students: &[Student], index: usize, x: &Tensor) -> candle_core::Result<Tensor> {
-        let (Some(place), Some(student)) = (self.places.get(index), students.get(index)) else {
-            candle_core::bail!("there is no attention {index}");
-        };
-        let tokens = matrix(x, &place.target)?;
-        let out = student.forward(&tokens, None)?;
-        match place.target.merged.layout {
-            Layout::ChannelsFirst => out.transpose(1, 2)?.reshape(place.shape.as_slice()),
-            _ => out.reshape(place.shape.as_slice()),
-        }
+        Ok([before, f64::from_bits(at.least)])
     }
 
     fn loss(
@@ -261,8 +214,8 @@ impl Whole {
         truth: Option<&Tensor>,
     ) -> candle_core::Result<Tensor> {
         let mean = |pairs: &mut dyn Iterator<Item = (&Tensor, &Tensor)>| {
-            let (mut sum, mut count) =
-                (Tensor::zeros((), candle_core::DType::F32, &Device::Cpu)?, 0);
+            let mut sum = Tensor::zeros((), candle_core::DType::F32, &self.device)?;
+            let mut count = 0;
             for (found, wanted) in pairs {
                 sum = (sum + (found - wanted)?.sqr()?.mean_all()?)?;
                 count += 1;
@@ -270,7 +223,7 @@ impl Whole {
             sum / f64::from(count.max(1))
         };
         let mut pairs = results.iter().zip(original);
-        let kd = mean(&mut pairs.by_ref().take(self.outputs))?;
+        let kd = mean(&mut pairs.by_ref().take(self.graph.outputs))?;
         let features = mean(&mut pairs)?;
         let loss = ((kd * KD)? + (features * FEATURES)?)?;
         match (truth, results.first()) {
@@ -281,7 +234,7 @@ impl Whole {
 
     fn error(
         &self,
-        students: &[Student],
+        students: &Students,
         samples: &[Sample],
         expected: &[Vec<Tensor>],
     ) -> Result<f64, DistillError> {
@@ -289,10 +242,8 @@ impl Whole {
         let energy = |t: &Tensor| t.sqr()?.sum_all()?.to_scalar::<f32>().map(f64::from);
         let (mut error, mut squares) = (0.0, 0.0);
         for (sample, expected) in samples.iter().zip(expected) {
-            let found = self
-                .student
-                .run(&sample.inputs, &|i, x| self.site(students, i, x))?;
-            for (found, expected) in found.iter().zip(expected).take(self.outputs) {
+            let found = self.graph.run(students, sample)?;
+            for (found, expected) in found.iter().zip(expected).take(self.graph.outputs) {
                 error += (found - expected)
                     .and_then(|d| energy(&d))
                     .map_err(&failed)?;
@@ -301,47 +252,119 @@ impl Whole {
         }
         Ok(error / squares.max(f64::MIN_POSITIVE))
     }
-}
 
-fn truth(sample: &Sample) -> candle_core::Result<Option<Tensor>> {
-    match sample.truth.as_ref().map(|truth| truth.cast(DType::F32)) {
-        Some(Fed::F32(values)) => {
-            let dims = values.shape().to_vec();
-            let values: Vec<f32> = values.into_iter().collect();
-            Tensor::from_vec(values, dims, &Device::Cpu).map(Some)
+    fn truth(&self, sample: &Sample) -> candle_core::Result<Option<Tensor>> {
+        match sample.truth.as_ref().map(|truth| truth.cast(DType::F32)) {
+            Some(Fed::F32(values)) => {
+                let dims = values.shape().to_vec();
+                let values: Vec<f32> = values.into_iter().collect();
+                Tensor::from_vec(values, dims, &self.device).map(Some)
+            }
+            _ => Ok(None),
         }
-        _ => Ok(None),
     }
 }
 
-fn outputs<'t>(teacher: &'t Teacher<'_>) -> Vec<&'t str> {
-    let outputs = teacher.file.model.graph.output.iter();
-    outputs.filter_map(|o| o.name.as_deref()).collect()
+/// Truths have the shape of the first output.
+fn check_truths(teacher: &Teacher<'_>, samples: &[Sample]) -> Result<(), DistillError> {
+    let first = outputs(teacher).first().copied();
+    let found = first.and_then(|name| teacher.shapes.shape(name));
+    for sample in samples {
+        let Some(truth) = &sample.truth else { continue };
+        let dims: Vec<i64> = truth.shape().iter().map(|d| *d as i64).collect();
+        if Some(dims.as_slice()) != found {
+            return Err(DistillError::Inputs {
+                place: sample.origin.clone(),
+                problem: format!(
+                    "'{TRUTH}' has shape {dims:?}, and the first output has {found:?}"
+                ),
+            });
+        }
+    }
+    Ok(())
 }
 
-fn student(site: &Learned) -> candle_core::Result<Student> {
-    let beginning = Beginning {
-        projections: &site.layers.projections,
-        mid: site.done.report.mid,
-        mixed: false,
-        seed: 0,
+/// The weights of the students that have some.
+fn now(students: &Students) -> candle_core::Result<Vec<Weights>> {
+    students.iter().flatten().map(Student::weights).collect()
+}
+
+/// Of the weights that learning begins from.
+fn digest(sites: &[Learned]) -> String {
+    let mut digest = Sha256::new();
+    for site in sites {
+        digest.update(&site.target.module);
+        for (part, values) in &site.done.weights.0 {
+            digest.update(part.suffix());
+            for value in values {
+                digest.update(value.to_le_bytes());
+            }
+        }
+    }
+    format!("{:?}", digest.finalize())
+}
+
+const KEPT: &str = "end-to-end";
+const NOW: &str = "now";
+const BEST: &str = "best";
+const MOMENTS: [&str; 2] = ["mean", "square"];
+
+fn save(
+    state: &State,
+    at: Standing,
+    students: &Students,
+    best: &[Weights],
+    adam: &AdamW,
+) -> Result<(), DistillError> {
+    let now = now(students).map_err(learning(NAME))?;
+    let moments = adam.moments().map_err(learning(NAME))?;
+    let mut tensors: Vec<(String, &[f32])> = Vec::new();
+    for (which, all) in [(NOW, now.as_slice()), (BEST, best)] {
+        for (index, weights) in all.iter().enumerate() {
+            let parts = weights.0.iter();
+            tensors.extend(parts.map(|(part, values)| {
+                let name = format!("{which}.{index}.{}", part.suffix());
+                (name, values.as_slice())
+            }));
+        }
+    }
+    for (index, both) in moments.iter().enumerate() {
+        let both = MOMENTS.iter().zip(both);
+        tensors.extend(both.map(|(which, values)| (format!("{which}.{index}"), values.as_slice())));
+    }
+    state.save_tensors(KEPT, &at, tensors)
+}
+
+/// What an interrupted run of the same request left: the students and the optimizer go on from there.
+fn load(
+    state: &State,
+    students: &Students,
+    adam: &mut AdamW,
+) -> candle_core::Result<Option<(Standing, Vec<Weights>)>> {
+    let Some((at, mut tensors)) = state.load_tensors::<Standing>(KEPT) else {
+        return Ok(None);
     };
-    let student = Student::new(site.target.shape, &beginning, &Device::Cpu)?;
-    student.set(&site.done.weights)?;
-    Ok(student)
-}
-
-/// A site's tokens as `[B, N, C]`.
-fn matrix(x: &Tensor, target: &Target) -> candle_core::Result<Tensor> {
-    let (tokens, dim) = (target.tokens, target.shape.dim);
-    let images = x.elem_count() / (tokens * dim).max(1);
-    match target.x.layout {
-        Layout::ChannelsFirst => x
-            .reshape((images, dim, tokens))?
-            .transpose(1, 2)?
-            .contiguous(),
-        _ => x.reshape((images, tokens, dim)),
+    let mut weights = |which: &str, index: usize| {
+        let part = |part: &Part| {
+            let values = tensors.remove(&format!("{which}.{index}.{}", part.suffix()))?;
+            Some((*part, values))
+        };
+        Weights(Part::ALL.iter().filter_map(part).collect())
+    };
+    let mut best = Vec::new();
+    for (index, student) in students.iter().flatten().enumerate() {
+        student.set(&weights(NOW, index))?;
+        best.push(weights(BEST, index));
     }
+    let mut moments = Vec::new();
+    while let (Some(mean), Some(square)) = {
+        let mut moment = |which: &str| tensors.remove(&format!("{which}.{}", moments.len()));
+        (moment(MOMENTS[0]), moment(MOMENTS[1]))
+    } {
+        moments.push([mean, square]);
+    }
+    adam.resume(at.step, &moments)?;
+    Ok(Some((at, best)))
 }
 
 #[cfg(test)]

@@ -1,25 +1,56 @@
 //! The tiny UNet, with students in the place of its attentions.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use linfusion_models::fixtures;
 use linfusion_models::onnx::OnnxFile;
 use linfusion_models::random::SplitMix64;
 use linfusion_models::shapes::Shapes;
+use linfusion_ops::schema::{Border, Window, WindowSpec};
 use linfusion_runtime::engine::SessionOptions;
 use linfusion_runtime::npz;
+use rstest::rstest;
+use tempfile::TempDir;
 
 use super::*;
 use crate::analysis::Analysis;
 use crate::distill::probe::layers;
+use crate::distill::student::Beginning;
+use crate::plan::Method;
 use crate::verify::engine;
 
 struct Lesson {
     whole: Whole,
-    students: Vec<Student>,
+    students: Vec<Option<Student>>,
     samples: Vec<Sample>,
+    folder: TempDir,
 }
 
-/// The fixture's inputs, with other noise in each sample, and students as learning begins.
-fn lesson(together: Together) -> Lesson {
+impl Lesson {
+    /// Learning from two samples, as a run of a request of this name; gives the error before and after.
+    fn learn(&self, request: &str, progress: &(dyn Fn(Progress) + Sync)) -> [f64; 2] {
+        let (learned, held_out) = self.samples.split_at(2);
+        let course = Course {
+            learned,
+            held_out,
+            state: &State::of(&self.folder.path().join("weights"), request),
+            progress,
+        };
+        self.whole.learn(&self.students, &course).unwrap()
+    }
+
+    fn weights(&self) -> Vec<Weights> {
+        now(&self.students).unwrap()
+    }
+}
+
+const ONLY_LINEAR: &[Method] = &[Method::Linear];
+const OF_EACH_KIND: &[Method] = &[Method::Linear, Method::Hybrid, Method::Window];
+
+/// The fixture's inputs, with other noise in each sample, and students as learning begins, of `methods` in turn.
+fn lesson(together: Together, methods: &[Method]) -> Lesson {
     let file = OnnxFile::open(fixtures::path("sd15-tiny/unet.onnx")).unwrap();
     let given = npz::read(&fixtures::path("sd15-tiny/inputs.npz")).unwrap();
     let mut random = SplitMix64::new(21);
@@ -48,7 +79,7 @@ fn lesson(together: Together) -> Lesson {
     let targets: Vec<Target> = analysis
         .sites
         .iter()
-        .filter_map(|site| Target::new(&analysis, site, &shapes, &[Method::Linear]).ok())
+        .filter_map(|site| Target::new(&analysis, site, &shapes, methods).ok())
         .collect();
     assert_eq!(targets.len(), 16);
     let options = SessionOptions::default();
@@ -59,12 +90,15 @@ fn lesson(together: Together) -> Lesson {
         options: &options,
     };
     let mut random = SplitMix64::new(22);
-    let mut student = |target: &Target| {
+    let mut student = |(target, method): (&Target, &Method)| {
+        if *method == Method::Window {
+            return None;
+        }
         let layers = layers(&teacher, target, &samples[0].inputs).unwrap();
         let beginning = Beginning {
             projections: &layers.projections,
             mid: Some(8),
-            mixed: false,
+            mixed: *method == Method::Hybrid,
             seed: target.site as u64,
         };
         let student = Student::new(target.shape, &beginning, &Device::Cpu).unwrap();
@@ -75,35 +109,45 @@ fn lesson(together: Together) -> Lesson {
             let noise = noise.reshape(weight.shape()).unwrap();
             weight.set(&(weight.as_tensor() + noise).unwrap()).unwrap();
         }
-        student
+        Some(student)
     };
+    let selection = Selection {
+        window: Some(WindowSpec {
+            window: Window::Rect { rows: 3, cols: 5 },
+            border: Border::Clamp,
+        }),
+        ..Selection::default()
+    };
+    let folder = TempDir::new().unwrap();
+    let whole = Whole::new(
+        &teacher,
+        &targets,
+        &samples,
+        &selection,
+        folder.path(),
+        together,
+    );
+    let kinds = targets.iter().zip(methods.iter().cycle());
     Lesson {
-        whole: Whole::of(&teacher, &targets, together).unwrap(),
-        students: targets.iter().map(&mut student).collect(),
+        whole: whole.unwrap(),
+        students: kinds.map(&mut student).collect(),
         samples,
+        folder,
     }
 }
 
-#[test]
-fn the_gradient_by_segments_is_that_of_the_whole_graph() {
-    let Lesson {
-        whole,
-        students,
-        samples,
-    } = lesson(Together::default());
-    let sample = &samples[0];
-    let weights: Vec<Var> = students.iter().flat_map(Student::vars).collect();
-    let original = whole
-        .original
-        .run(&sample.inputs, &|_, x| Ok(x.clone()))
-        .unwrap();
-    let sites = |i: usize, x: &Tensor| whole.site(&students, i, x);
-    let loss = |results: &[Tensor]| whole.loss(results, &original, None);
-    let parts = whole
-        .student
-        .gradient(&sample.inputs, &sites, &weights, &loss)
-        .unwrap();
-    let results = whole.student.run(&sample.inputs, &sites).unwrap();
+#[rstest]
+fn the_gradient_by_segments_is_that_of_the_whole_graph(
+    #[values(ONLY_LINEAR, OF_EACH_KIND)] methods: &[Method],
+) {
+    let lesson = lesson(Together::default(), methods);
+    let (graph, students) = (&lesson.whole.graph, &lesson.students);
+    let sample = &lesson.samples[0];
+    let weights: Vec<Var> = students.iter().flatten().flat_map(Student::vars).collect();
+    let original = graph.original(sample).unwrap();
+    let loss = |results: &[Tensor]| lesson.whole.loss(results, &original, None);
+    let parts = graph.gradient(students, sample, &weights, &loss).unwrap();
+    let results = graph.run(students, sample).unwrap();
     let at_once = loss(&results).unwrap();
     let whole = at_once.backward().unwrap();
     let at_once = f64::from(at_once.to_scalar::<f32>().unwrap());
@@ -125,18 +169,68 @@ fn the_gradient_by_segments_is_that_of_the_whole_graph() {
     assert!(moved * 2 > weights.len(), "{moved} of {}", weights.len());
 }
 
-#[test]
-fn the_error_on_samples_held_out_falls() {
-    let Lesson {
-        whole,
-        students,
-        samples,
-    } = lesson(Together {
-        steps: 10,
-        learning_rate: 3e-3,
-    });
-    let [before, after] = whole
-        .learn(&students, &samples[..2], &samples[2..], &|_| {})
-        .unwrap();
+const QUICK: Together = Together {
+    steps: 10,
+    learning_rate: 3e-3,
+};
+
+#[rstest]
+fn the_error_on_samples_held_out_falls(#[values(ONLY_LINEAR, OF_EACH_KIND)] methods: &[Method]) {
+    let lesson = lesson(QUICK, methods);
+    let [before, after] = lesson.learn("request", &|_| {});
     assert!(after < 0.97 * before, "{before} {after}");
+}
+
+#[test]
+fn an_interrupted_run_goes_on_with_the_same_weights() {
+    // Slow, so that the last look is the best.
+    let slow = Together {
+        learning_rate: 5e-4,
+        ..QUICK
+    };
+    let whole = lesson(slow, OF_EACH_KIND);
+    let errors = whole.learn("request", &|_| {});
+    // Interrupted at the second look.
+    let parted = lesson(slow, OF_EACH_KIND);
+    let looks = AtomicUsize::new(0);
+    let interrupt = |event: Progress| {
+        if matches!(event, Progress::Kept) && looks.fetch_add(1, Ordering::Relaxed) == 1 {
+            panic!("interrupted");
+        }
+    };
+    let run = || parted.learn("request", &interrupt);
+    assert!(catch_unwind(AssertUnwindSafe(run)).is_err());
+    assert!(parted.weights() != whole.weights());
+    let again = Lesson {
+        folder: parted.folder,
+        ..lesson(slow, OF_EACH_KIND)
+    };
+    let taken = Mutex::new(Vec::new());
+    let told = |event: Progress| {
+        if let Progress::Note(note) = event {
+            taken.lock().unwrap().push(note);
+        }
+    };
+    let resumed = again.learn("request", &told);
+    let taken = taken.into_inner().unwrap();
+    assert!(
+        matches!(taken.as_slice(), [note] if note.contains("4 of 10 steps are taken over")),
+        "{taken:?}"
+    );
+    assert_eq!(resumed, errors);
+    assert!(again.weights() == whole.weights());
+    // What another request left is none of its own.
+    let other = lesson(slow, OF_EACH_KIND);
+    let other = Lesson {
+        folder: again.folder,
+        ..other
+    };
+    let begun = AtomicUsize::new(0);
+    let count = |event: Progress| {
+        if matches!(event, Progress::Note(_)) {
+            begun.fetch_add(1, Ordering::Relaxed);
+        }
+    };
+    other.learn("another request", &count);
+    assert_eq!(begun.into_inner(), 0);
 }

@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use candle_core::Device;
 use linfusion_models::checkpoint::write::NewModule;
 use linfusion_models::checkpoint::{CheckpointModule, MlpWidth, Part, SiteAttention};
 use linfusion_models::random::SplitMix64;
@@ -14,6 +13,7 @@ use rayon::prelude::*;
 
 use super::capture::{Teacher, capture, groups};
 use super::choose::cheapest;
+use super::device::device;
 use super::error::{DistillError, learning};
 use super::inputs::Sample;
 use super::measure::{self, Judged, Outputs};
@@ -320,7 +320,7 @@ impl Work<'_> {
     ) -> Result<Done, DistillError> {
         let started = Instant::now();
         let target = ready.target;
-        let device = device().map_err(learning(&target.module))?;
+        let device = device()?;
         let activations = Activations {
             module: &target.module,
             shape: target.shape,
@@ -439,11 +439,3 @@ impl Work<'_> {
 }
 
 const CHOSEN: &str = "chosen";
-
-/// Where sites are learned: on a GPU if this program was built for one and there is one.
-fn device() -> candle_core::Result<Device> {
-    match cfg!(feature = "distill-cuda") {
-        true => Device::cuda_if_available(0),
-        false => Ok(Device::Cpu),
-    }
-}

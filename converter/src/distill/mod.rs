@@ -6,8 +6,10 @@
 //! sites beside each other on the cores; the weights are written as a checkpoint (`output`) and judged in the converted
 //! model (`measure`). `docs/distill.md` says why each is done so.
 
+mod adam;
 mod capture;
 mod choose;
+mod device;
 mod end_to_end;
 mod error;
 mod fused;
@@ -27,6 +29,7 @@ mod run;
 mod state;
 mod store;
 mod student;
+mod student_graph;
 mod target;
 mod train;
 

@@ -1,6 +1,7 @@
 //! What window attention makes of the original's tokens: it has no weights to learn, so its output is computed once.
 
 use std::collections::HashMap;
+use std::path::Path;
 
 use linfusion_models::onnx::OnnxFile;
 use linfusion_ops::schema::WINDOW_ATTENTION;
@@ -11,7 +12,7 @@ use linfusion_runtime::tensor::Tensor;
 use super::capture::{Teacher, Whether, given};
 use super::error::DistillError;
 use super::learn::Work;
-use super::measure;
+use super::measure::{self, Scratch};
 use super::store::Store;
 use super::target::{Target, Value};
 use crate::attention::plain::Layout;
@@ -28,19 +29,9 @@ pub(super) fn capture(
     work: &Work<'_>,
     targets: &[Target],
 ) -> Result<Vec<Option<Store>>, DistillError> {
-    let selection = Selection {
-        attention: vec![MethodRule {
-            sites: None,
-            method: Some(Method::Window),
-        }],
-        ..work.request.selection.clone()
-    };
-    let scratch = measure::converted(
-        work.teacher.file.path(),
-        WeightsFrom::Untrained,
-        &selection,
-        &work.scratch,
-    )?;
+    let path = work.teacher.file.path();
+    let selection = &work.request.selection;
+    let scratch = converted(path, selection, Method::Window, &work.scratch)?;
     let windows = OnnxFile::open(scratch.path())?;
     let options = SessionOptions {
         operators: Operators::InProcess,
@@ -93,8 +84,38 @@ pub(super) fn capture(
     Ok(sites.into_iter().map(|s| s.map(|s| s.store)).collect())
 }
 
+/// The model at `path` with `method` at every site that can become it, and the graph's own weights; the others keep softmax.
+pub(super) fn converted(
+    path: &Path,
+    selection: &Selection,
+    method: Method,
+    scratch: &Path,
+) -> Result<Scratch, DistillError> {
+    let selection = Selection {
+        attention: vec![MethodRule {
+            sites: None,
+            method: Some(method),
+        }],
+        ..selection.clone()
+    };
+    measure::converted(path, WeightsFrom::Untrained, &selection, scratch)
+}
+
 /// What the window of a hybrid site gives in a converted model.
 pub(super) fn of_hybrid(converted: &Teacher<'_>, target: &Target) -> Result<Value, DistillError> {
+    window(converted, target)?.ok_or_else(|| {
+        target.fault(
+            &target.merged.name,
+            "has no window in the converted model, where the site is hybrid",
+        )
+    })
+}
+
+/// The same; `None` where the site has no window.
+pub(super) fn window(
+    converted: &Teacher<'_>,
+    target: &Target,
+) -> Result<Option<Value>, DistillError> {
     let mut fed = reads(converted, target)?;
     // The linear branch's; without it the part would reach back to earlier sites.
     fed.push(converted.cut(target, &target.x.name, Whether::Open)?);
@@ -104,17 +125,11 @@ pub(super) fn of_hybrid(converted: &Teacher<'_>, target: &Target) -> Result<Valu
     let mut nodes = nodes.graph.node.iter();
     let window = nodes.rfind(|n| op(n) == WINDOW_ATTENTION);
     let made = window.and_then(|n| n.output.first());
-    let name = made.ok_or_else(|| {
-        target.fault(
-            &target.merged.name,
-            "has no window in the converted model, where the site is hybrid",
-        )
-    })?;
-    Ok(Value {
+    Ok(made.map(|name| Value {
         name: name.clone(),
         layout: Layout::Tokens,
         text: target.merged.text,
-    })
+    }))
 }
 
 /// What a site's window reads.

@@ -71,8 +71,15 @@ pub fn run(
     };
     let (targets, skipped) = targets(request, &analysis, &shapes)?;
     // What the graph cannot do is told before anything is learned.
-    let whole = match &request.end_to_end {
-        Some(together) => Some(Whole::new(&teacher, &targets, &samples, *together)?),
+    let whole = match request.end_to_end {
+        Some(together) => Some(Whole::new(
+            &teacher,
+            &targets,
+            &samples,
+            &request.selection,
+            &scratch_folder(request),
+            together,
+        )?),
         None => None,
     };
     let work = Work {
@@ -118,8 +125,15 @@ pub fn run(
         best = best.or_better(refined, &what, &mut notes);
     }
     if let Some(whole) = whole {
-        let together = work.judged(whole.refine(&work, &best.sites)?, &expected)?;
-        best = best.or_better(together, "end to end", &mut notes);
+        match whole.refine(&work, &best.sites)? {
+            Some(sites) => {
+                let together = work.judged(sites, &expected)?;
+                best = best.or_better(together, "end to end", &mut notes);
+            }
+            None => notes.push(
+                "end to end: every site is window attention, which has nothing to learn".to_owned(),
+            ),
+        }
     }
     let unlimited = best.end_to_end.clone();
     if let Some(budget) = request.budget {

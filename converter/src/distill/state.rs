@@ -108,6 +108,10 @@ pub(super) struct Done {
     pub report: SiteReport,
 }
 
+fn named(phase: &str, site: usize) -> String {
+    format!("{phase}-{site:04}")
+}
+
 const KEY: &str = "request";
 const REPORT: &str = "report";
 
@@ -131,36 +135,16 @@ impl State {
         }
     }
 
-    fn path(&self, phase: &str, site: usize) -> PathBuf {
-        self.folder.join(format!("{phase}-{site:04}.safetensors"))
+    fn tensors(&self, name: &str) -> PathBuf {
+        self.folder.join(format!("{name}.safetensors"))
     }
 
     /// A site that an earlier run with the same request finished; anything else is none.
     pub fn load(&self, phase: &str, site: usize) -> Option<Done> {
-        let bytes = fs::read(self.path(phase, site)).ok()?;
-        let (_, header) = SafeTensors::read_metadata(&bytes).ok()?;
-        let told = header.metadata().as_ref()?;
-        if told.get(KEY) != Some(&self.key) {
-            return None;
-        }
-        let report: SiteReport = serde_json::from_str(told.get(REPORT)?).ok()?;
-        let tensors = SafeTensors::deserialize(&bytes).ok()?;
-        let mut parts = Vec::new();
-        for part in Part::ALL {
-            let Ok(view) = tensors.tensor(&part.suffix()) else {
-                continue;
-            };
-            let (words, rest) = view.data().as_chunks();
-            if !rest.is_empty() {
-                return None;
-            }
-            parts.push((
-                *part,
-                words.iter().map(|w| f32::from_le_bytes(*w)).collect(),
-            ));
-        }
+        let (report, mut tensors) = self.load_tensors(&named(phase, site))?;
+        let part = |part: &Part| Some((*part, tensors.remove(&part.suffix())?));
         Some(Done {
-            weights: Weights(parts),
+            weights: Weights(Part::ALL.iter().filter_map(part).collect()),
             report,
         })
     }
@@ -170,21 +154,54 @@ impl State {
     /// # Errors
     /// The disk is full, or the output's folder cannot be written to.
     pub fn save(&self, phase: &str, site: usize, done: &Done) -> Result<(), DistillError> {
-        let path = self.path(phase, site);
+        let parts = done.weights.0.iter();
+        let tensors = parts.map(|(part, values)| (part.suffix(), values.as_slice()));
+        self.save_tensors(&named(phase, site), &done.report, tensors.collect())
+    }
+
+    /// What [`Self::save_tensors`] kept for the same request.
+    pub fn load_tensors<T: DeserializeOwned>(
+        &self,
+        name: &str,
+    ) -> Option<(T, HashMap<String, Vec<f32>>)> {
+        let bytes = fs::read(self.tensors(name)).ok()?;
+        let (_, header) = SafeTensors::read_metadata(&bytes).ok()?;
+        let told = header.metadata().as_ref()?;
+        if told.get(KEY) != Some(&self.key) {
+            return None;
+        }
+        let report: T = serde_json::from_str(told.get(REPORT)?).ok()?;
+        let mut tensors = HashMap::new();
+        for (name, view) in SafeTensors::deserialize(&bytes).ok()?.tensors() {
+            let (words, rest) = view.data().as_chunks();
+            if !rest.is_empty() {
+                return None;
+            }
+            let values = words.iter().map(|w| f32::from_le_bytes(*w)).collect();
+            tensors.insert(name, values);
+        }
+        Some((report, tensors))
+    }
+
+    /// Keeps numbers by name, and what is told of them.
+    ///
+    /// # Errors
+    /// As [`Self::save`].
+    pub fn save_tensors<T: Serialize>(
+        &self,
+        name: &str,
+        report: &T,
+        tensors: Vec<(String, &[f32])>,
+    ) -> Result<(), DistillError> {
+        let path = self.tensors(name);
         let failed = |source: io::Error| DistillError::Write {
             path: path.clone(),
             source,
         };
-        let report =
-            serde_json::to_string(&done.report).map_err(|e| failed(io::Error::other(e)))?;
-        let bytes: Vec<(String, Vec<u8>)> = done
-            .weights
-            .0
-            .iter()
-            .map(|(part, values)| {
-                let bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-                (part.suffix(), bytes)
-            })
+        let report = serde_json::to_string(report).map_err(|e| failed(io::Error::other(e)))?;
+        let bytes: Vec<(String, Vec<u8>)> = tensors
+            .into_iter()
+            .map(|(name, values)| (name, values.iter().flat_map(|v| v.to_le_bytes()).collect()))
             .collect();
         let views = bytes
             .iter()

@@ -300,7 +300,8 @@ impl Value {
     }
 
     /// Where the image's tokens lie among all.
-    fn of_image(&self, tokens: usize) -> Range<usize> {
+    #[must_use]
+    pub fn of_image(&self, tokens: usize) -> Range<usize> {
         match self.text {
             Some(text) if text.side == TextSide::Prefix => text.tokens..text.tokens + tokens,
             _ => 0..tokens,

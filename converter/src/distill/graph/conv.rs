@@ -1,7 +1,8 @@
 //! Convolution by weights that stay: candle's own gradient also computes that of the weights, as a convolution by
 //! kernels as large as the image.
 
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Storage, Tensor};
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, CudaStorage, CustomOp1, Layout, Result, Shape, Storage, Tensor};
 
 /// The form of a convolution of one or two dimensions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -110,7 +111,15 @@ impl CustomOp1 for Convolved {
                 let values = values.get(start..end).unwrap_or_default().to_vec();
                 Ok((CpuStorage::F32(values), self.made.shape().clone()))
             }
-            _ => candle_core::bail!("convolution is computed in float32 on the processor"),
+            _ => candle_core::bail!("a convolution was not computed in float32 on the processor"),
+        }
+    }
+
+    fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
+        let (storage, layout) = self.made.storage_and_layout();
+        match &*storage {
+            Storage::Cuda(values) => Ok((values.try_clone(layout)?, self.made.shape().clone())),
+            _ => candle_core::bail!("a convolution was not computed on the GPU"),
         }
     }
 

@@ -9,12 +9,16 @@ use linfusion_models::shapes::eval::element;
 use linfusion_models::shapes::value::axis;
 use linfusion_models::shapes::{Fact, Shapes};
 use linfusion_ops::LinFusionAttentionAttrs;
-use linfusion_ops::schema::{ATTR_EPS, ATTR_NUM_HEADS, DOMAIN, LINFUSION_ATTENTION};
+use linfusion_ops::schema::{
+    ATTR_EPS, ATTR_NUM_HEADS, DOMAIN, LINFUSION_ATTENTION, WINDOW_ATTENTION,
+};
 
 use super::GraphError;
 use super::conv::Conv;
 use super::einsum::Einsum;
 use super::op::{Op, Range, Reduction};
+use super::window::Windowed;
+use crate::rewrite::emit::window_attributes;
 
 /// A node's operation, and the slots of the inputs that it reads; the others are settled.
 pub(super) struct Lowered {
@@ -31,6 +35,7 @@ pub(super) fn lower(node: &NodeProto, shapes: &Shapes) -> std::result::Result<Lo
     let made = match domain(node) {
         "" => look.standard(),
         DOMAIN if op(node) == LINFUSION_ATTENTION => look.linfusion(),
+        DOMAIN if op(node) == WINDOW_ATTENTION => look.window(),
         _ => Err("the operator is not known here".to_owned()),
     };
     made.map_err(|problem| GraphError::Operator {
@@ -194,6 +199,14 @@ impl Look<'_> {
             heads: attributes.num_heads,
             epsilon: f64::from(attributes.eps),
         }))
+    }
+
+    fn window(&self) -> Found<Lowered> {
+        let attributes = window_attributes(self.node).ok_or("its attributes are no window's")?;
+        attributes.check().map_err(|e| e.to_string())?;
+        let grid = self.ints(3, "rows and columns")?;
+        let grid = <[i64; 2]>::try_from(grid).map_err(|g| format!("its grid is {g:?}"))?;
+        Ok(self.reading(Op::Window(Windowed { attributes, grid }), &[0, 1, 2]))
     }
 
     fn clip(&self) -> Found<Lowered> {

@@ -17,9 +17,10 @@ mod op;
 mod program;
 #[cfg(test)]
 mod tests;
+mod window;
 
 pub use self::backward::Gradient;
-pub use self::program::{Program, Replaced, Sites};
+pub use self::program::{NO_SITES, Program, Replaced, Sites};
 
 use linfusion_models::onnx::TensorError;
 

@@ -4,6 +4,7 @@ use candle_core::{D, DType, Result, Tensor};
 
 use super::conv::Conv;
 use super::einsum::Einsum;
+use super::window::Windowed;
 
 /// An operation with everything it takes from sizes and attributes.
 pub(super) enum Op {
@@ -77,6 +78,8 @@ pub(super) enum Op {
     Pad(Vec<[usize; 2]>),
     /// LinFusion attention of q, k and v.
     LinFusion { heads: usize, epsilon: f64 },
+    /// Window attention of q, k and v.
+    Window(Windowed),
 }
 
 /// What is made of many elements.
@@ -187,6 +190,7 @@ impl Op {
             Self::LinFusion { heads, epsilon } => {
                 linfusion(x, needed(1)?, needed(2)?, *heads, *epsilon)?
             }
+            Self::Window(form) => form.apply(x, needed(1)?, needed(2)?)?,
             Self::Split { axis, lengths } => return split(x, *axis, lengths),
         };
         Ok(vec![made])

@@ -15,16 +15,19 @@ use super::lower::{Lowered, lower, shape};
 use super::op::Op;
 
 /// An attention that a function stands in for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Replaced<'a> {
-    /// The value that it reads.
-    pub input: &'a str,
+    /// The values that it reads.
+    pub inputs: Vec<&'a str>,
     /// The value that it makes.
     pub output: &'a str,
 }
 
-/// The functions: which one, and its input as the graph has it; gives the output as the graph has it.
-pub type Sites<'s> = &'s dyn Fn(usize, &Tensor) -> candle_core::Result<Tensor>;
+/// The functions: which one, and its inputs as the graph has them; gives the output as the graph has it.
+pub type Sites<'s> = &'s dyn Fn(usize, &[&Tensor]) -> candle_core::Result<Tensor>;
+
+/// Where nothing is replaced.
+pub const NO_SITES: Sites<'static> = &|site, _| candle_core::bail!("there is no attention {site}");
 
 /// A part of a graph at fixed sizes.
 pub struct Program {
@@ -135,10 +138,12 @@ impl Program {
                 Some(number) => Some(self.value(*number, values)?),
             });
         }
-        let made = match (&step.work, read.first().copied().flatten()) {
-            (Work::Site(site), Some(x)) => sites(*site, x).map(|out| vec![out]),
-            (Work::Op(op), _) => op.apply(&read),
-            (Work::Site(_), None) => Ok(Vec::new()),
+        let made = match &step.work {
+            Work::Site(site) => {
+                let given: Vec<&Tensor> = read.into_iter().flatten().collect();
+                sites(*site, &given).map(|out| vec![out])
+            }
+            Work::Op(op) => op.apply(&read),
         };
         let made = made.map_err(GraphError::at(&step.label))?;
         for (number, tensor) in step.outputs.iter().zip(made) {
@@ -203,7 +208,7 @@ impl<'a> Builder<'a> {
                 (site, producer, site.and_then(|s| self.replaced.get(s)))
             {
                 sites.insert(node, site);
-                stack.push(replaced.input);
+                stack.extend(&replaced.inputs);
                 continue;
             }
             if let Some(constant) = self.constant(value)? {
@@ -252,12 +257,13 @@ impl<'a> Builder<'a> {
     ) -> Result<(), GraphError> {
         for (id, node) in self.graph.nodes() {
             let (work, inputs, outputs) = if let Some(site) = sites.get(&id) {
-                let Some(replaced) = self.replaced.get(*site).copied() else {
+                let Some(replaced) = self.replaced.get(*site) else {
                     continue;
                 };
-                let input = self.number(replaced.input);
+                let inputs = replaced.inputs.iter();
+                let inputs = inputs.map(|name| Some(self.number(name))).collect();
                 let output = self.number(replaced.output);
-                (Work::Site(*site), vec![Some(input)], vec![Some(output)])
+                (Work::Site(*site), inputs, vec![Some(output)])
             } else if let Some(found) = lowered.remove(&id) {
                 let slots = found.reads.iter();
                 let inputs: Vec<Option<usize>> = slots
@@ -287,8 +293,7 @@ impl<'a> Builder<'a> {
         match constant {
             true => {
                 let mut values = std::mem::take(&mut self.program.constants);
-                let none: Sites<'_> = &|_, x| Ok(x.clone());
-                let done = self.program.step(&step, &mut values, none);
+                let done = self.program.step(&step, &mut values, NO_SITES);
                 self.program.constants = values;
                 done
             }

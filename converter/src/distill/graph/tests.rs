@@ -13,6 +13,7 @@ use linfusion_models::onnx::write::Overwrite;
 use linfusion_models::onnx::{ElementType, OnnxFile};
 use linfusion_models::random::SplitMix64;
 use linfusion_models::shapes::{Probe, Shapes};
+use linfusion_ops::schema::{Border, Window, WindowSpec};
 use linfusion_runtime::engine::{Operators, Session, SessionOptions};
 use linfusion_runtime::tensor::{DType as Given, Tensor as Fed};
 use ndarray::{ArrayD, IxDyn};
@@ -20,9 +21,8 @@ use rstest::rstest;
 
 use super::*;
 use crate::convert::{self, Partial, WeightsFrom};
+use crate::plan::{Method, MethodRule, Selection};
 use crate::verify::{Verify, engine};
-
-const NO_SITES: Sites<'static> = &|_, x| Ok(x.clone());
 
 /// The model's inputs at a small size, drawn at random.
 fn inputs(file: &OnnxFile, shapes: &Shapes) -> Vec<(String, Fed)> {
@@ -110,14 +110,34 @@ fn a_program_computes_what_the_engine_does(#[case] name: &str) {
     );
 }
 
-#[test]
-fn a_converted_model_too() {
+#[rstest]
+#[case("sd15-tiny/unet.onnx", Method::Linear)]
+#[case("sd15-tiny/unet.onnx", Method::Hybrid)]
+#[case("transformers/sd3-ts17-dyn-sdpa.onnx.gz", Method::Hybrid)]
+#[case("transformers/pixart-ts17-dyn-sdpa.onnx.gz", Method::Window)]
+fn a_converted_model_too(#[case] name: &str, #[case] method: Method) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("converted.onnx");
+    let model = folder.path().join("model.onnx");
+    std::fs::write(&model, fixtures::bytes(name).unwrap()).unwrap();
     let request = convert::Request {
-        model: fixtures::path("sd15-tiny/unet.onnx"),
+        model,
         out: Some(path.clone()),
-        weights: WeightsFrom::Path(fixtures::path("sd15-tiny/linfusion")),
+        weights: match method {
+            Method::Linear => WeightsFrom::Path(fixtures::path("sd15-tiny/linfusion")),
+            _ => WeightsFrom::Untrained,
+        },
+        selection: Selection {
+            attention: vec![MethodRule {
+                sites: None,
+                method: Some(method),
+            }],
+            window: Some(WindowSpec {
+                window: Window::Rect { rows: 3, cols: 2 },
+                border: Border::Clamp,
+            }),
+            ..Selection::default()
+        },
         overwrite: Overwrite::Force,
         partial: Partial::Allow,
         verify: Verify::Off,
@@ -284,7 +304,7 @@ fn gradients_are_those_of_finite_differences(
     let file = network();
     let shapes = shapes(&file);
     let replaced = [Replaced {
-        input: "x",
+        inputs: vec!["x"],
         output: "begin",
     }];
     // The site's own output has a gradient of the loss beside the one through the graph.
@@ -293,9 +313,9 @@ fn gradients_are_those_of_finite_differences(
     let inputs = inputs(&file, &shapes);
     let scale = Var::from_slice(&[0.7_f32, -0.4, 1.1, 0.9], 4, &Device::Cpu).unwrap();
     let seen = RefCell::new(0);
-    let sites = |_: usize, x: &Tensor| {
+    let sites = |_: usize, given: &[&Tensor]| {
         *seen.borrow_mut() += 1;
-        scaled(scale.as_tensor(), x)
+        scaled(scale.as_tensor(), given[0])
     };
     // A sum with other factors for neighbours: what a norm or softmax makes has a sum that never changes.
     let loss = |results: &[Tensor]| {

@@ -1,0 +1,248 @@
+//! The model as a function that can be differentiated: as it is, and with students in the place of its attentions.
+//!
+//! Where sites may become window or hybrid attention, the graph with students is that of the model converted to hybrid
+//! attention: a student then reads its site's input and what the window beside it made, of q, k and v that the graph
+//! makes, so gradients go through norms, rotary embeddings and windows as well.
+
+use std::path::Path;
+
+use candle_core::{Device, Tensor, Var};
+use linfusion_models::onnx::OnnxFile;
+use linfusion_ops::schema::TextSide;
+use linfusion_runtime::subgraph;
+use linfusion_runtime::tensor::Tensor as Fed;
+
+use super::capture::Teacher;
+use super::error::DistillError;
+use super::graph::{Gradient, NO_SITES, Program, Replaced};
+use super::inputs::Sample;
+use super::learn::Learned;
+use super::near;
+use super::student::{Beginning, Student};
+use super::target::{Target, Value};
+use crate::attention::plain::Layout;
+use crate::plan::{Method, Selection};
+
+/// Both programs.
+pub(super) struct StudentGraph {
+    original: Program,
+    student: Program,
+    /// Of the wanted values those that are the model's outputs; the others are the attentions'.
+    pub outputs: usize,
+    /// Where the students stand.
+    places: Vec<Place>,
+}
+
+/// Where a student stands.
+struct Place {
+    target: Target,
+    /// What the window beside it made; `None` where there can be none.
+    near: Option<Value>,
+    /// The shape of the attention's output.
+    shape: Vec<usize>,
+}
+
+/// The students of all sites; `None` where a site is window attention, which learns nothing.
+pub(super) type Students = [Option<Student>];
+
+impl StudentGraph {
+    /// Reads the graph at the size of `inputs`; a converted copy is made in `scratch` where it is needed.
+    ///
+    /// # Errors
+    /// An operator cannot be differentiated.
+    pub fn new(
+        teacher: &Teacher<'_>,
+        targets: &[Target],
+        selection: &Selection,
+        scratch: &Path,
+        inputs: &[(String, Fed)],
+        device: &Device,
+    ) -> Result<Self, DistillError> {
+        let outputs = outputs(teacher);
+        let attentions = targets.iter().map(|t| t.merged.name.as_str());
+        let wanted: Vec<&str> = outputs.iter().copied().chain(attentions).collect();
+        let original = Program::new(teacher.file, teacher.shapes, &[], &wanted, device)?;
+        let only_linear = targets.iter().all(|t| t.methods == [Method::Linear]);
+        let (student, near) = match only_linear {
+            true => {
+                let near = vec![None; targets.len()];
+                (replaced(teacher, targets, &near, &wanted, device)?, near)
+            }
+            false => {
+                let path = teacher.file.path();
+                let copy = near::converted(path, selection, Method::Hybrid, scratch)?;
+                let file = OnnxFile::open(copy.path())?;
+                let shapes = subgraph::shapes(&file, inputs);
+                let hybrid = Teacher {
+                    file: &file,
+                    shapes: &shapes,
+                    ..teacher.clone()
+                };
+                let window = |target: &Target| match *target.methods {
+                    [Method::Linear] => Ok(None),
+                    _ => near::window(&hybrid, target),
+                };
+                let near = targets.iter().map(window).collect::<Result<Vec<_>, _>>()?;
+                (replaced(&hybrid, targets, &near, &wanted, device)?, near)
+            }
+        };
+        let places = targets.iter().zip(near);
+        let places = places.map(|(target, near)| Place::new(teacher, target, near));
+        Ok(Self {
+            original,
+            student,
+            outputs: outputs.len(),
+            places: places.collect::<Result<_, DistillError>>()?,
+        })
+    }
+
+    /// The original's outputs, then its attentions'.
+    pub fn original(&self, sample: &Sample) -> Result<Vec<Tensor>, DistillError> {
+        Ok(self.original.run(&sample.inputs, NO_SITES)?)
+    }
+
+    /// The same with `students`.
+    pub fn run(&self, students: &Students, sample: &Sample) -> Result<Vec<Tensor>, DistillError> {
+        Ok(self
+            .student
+            .run(&sample.inputs, &|i, given| self.site(students, i, given))?)
+    }
+
+    /// The gradient of `loss`, a function of what [`Self::run`] gives, by `weights`, which are the students'.
+    pub fn gradient(
+        &self,
+        students: &Students,
+        sample: &Sample,
+        weights: &[Var],
+        loss: &dyn Fn(&[Tensor]) -> candle_core::Result<Tensor>,
+    ) -> Result<Gradient, DistillError> {
+        let sites = |i: usize, given: &[&Tensor]| self.site(students, i, given);
+        Ok(self
+            .student
+            .gradient(&sample.inputs, &sites, weights, loss)?)
+    }
+
+    /// A student in the place of its attention: tensors as the graph has them.
+    fn site(
+        &self,
+        students: &Students,
+        index: usize,
+        given: &[&Tensor],
+    ) -> candle_core::Result<Tensor> {
+        let (Some(place), Some(student)) = (self.places.get(index), students.get(index)) else {
+            candle_core::bail!("there is no attention {index}");
+        };
+        place.attend(student.as_ref(), given)
+    }
+}
+
+impl Place {
+    fn new(
+        teacher: &Teacher<'_>,
+        target: &Target,
+        near: Option<Value>,
+    ) -> Result<Self, DistillError> {
+        let dims = teacher.shapes.shape(&target.merged.name);
+        let dims = dims.and_then(|dims| dims.iter().map(|d| usize::try_from(*d).ok()).collect());
+        Ok(Self {
+            target: target.clone(),
+            near,
+            shape: dims.ok_or_else(|| target.fault(&target.merged.name, "has no known shape"))?,
+        })
+    }
+
+    /// The attention's output, of the site's input and what the window made.
+    fn attend(&self, student: Option<&Student>, given: &[&Tensor]) -> candle_core::Result<Tensor> {
+        let Target {
+            tokens, x, merged, ..
+        } = &self.target;
+        let image = |all: &Tensor, value: &Value| {
+            let image = value.of_image(*tokens);
+            all.narrow(1, image.start, image.len())
+        };
+        let near = match (given.get(1), &self.near) {
+            (Some(near), Some(value)) => Some((self.matrix(near, value)?, value)),
+            _ => None,
+        };
+        let beside = near.as_ref().map(|(all, value)| image(all, value));
+        let beside = beside.transpose()?;
+        let out = match (student, given.first(), beside) {
+            (Some(student), Some(given), beside) => {
+                student.forward(&image(&self.matrix(given, x)?, x)?, beside.as_ref())?
+            }
+            (None, _, Some(beside)) => beside,
+            _ => candle_core::bail!("a window is missing"),
+        };
+        let out = match (merged.text, near) {
+            (None, _) => out,
+            (Some(text), Some((all, _))) => match text.side {
+                TextSide::Prefix => Tensor::cat(&[&all.narrow(1, 0, text.tokens)?, &out], 1)?,
+                TextSide::Suffix => Tensor::cat(&[&out, &all.narrow(1, *tokens, text.tokens)?], 1)?,
+            },
+            (Some(_), None) => candle_core::bail!("what text attends to is missing"),
+        };
+        match merged.layout {
+            Layout::ChannelsFirst => out.transpose(1, 2)?.reshape(self.shape.as_slice()),
+            _ => out.reshape(self.shape.as_slice()),
+        }
+    }
+
+    /// `[B, tokens, C]` of one of the site's values, text included.
+    fn matrix(&self, x: &Tensor, value: &Value) -> candle_core::Result<Tensor> {
+        let (all, dim) = (value.all(self.target.tokens), self.target.shape.dim);
+        let images = x.elem_count() / (all * dim).max(1);
+        match value.layout {
+            Layout::ChannelsFirst => x.reshape((images, dim, all))?.transpose(1, 2)?.contiguous(),
+            _ => x.reshape((images, all, dim)),
+        }
+    }
+}
+
+/// The student of a site that has learned alone.
+pub(super) fn student(site: &Learned, device: &Device) -> candle_core::Result<Option<Student>> {
+    let method = site.done.report.attention;
+    if method == Method::Window {
+        return Ok(None);
+    }
+    let beginning = Beginning {
+        projections: &site.layers.projections,
+        mid: site.done.report.mid,
+        mixed: method == Method::Hybrid,
+        seed: 0,
+    };
+    let student = Student::new(site.target.shape, &beginning, device)?;
+    student.set(&site.done.weights)?;
+    Ok(Some(student))
+}
+
+fn replaced(
+    teacher: &Teacher<'_>,
+    targets: &[Target],
+    near: &[Option<Value>],
+    wanted: &[&str],
+    device: &Device,
+) -> Result<Program, DistillError> {
+    let replaced = targets.iter().zip(near).map(|(target, near)| {
+        let near = near.as_ref().map(|value| value.name.as_str());
+        Replaced {
+            inputs: std::iter::once(target.x.name.as_str())
+                .chain(near)
+                .collect(),
+            output: &target.merged.name,
+        }
+    });
+    let replaced: Vec<Replaced<'_>> = replaced.collect();
+    Ok(Program::new(
+        teacher.file,
+        teacher.shapes,
+        &replaced,
+        wanted,
+        device,
+    )?)
+}
+
+/// The names of the model's outputs.
+pub(super) fn outputs<'t>(teacher: &'t Teacher<'_>) -> Vec<&'t str> {
+    let outputs = teacher.file.model.graph.output.iter();
+    outputs.filter_map(|o| o.name.as_deref()).collect()
+}
