@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 
 use linfusion_convert::analysis::Analysis;
 use linfusion_convert::convert::{WeightsFrom, convert};
-use linfusion_convert::distill::{Progress, Refinement, Report, Request, Schedule, Source, run};
+use linfusion_convert::distill::{
+    Progress, Refinement, Report, Request, Schedule, Source, Together, run,
+};
 use linfusion_convert::plan::{Method, Selection};
 use linfusion_models::onnx::{ElementType, OnnxFile};
 use linfusion_models::random::SplitMix64;
@@ -164,6 +166,27 @@ fn more_text_than_image_is_learned() {
     for site in &report.sites {
         assert!(site.after.relative < 0.5 * site.before.relative, "{site:?}");
     }
+}
+
+/// Text beside the image, its norms and rotary embeddings are in the graph that is differentiated; FLUX's grid is among its
+/// inputs' values.
+#[rstest]
+#[case("hybrid-sd3")]
+#[case("hybrid-sd35")]
+#[case("hybrid-flux")]
+fn sites_beside_text_learn_together(#[case] fixture: &str) {
+    if !runs(fixture) {
+        return;
+    }
+    let folder = TempDir::new().unwrap();
+    let mut request = request(fixture, folder.path());
+    request.end_to_end = Some(Together {
+        steps: 96,
+        learning_rate: 5e-4,
+    });
+    let report = quietly(&request);
+    let told = report.notes.iter().find(|n| n.starts_with("end to end:"));
+    assert!(told.unwrap().ends_with("; kept"), "{:?}", report.notes);
 }
 
 /// Hybrid sites learn on in the converted model, with the windows of its own activations: the last site's error is that of

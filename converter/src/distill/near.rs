@@ -17,7 +17,7 @@ use super::store::Store;
 use super::target::{Target, Value};
 use crate::attention::plain::Layout;
 use crate::convert::WeightsFrom;
-use crate::graph::op;
+use crate::graph::{input, op};
 use crate::plan::{Method, MethodRule, Selection};
 
 /// The windows' outputs at the targets, as the converter writes windows with the graph's own weights; `None` at those
@@ -101,9 +101,18 @@ pub(super) fn converted(
     measure::converted(path, WeightsFrom::Untrained, &selection, scratch)
 }
 
+/// The window of a hybrid site in a converted model.
+pub(super) struct Near {
+    /// What it makes.
+    pub made: Value,
+    /// Its rows and columns.
+    pub grid: String,
+}
+
 /// What the window of a hybrid site gives in a converted model.
 pub(super) fn of_hybrid(converted: &Teacher<'_>, target: &Target) -> Result<Value, DistillError> {
-    window(converted, target)?.ok_or_else(|| {
+    let near = window(converted, target)?.map(|near| near.made);
+    near.ok_or_else(|| {
         target.fault(
             &target.merged.name,
             "has no window in the converted model, where the site is hybrid",
@@ -111,11 +120,11 @@ pub(super) fn of_hybrid(converted: &Teacher<'_>, target: &Target) -> Result<Valu
     })
 }
 
-/// The same; `None` where the site has no window.
+/// The window of a hybrid site; `None` where it has none.
 pub(super) fn window(
     converted: &Teacher<'_>,
     target: &Target,
-) -> Result<Option<Value>, DistillError> {
+) -> Result<Option<Near>, DistillError> {
     let mut fed = reads(converted, target)?;
     // The linear branch's; without it the part would reach back to earlier sites.
     fed.push(converted.cut(target, &target.x.name, Whether::Open)?);
@@ -123,12 +132,15 @@ pub(super) fn window(
     let nodes = part(converted.file, &fed, &[wanted]);
     // The last: where rows and columns are computed from what earlier sites make, their windows come before it.
     let mut nodes = nodes.graph.node.iter();
-    let window = nodes.rfind(|n| op(n) == WINDOW_ATTENTION);
-    let made = window.and_then(|n| n.output.first());
-    Ok(made.map(|name| Value {
-        name: name.clone(),
-        layout: Layout::Tokens,
-        text: target.merged.text,
+    let node = nodes.rfind(|n| op(n) == WINDOW_ATTENTION);
+    Ok(node.and_then(|node| {
+        let made = Value {
+            name: node.output.first()?.clone(),
+            layout: Layout::Tokens,
+            text: target.merged.text,
+        };
+        let grid = input(node, 3)?.to_owned();
+        Some(Near { made, grid })
     }))
 }
 

@@ -5,19 +5,21 @@
 //! makes, so gradients go through norms, rotary embeddings and windows as well.
 
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
 use candle_core::{Device, Tensor, Var};
 use linfusion_models::onnx::OnnxFile;
 use linfusion_ops::schema::TextSide;
-use linfusion_runtime::subgraph;
+use linfusion_runtime::engine::Session;
+use linfusion_runtime::subgraph::{self, Cut};
 use linfusion_runtime::tensor::Tensor as Fed;
 
-use super::capture::Teacher;
+use super::capture::{Teacher, Whether, given};
 use super::error::DistillError;
 use super::graph::{Gradient, NO_SITES, Program, Replaced};
 use super::inputs::Sample;
 use super::learn::Learned;
-use super::near;
+use super::near::{self, Near};
 use super::student::{Beginning, Student};
 use super::target::{Target, Value};
 use crate::attention::plain::Layout;
@@ -27,6 +29,8 @@ use crate::plan::{Method, Selection};
 pub(super) struct StudentGraph {
     original: Program,
     student: Program,
+    /// Computes the grids that do not follow from sizes.
+    grids: Option<Mutex<Session>>,
     /// Of the wanted values those that are the model's outputs; the others are the attentions'.
     pub outputs: usize,
     /// Where the students stand.
@@ -61,18 +65,21 @@ impl StudentGraph {
         let outputs = outputs(teacher);
         let attentions = targets.iter().map(|t| t.merged.name.as_str());
         let wanted: Vec<&str> = outputs.iter().copied().chain(attentions).collect();
-        let original = Program::new(teacher.file, teacher.shapes, &[], &wanted, device)?;
+        let original = Program::new(teacher.file, teacher.shapes, &[], &[], &wanted, device)?;
         let only_linear = targets.iter().all(|t| t.methods == [Method::Linear]);
-        let (student, near) = match only_linear {
+        let (student, near, grids) = match only_linear {
             true => {
-                let near = vec![None; targets.len()];
-                (replaced(teacher, targets, &near, &wanted, device)?, near)
+                let near: Vec<Option<Near>> = targets.iter().map(|_| None).collect();
+                let student = Replacing::new(targets, &near, Vec::new());
+                (student.program(teacher, &wanted, device)?, near, None)
             }
             false => {
                 let path = teacher.file.path();
                 let copy = near::converted(path, selection, Method::Hybrid, scratch)?;
                 let file = OnnxFile::open(copy.path())?;
-                let shapes = subgraph::shapes(&file, inputs);
+                let mut shapes = subgraph::shapes(&file, inputs);
+                // Behind an image of so many pixels as an input's values say, sizes would be unknown.
+                shapes.learn_from(teacher.shapes);
                 let hybrid = Teacher {
                     file: &file,
                     shapes: &shapes,
@@ -83,14 +90,24 @@ impl StudentGraph {
                     _ => near::window(&hybrid, target),
                 };
                 let near = targets.iter().map(window).collect::<Result<Vec<_>, _>>()?;
-                (replaced(&hybrid, targets, &near, &wanted, device)?, near)
+                let grids = unknown_grids(&hybrid, targets, &near)?;
+                let names = grids.iter().map(|grid| grid.name.as_str()).collect();
+                let student = Replacing::new(targets, &near, names);
+                let student = student.program(&hybrid, &wanted, device)?;
+                let grids = match grids.is_empty() {
+                    true => None,
+                    false => Some(Mutex::new(hybrid.part(&[], &grids)?)),
+                };
+                (student, near, grids)
             }
         };
         let places = targets.iter().zip(near);
-        let places = places.map(|(target, near)| Place::new(teacher, target, near));
+        let places =
+            places.map(|(target, near)| Place::new(teacher, target, near.map(|near| near.made)));
         Ok(Self {
             original,
             student,
+            grids,
             outputs: outputs.len(),
             places: places.collect::<Result<_, DistillError>>()?,
         })
@@ -103,9 +120,8 @@ impl StudentGraph {
 
     /// The same with `students`.
     pub fn run(&self, students: &Students, sample: &Sample) -> Result<Vec<Tensor>, DistillError> {
-        Ok(self
-            .student
-            .run(&sample.inputs, &|i, given| self.site(students, i, given))?)
+        let sites = |i: usize, given: &[&Tensor]| self.site(students, i, given);
+        Ok(self.student.run(&self.inputs(sample)?, &sites)?)
     }
 
     /// The gradient of `loss`, a function of what [`Self::run`] gives, by `weights`, which are the students'.
@@ -117,9 +133,19 @@ impl StudentGraph {
         loss: &dyn Fn(&[Tensor]) -> candle_core::Result<Tensor>,
     ) -> Result<Gradient, DistillError> {
         let sites = |i: usize, given: &[&Tensor]| self.site(students, i, given);
-        Ok(self
-            .student
-            .gradient(&sample.inputs, &sites, weights, loss)?)
+        let inputs = self.inputs(sample)?;
+        Ok(self.student.gradient(&inputs, &sites, weights, loss)?)
+    }
+
+    /// What the program with students takes.
+    fn inputs(&self, sample: &Sample) -> Result<Vec<(String, Fed)>, DistillError> {
+        let mut inputs = sample.inputs.clone();
+        if let Some(grids) = &self.grids {
+            let mut grids = grids.lock().unwrap_or_else(PoisonError::into_inner);
+            let taken = given(&grids, &sample.inputs);
+            inputs.extend(grids.run(&taken)?);
+        }
+        Ok(inputs)
     }
 
     /// A student in the place of its attention: tensors as the graph has them.
@@ -215,30 +241,58 @@ pub(super) fn student(site: &Learned, device: &Device) -> candle_core::Result<Op
     Ok(Some(student))
 }
 
-fn replaced(
-    teacher: &Teacher<'_>,
-    targets: &[Target],
-    near: &[Option<Value>],
-    wanted: &[&str],
-    device: &Device,
-) -> Result<Program, DistillError> {
-    let replaced = targets.iter().zip(near).map(|(target, near)| {
-        let near = near.as_ref().map(|value| value.name.as_str());
-        Replaced {
-            inputs: std::iter::once(target.x.name.as_str())
-                .chain(near)
-                .collect(),
-            output: &target.merged.name,
+/// What stands in for parts of a graph.
+struct Replacing<'a> {
+    attentions: Vec<Replaced<'a>>,
+    fed: Vec<&'a str>,
+}
+
+impl<'a> Replacing<'a> {
+    fn new(targets: &'a [Target], near: &'a [Option<Near>], fed: Vec<&'a str>) -> Self {
+        let attention = |(target, near): (&'a Target, &'a Option<Near>)| {
+            let near = near.as_ref().map(|near| near.made.name.as_str());
+            Replaced {
+                inputs: std::iter::once(target.x.name.as_str())
+                    .chain(near)
+                    .collect(),
+                output: &target.merged.name,
+            }
+        };
+        Self {
+            attentions: targets.iter().zip(near).map(attention).collect(),
+            fed,
         }
-    });
-    let replaced: Vec<Replaced<'_>> = replaced.collect();
-    Ok(Program::new(
-        teacher.file,
-        teacher.shapes,
-        &replaced,
-        wanted,
-        device,
-    )?)
+    }
+
+    fn program(
+        &self,
+        teacher: &Teacher<'_>,
+        wanted: &[&str],
+        device: &Device,
+    ) -> Result<Program, DistillError> {
+        let (file, shapes) = (teacher.file, teacher.shapes);
+        let program = Program::new(file, shapes, &self.attentions, &self.fed, wanted, device);
+        Ok(program?)
+    }
+}
+
+/// The grids of windows that do not follow from sizes: FLUX's are in the values of its ids, so the engine computes them.
+fn unknown_grids(
+    hybrid: &Teacher<'_>,
+    targets: &[Target],
+    near: &[Option<Near>],
+) -> Result<Vec<Cut>, DistillError> {
+    let mut grids: Vec<Cut> = Vec::new();
+    for (target, near) in targets.iter().zip(near) {
+        let Some(Near { grid, .. }) = near else {
+            continue;
+        };
+        let told = hybrid.shapes.fact(grid).ints().is_some();
+        if !told && !grids.iter().any(|cut| cut.name == *grid) {
+            grids.push(hybrid.cut(target, grid, Whether::Open)?);
+        }
+    }
+    Ok(grids)
 }
 
 /// The names of the model's outputs.

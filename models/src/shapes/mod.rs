@@ -127,6 +127,18 @@ impl Shapes {
         self.inside.get(output).copied().unwrap_or(0)
     }
 
+    /// Learns what is unknown here from the graph that this one's graph was made of, at the same sizes: a value that has kept its
+    /// name has kept its shape.
+    pub fn learn_from(&mut self, original: &Shapes) {
+        for (name, known) in &original.facts {
+            match self.facts.get_mut(name) {
+                Some(fact) if fact.shape.is_none() => *fact = known.clone(),
+                Some(_) => {}
+                None => drop(self.facts.insert(name.clone(), known.clone())),
+            }
+        }
+    }
+
     /// Forgets the numbers that depend on the sizes of the probe, which `other` has other
     /// ones of: a scale or a mask that is known at one size is not known.
     pub fn forget_what_varies(&mut self, graph: &Graph<'_>, other: &Shapes) {

@@ -45,14 +45,46 @@ fn all_sites_learn_together_end_to_end() {
     assert!(together.end_to_end.mean() > apart.end_to_end.mean());
 }
 
+/// What is learned through windows is what the converted graph computes: the engine's output is nearer than before.
 #[test]
-fn only_linear_sites_learn_together() {
+fn sites_of_any_kind_learn_together() {
+    for method in [Method::Hybrid, Method::Window] {
+        let folder = TempDir::new().unwrap();
+        let mut request = request(folder.path(), Looks::Anywhere);
+        request.selection.attention = vec![
+            MethodRule {
+                sites: None,
+                method: Some(Method::Linear),
+            },
+            MethodRule {
+                sites: Some(Patterns::new("--attention", &[MODULES[0].to_owned()]).unwrap()),
+                method: Some(method),
+            },
+        ];
+        request.end_to_end = Some(Together {
+            steps: 16,
+            learning_rate: 2e-3,
+        });
+        let together = quietly(&request).unwrap();
+        let found: Vec<Method> = together.sites.iter().map(|s| s.attention).collect();
+        assert_eq!(found, [method, Method::Linear]);
+        let told = together.notes.iter().find(|n| n.starts_with("end to end:"));
+        assert!(told.unwrap().ends_with("; kept"), "{:?}", together.notes);
+    }
+}
+
+#[test]
+fn windows_alone_have_nothing_to_learn_together() {
     let folder = TempDir::new().unwrap();
-    let mut request = request(folder.path(), Looks::Anywhere);
+    let mut request = request(folder.path(), Looks::Near);
     request.end_to_end = Some(Together::default());
-    request.attention = Attention::Auto { unexplained: 0.1 };
-    let error = quietly(&request).unwrap_err().to_string();
-    assert!(error.starts_with("--end-to-end is for linear"), "{error}");
+    request.selection.attention = vec![MethodRule {
+        sites: None,
+        method: Some(Method::Window),
+    }];
+    let report = quietly(&request).unwrap();
+    let told = |n: &String| n.starts_with("end to end: every site is window attention");
+    assert!(report.notes.iter().any(told), "{:?}", report.notes);
 }
 
 #[test]

@@ -204,9 +204,7 @@ impl Look<'_> {
     fn window(&self) -> Found<Lowered> {
         let attributes = window_attributes(self.node).ok_or("its attributes are no window's")?;
         attributes.check().map_err(|e| e.to_string())?;
-        let grid = self.ints(3, "rows and columns")?;
-        let grid = <[i64; 2]>::try_from(grid).map_err(|g| format!("its grid is {g:?}"))?;
-        Ok(self.reading(Op::Window(Windowed { attributes, grid }), &[0, 1, 2]))
+        Ok(self.reading_all(Op::Window(Windowed { attributes })))
     }
 
     fn clip(&self) -> Found<Lowered> {

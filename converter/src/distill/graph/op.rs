@@ -190,7 +190,7 @@ impl Op {
             Self::LinFusion { heads, epsilon } => {
                 linfusion(x, needed(1)?, needed(2)?, *heads, *epsilon)?
             }
-            Self::Window(form) => form.apply(x, needed(1)?, needed(2)?)?,
+            Self::Window(form) => form.apply([x, needed(1)?, needed(2)?], needed(3)?)?,
             Self::Split { axis, lengths } => return split(x, *axis, lengths),
         };
         Ok(vec![made])

@@ -65,7 +65,8 @@ pub(super) struct Value {
 pub(super) type Values = HashMap<usize, Tensor>;
 
 impl Program {
-    /// The part of the file's graph that makes `wanted`, at the sizes that `shapes` has.
+    /// The part of the file's graph that makes `wanted`, at the sizes that `shapes` has. The values `fed` are inputs beside the
+    /// graph's own.
     ///
     /// # Errors
     /// An operator cannot be differentiated, a size is unknown, or a tensor cannot be read.
@@ -73,6 +74,7 @@ impl Program {
         file: &OnnxFile,
         shapes: &Shapes,
         replaced: &[Replaced<'_>],
+        fed: &[&str],
         wanted: &[&str],
         device: &Device,
     ) -> Result<Self, GraphError> {
@@ -81,6 +83,7 @@ impl Program {
             file,
             shapes,
             replaced,
+            fed,
             graph: &graph,
             numbers: HashMap::new(),
             program: Self {
@@ -187,6 +190,7 @@ struct Builder<'a> {
     file: &'a OnnxFile,
     shapes: &'a Shapes,
     replaced: &'a [Replaced<'a>],
+    fed: &'a [&'a str],
     graph: &'a Graph<'a>,
     numbers: HashMap<String, usize>,
     program: Program,
@@ -216,14 +220,8 @@ impl<'a> Builder<'a> {
                 self.program.constants.insert(number, constant);
                 continue;
             }
-            let Some(id) = producer else {
-                if !self
-                    .graph
-                    .proto
-                    .input
-                    .iter()
-                    .any(|i| i.name.as_deref() == Some(value))
-                {
+            let Some(id) = producer.filter(|_| !self.fed.contains(&value)) else {
+                if !self.is_input(value) {
                     return Err(GraphError::value(
                         value,
                         "is neither made nor stored nor an input",
@@ -248,6 +246,11 @@ impl<'a> Builder<'a> {
         }
         self.settle();
         Ok(())
+    }
+
+    fn is_input(&self, value: &str) -> bool {
+        let mut own = self.graph.proto.input.iter();
+        self.fed.contains(&value) || own.any(|i| i.name.as_deref() == Some(value))
     }
 
     fn steps(

@@ -66,7 +66,7 @@ fn outputs(file: &OnnxFile) -> Vec<&str> {
 fn agree(file: &OnnxFile, session: &mut Session) {
     let shapes = shapes(file);
     let names = outputs(file);
-    let program = Program::new(file, &shapes, &[], &names, &Device::Cpu).unwrap();
+    let program = Program::new(file, &shapes, &[], &[], &names, &Device::Cpu).unwrap();
     let inputs = inputs(file, &shapes);
     let found = program.run(&inputs, NO_SITES).unwrap();
     let expected = session.run(&inputs).unwrap();
@@ -159,7 +159,7 @@ fn a_converted_model_too(#[case] name: &str, #[case] method: Method) {
 fn an_unknown_operator_is_named_before_anything_runs() {
     let nodes = vec![node("Det", "/mixer/Det", &["x"], &["out"], vec![])];
     let file = model(nodes, vec![], &[1, 4, 6, 6]);
-    let Err(error) = Program::new(&file, &shapes(&file), &[], &["out"], &Device::Cpu) else {
+    let Err(error) = Program::new(&file, &shapes(&file), &[], &[], &["out"], &Device::Cpu) else {
         panic!("a determinant is differentiated");
     };
     let told = error.to_string();
@@ -309,7 +309,7 @@ fn gradients_are_those_of_finite_differences(
     }];
     // The site's own output has a gradient of the loss beside the one through the graph.
     let both = [wanted, "begin"];
-    let program = Program::new(&file, &shapes, &replaced, &both, &Device::Cpu).unwrap();
+    let program = Program::new(&file, &shapes, &replaced, &[], &both, &Device::Cpu).unwrap();
     let inputs = inputs(&file, &shapes);
     let scale = Var::from_slice(&[0.7_f32, -0.4, 1.1, 0.9], 4, &Device::Cpu).unwrap();
     let seen = RefCell::new(0);

@@ -3,19 +3,22 @@
 use candle_core::{D, Error, Result, Tensor};
 use linfusion_ops::schema::{GridAxis, Layout, WindowAttentionAttrs, WindowDims};
 
-/// `WindowAttention` of a grid of so many rows and columns.
+/// `WindowAttention`.
 pub(super) struct Windowed {
     pub attributes: WindowAttentionAttrs,
-    pub grid: [i64; 2],
 }
 
 /// Tiles are as long as the window, with twice its length of keys on a side, but not shorter than this.
 const SHORTEST: usize = 8;
 
 impl Windowed {
-    /// `[B, N, H·D]` or `[B, H, N, D]` each, and the output like them.
-    pub fn apply(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
-        let dims = WindowDims::new(q.dims(), k.dims(), v.dims(), self.grid, &self.attributes)
+    /// q, k and v are `[B, N, H·D]` or `[B, H, N, D]`, and the output like them; `grid` has rows and columns.
+    pub fn apply(&self, [q, k, v]: [&Tensor; 3], grid: &Tensor) -> Result<Tensor> {
+        let grid: Vec<i64> = grid.flatten_all()?.to_vec1()?;
+        let [rows, cols] = *grid.as_slice() else {
+            candle_core::bail!("a grid has rows and columns, not {grid:?}");
+        };
+        let dims = WindowDims::new(q.dims(), k.dims(), v.dims(), [rows, cols], &self.attributes)
             .map_err(Error::wrap)?;
         let scale = match self.attributes.scale {
             Some(scale) => f64::from(scale),
@@ -208,7 +211,6 @@ mod tests {
                 border,
                 text,
             },
-            grid: GRID,
         }
     }
 
@@ -223,6 +225,10 @@ mod tests {
             };
             ArrayD::from_shape_simple_fn(IxDyn(&dims), || 2.0 * random.normal() as f32)
         })
+    }
+
+    fn grid() -> Tensor {
+        Tensor::new(&GRID, &Device::Cpu).unwrap()
     }
 
     fn tensor(values: &ArrayD<f32>) -> Tensor {
@@ -248,7 +254,9 @@ mod tests {
         let [q, k, v] = given(text, layout);
         let expected =
             window_attention(q.view(), k.view(), v.view(), GRID, &form.attributes).unwrap();
-        let out = form.apply(&tensor(&q), &tensor(&k), &tensor(&v)).unwrap();
+        let out = form
+            .apply([&tensor(&q), &tensor(&k), &tensor(&v)], &grid())
+            .unwrap();
         assert_eq!(out.dims(), expected.shape());
         let out: Vec<f32> = out.flatten_all().unwrap().to_vec1().unwrap();
         for (found, expected) in out.iter().zip(&expected) {
@@ -268,7 +276,9 @@ mod tests {
         let mut random = SplitMix64::new(4);
         let pull = given[2].mapv(|_| random.symmetric() as f32);
         let push = given[which].mapv(|_| random.symmetric() as f32);
-        let loss = form.apply(&vars[0], &vars[1], &vars[2]).unwrap();
+        let loss = form
+            .apply(vars.each_ref().map(Var::as_tensor), &grid())
+            .unwrap();
         let loss = (loss * tensor(&pull)).unwrap().sum_all().unwrap();
         let gradient = loss.backward().unwrap();
         let gradient = gradient.get(&vars[which]).unwrap();
