@@ -187,7 +187,7 @@ impl Whole {
             adam.step(&gradient.by, rate).map_err(&failed)?;
             at.step += 1;
             tick(1);
-            if at.step % every != 0 && at.step != steps {
+            if !at.step.is_multiple_of(every) && at.step != steps {
                 continue;
             }
             let error = self.error(students, course.held_out, &expected)?;
