@@ -44,7 +44,7 @@ pub fn convert_pipeline(
         ..request.clone()
     };
     if request.run == Run::Dry {
-        return convert(&inner, progress);
+        return convert(&inner, progress).map_err(|error| of_folder(error, folder));
     }
     let out = request
         .out
@@ -72,7 +72,7 @@ pub fn convert_pipeline(
     std::fs::create_dir(&target).map_err(written)?;
     let name = model.file_name().unwrap_or("model.onnx".as_ref());
     inner.out = Some(target.join(name));
-    let mut report = convert(&inner, progress)?;
+    let mut report = convert(&inner, progress).map_err(|error| of_folder(error, folder))?;
     fill(folder, staged.path(), component).map_err(written)?;
     let begun = staged.path().to_owned();
     staged.publish(request.overwrite).map_err(written)?;
@@ -89,6 +89,16 @@ fn default_output(folder: &Path) -> PathBuf {
     let mut name = folder.file_name().unwrap_or_default().to_owned();
     name.push(".linfusion");
     folder.with_file_name(name)
+}
+
+/// What to type next names what was typed.
+fn of_folder(mut error: ConvertError, folder: &Path) -> ConvertError {
+    if let ConvertError::NoWeights { model, .. } | ConvertError::ManyWeights { model, .. } =
+        &mut error
+    {
+        *model = folder.display().to_string();
+    }
+    error
 }
 
 /// `model.onnx`, else the only ONNX file.

@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use linfusion_models::onnx::TensorError;
+
 use super::{Device, Engine, library};
 use crate::tensor::DType;
 
@@ -41,6 +43,14 @@ pub enum EngineError {
         model: String,
         /// What the engine said.
         message: String,
+    },
+    /// A data file of the model is missing, or damaged.
+    #[error("{model}: {source}")]
+    Data {
+        /// The model's path.
+        model: String,
+        /// Which tensor, and what of its file.
+        r#source: Box<TensorError>,
     },
     /// The engine fails while running.
     #[error("{engine} failed while running: {message}")]

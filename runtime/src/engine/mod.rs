@@ -17,6 +17,7 @@ use std::fmt;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
+use linfusion_models::onnx::OnnxFile;
 use linfusion_models::shapes::Halves;
 
 pub use self::device::{Chosen, Device, DeviceChoice};
@@ -156,6 +157,17 @@ pub struct Session {
     outputs: Vec<Port>,
 }
 
+/// What is wrong with the data files of a model that an engine refuses, which may say nothing of them.
+fn data_fault(path: &Path) -> Option<EngineError> {
+    let file = OnnxFile::open(path).ok()?;
+    let mut stored = file.model.graph.initializer.iter();
+    let source = stored.find_map(|tensor| file.tensor_bytes(tensor).err())?;
+    Some(EngineError::Data {
+        model: path.display().to_string(),
+        source: Box::new(source),
+    })
+}
+
 /// What an engine has to do.
 trait Backend: Send {
     /// `inputs` are in the order of the graph's, and fit them.
@@ -194,10 +206,14 @@ impl Session {
     ) -> Result<Self, EngineError> {
         let path = path.as_ref();
         let loaded = match engine {
-            Engine::Ort => ort::load_file(path, options)?,
-            Engine::Tract => tract::load_file(path)?,
+            Engine::Ort => ort::load_file(path, options),
+            Engine::Tract => tract::load_file(path),
         };
-        Ok(Self::new(engine, loaded))
+        let loaded = loaded.map_err(|error| match error {
+            EngineError::Load { .. } => data_fault(path).unwrap_or(error),
+            error => error,
+        });
+        Ok(Self::new(engine, loaded?))
     }
 
     /// Loads a model from memory; it must not refer to external data.

@@ -70,7 +70,7 @@ pub struct HowArgs {
     #[arg(long, value_name = "N", default_value_t = Schedule::default().steps, value_parser = steps)]
     pub steps: usize,
     /// Learning rate at the first of up to 300 steps, of more it is lower as their root; it falls to zero as a cosine.
-    #[arg(long, value_name = "RATE", default_value_t = Schedule::default().learning_rate)]
+    #[arg(long, value_name = "RATE", default_value_t = Schedule::default().learning_rate, allow_negative_numbers = true)]
     pub lr: f64,
     /// Images of a batch [default: as many as have 256 tokens]
     #[arg(long, value_name = "N")]
@@ -80,7 +80,7 @@ pub struct HowArgs {
     pub mid_dim: Mid,
     /// With --attention auto: the cheapest attention is taken that leaves no more than this share of the variance of a
     /// site's output unexplained.
-    #[arg(long, value_name = "SHARE", value_parser = share, default_value_t = 0.15)]
+    #[arg(long, value_name = "SHARE", value_parser = share, default_value_t = 0.15, allow_negative_numbers = true)]
     pub max_unexplained: f64,
     /// Do not learn again on the converted model's own activations.
     #[arg(long)]
@@ -90,13 +90,18 @@ pub struct HowArgs {
     #[arg(long, value_name = "STEPS", num_args = 0..=1, default_missing_value = "200", require_equals = true)]
     pub end_to_end: Option<usize>,
     /// Learning rate of that.
-    #[arg(long, value_name = "RATE", default_value_t = Together::default().learning_rate, requires = "end_to_end")]
+    #[arg(long, value_name = "RATE", default_value_t = Together::default().learning_rate, requires = "end_to_end", allow_negative_numbers = true)]
     pub end_to_end_lr: f64,
     /// Leave softmax at the sites that serve the output worst until its PSNR is so high.
-    #[arg(long, value_name = "DB")]
+    #[arg(long, value_name = "DB", allow_negative_numbers = true)]
     pub budget_db: Option<f64>,
     /// The same as a mean squared error, relative to the square of the output's range.
-    #[arg(long, value_name = "LOSS", conflicts_with = "budget_db")]
+    #[arg(
+        long,
+        value_name = "LOSS",
+        conflicts_with = "budget_db",
+        allow_negative_numbers = true
+    )]
     pub max_loss: Option<f64>,
     /// Draw the losses as an SVG.
     #[arg(long, value_name = "FILE.svg")]
@@ -105,7 +110,12 @@ pub struct HowArgs {
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub seed: u64,
     /// Activations that may lie on the disk at once, in GiB; sites are learned in groups that fit.
-    #[arg(long, value_name = "GIB", default_value_t = 16.0)]
+    #[arg(
+        long,
+        value_name = "GIB",
+        default_value_t = 16.0,
+        allow_negative_numbers = true
+    )]
     pub disk_budget: f64,
     /// Folder for activations [default: the system's for temporary files].
     #[arg(long, value_name = "DIR")]

@@ -38,7 +38,7 @@ pub struct CompareArgs {
     #[arg(long)]
     pub latent: Option<usize>,
     /// Fail (exit code 3) if a value, of a pipeline's latents after any step, is further off than this
-    #[arg(long, value_name = "MAX_ABS", value_parser = tolerance)]
+    #[arg(long, value_name = "MAX_ABS", value_parser = tolerance, allow_negative_numbers = true)]
     pub tolerance: Option<f64>,
     /// Also each replaced attention, alone, on the first one's own activations
     #[arg(long)]

@@ -43,7 +43,12 @@ pub struct GenerateArgs {
     #[arg(long, value_name = "FILE")]
     pub image: Option<PathBuf>,
     /// How much to change it: 0 to 1
-    #[arg(long, default_value_t = 0.8, requires = "image")]
+    #[arg(
+        long,
+        default_value_t = 0.8,
+        requires = "image",
+        allow_negative_numbers = true
+    )]
     pub strength: f64,
     /// White where --image is to be painted anew, by a model made for it
     #[arg(long, value_name = "FILE", requires = "image")]
@@ -52,10 +57,10 @@ pub struct GenerateArgs {
     #[arg(long, value_name = "FILE")]
     pub control_image: Option<PathBuf>,
     /// Factor on what the ControlNet adds
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
     pub control_scale: f64,
     /// DDIM's noise: 0 for none, 1 for DDPM's
-    #[arg(long, default_value_t = 0.0)]
+    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true)]
     pub eta: f64,
     /// Images of each prompt, in one batch
     #[arg(long, default_value_t = 1, value_parser = images)]
@@ -68,7 +73,8 @@ pub struct GenerateArgs {
         long,
         value_name = "S,…",
         value_delimiter = ',',
-        default_value = "0.4,0.3,0.2,0.1"
+        default_value = "0.4,0.3,0.2,0.1",
+        allow_negative_numbers = true
     )]
     pub upscale: Vec<f64>,
     /// Make a large image in one go instead of enlarging one of the model's own size

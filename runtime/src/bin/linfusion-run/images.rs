@@ -29,7 +29,7 @@ pub struct SamplerArgs {
     #[arg(long, default_value_t = 30)]
     pub steps: usize,
     /// Guidance; 1 is none
-    #[arg(long, default_value_t = 7.5)]
+    #[arg(long, default_value_t = 7.5, allow_negative_numbers = true)]
     pub guidance: f64,
     /// Size in pixels [default: that of an image to begin with, else the model's own]
     #[arg(long, value_name = "WxH", value_parser = size)]
