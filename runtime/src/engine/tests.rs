@@ -8,8 +8,9 @@ use crate::npz;
 use crate::test_device::{device, named};
 
 /// How far sums of single precision are apart that are added up in another order. Here they have up to 9 · 32 terms (places and
-/// channels of a convolution), of order 1 as the outputs are: √288 roundings of 2⁻²⁴, 1e-6, and some ten layers one after another.
-const ANOTHER_ORDER: f64 = 1e-5;
+/// channels of a convolution), of order 1 as the outputs are: √288 roundings of 2⁻²⁵, 5e-7; after 245 products one behind the
+/// other √245 times that, √2 times for the two that are compared, and the largest of 2,048 outputs is within 4 times.
+const ANOTHER_ORDER: f64 = 4.5e-5;
 
 fn fixture(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
@@ -110,7 +111,7 @@ fn both_engines_agree_and_memory_equals_file() {
         results.push(outputs);
     }
     for other in &results {
-        assert!(max_difference(&other[0].1, &results[0][0].1) < 2.0 * ANOTHER_ORDER);
+        assert!(max_difference(&other[0].1, &results[0][0].1) < ANOTHER_ORDER);
     }
 }
 

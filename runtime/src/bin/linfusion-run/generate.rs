@@ -57,7 +57,12 @@ pub struct GenerateArgs {
     #[arg(long, value_name = "FILE")]
     pub control_image: Option<PathBuf>,
     /// Factor on what the ControlNet adds
-    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
+    #[arg(
+        long,
+        default_value_t = 1.0,
+        requires = "control_image",
+        allow_negative_numbers = true
+    )]
     pub control_scale: f64,
     /// DDIM's noise: 0 for none, 1 for DDPM's
     #[arg(long, default_value_t = 0.0, allow_negative_numbers = true)]
