@@ -7,6 +7,7 @@ use globset::{Glob, GlobMatcher};
 pub struct Patterns {
     option: &'static str,
     globs: Vec<GlobMatcher>,
+    names: Vec<String>,
 }
 
 /// A pattern that is no glob.
@@ -72,13 +73,23 @@ impl Patterns {
         Ok(Self {
             option,
             globs: compiled.collect::<Result<_, _>>()?,
+            names: Vec::new(),
         })
+    }
+
+    /// These names as they are.
+    #[must_use]
+    pub fn of_names(names: Vec<String>) -> Self {
+        Self {
+            names,
+            ..Self::default()
+        }
     }
 
     /// Whether any of them matches.
     #[must_use]
     pub fn is_match(&self, name: &str) -> bool {
-        self.globs.iter().any(|glob| glob.is_match(name))
+        self.globs.iter().any(|glob| glob.is_match(name)) || self.names.iter().any(|n| n == name)
     }
 
     /// Whether each of them matches one of the attentions, by any of its `names`, the usual one first.

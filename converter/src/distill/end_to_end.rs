@@ -9,7 +9,6 @@ use std::f64::consts::PI;
 use std::path::Path;
 
 use candle_core::{Device, Tensor, Var};
-use linfusion_models::checkpoint::Part;
 use linfusion_runtime::tensor::{DType, Tensor as Fed};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -95,8 +94,8 @@ impl Whole {
     ) -> Result<Self, DistillError> {
         if !(together.learning_rate.is_finite() && together.learning_rate > 0.0) {
             return Err(DistillError::Setting {
-                option: "--end-to-end",
-                problem: "has a learning rate that is no positive number".to_owned(),
+                option: "--end-to-end-lr",
+                problem: "is no positive number".to_owned(),
             });
         }
         check_truths(teacher, samples)?;
@@ -131,9 +130,11 @@ impl Whole {
         let course = Course {
             learned: work.learned(),
             held_out: work.held_out(),
-            state: &work
-                .state
-                .with(&format!("{NAME} {:?} {}", self.together, digest(sites))),
+            state: &work.state.with(&format!(
+                "{NAME} {:?} {}",
+                self.together,
+                digest(sites, work.samples)
+            )),
             progress: work.progress,
         };
         self.learn(&students, &course)?;
@@ -192,8 +193,9 @@ impl Whole {
             }
             let error = self.error(students, course.held_out, &expected)?;
             at.idle += 1;
-            // NaN is no improvement.
-            if error < f64::from_bits(at.least) {
+            let least = f64::from_bits(at.least);
+            // NaN is no improvement, and any number one on NaN.
+            if error < least || (least.is_nan() && !error.is_nan()) {
                 (at.least, at.idle) = (error.to_bits(), 0);
                 best = now(students).map_err(&failed)?;
             }
@@ -289,9 +291,15 @@ fn now(students: &Students) -> candle_core::Result<Vec<Weights>> {
     students.iter().flatten().map(Student::weights).collect()
 }
 
-/// Of the weights that learning begins from.
-fn digest(sites: &[Learned]) -> String {
+/// Of the weights that learning begins from, and of the truths, which only learning end to end knows.
+fn digest(sites: &[Learned], samples: &[Sample]) -> String {
     let mut digest = Sha256::new();
+    for truth in samples.iter().map(|sample| &sample.truth) {
+        digest.update([u8::from(truth.is_some())]);
+        for value in truth.iter().flat_map(|t| t.to_f64()) {
+            digest.update(value.to_le_bytes());
+        }
+    }
     for site in sites {
         digest.update(&site.target.module);
         for (part, values) in &site.done.weights.0 {
@@ -335,7 +343,8 @@ fn save(
     state.save_tensors(KEPT, &at, tensors)
 }
 
-/// What an interrupted run of the same request left: the students and the optimizer go on from there.
+/// What an interrupted run of the same request left: the students and the optimizer go on from there. What does not fit is
+/// none.
 fn load(
     state: &State,
     students: &Students,
@@ -344,24 +353,42 @@ fn load(
     let Some((at, mut tensors)) = state.load_tensors::<Standing>(KEPT) else {
         return Ok(None);
     };
-    let mut weights = |which: &str, index: usize| {
-        let part = |part: &Part| {
-            let values = tensors.remove(&format!("{which}.{index}.{}", part.suffix()))?;
-            Some((*part, values))
-        };
-        Weights(Part::ALL.iter().filter_map(part).collect())
+    let mut take = |name: String, like: usize| {
+        let values = tensors.remove(&name)?;
+        (values.len() == like).then_some(values)
     };
-    let mut best = Vec::new();
-    for (index, student) in students.iter().flatten().enumerate() {
-        student.set(&weights(NOW, index))?;
-        best.push(weights(BEST, index));
-    }
+    let mut weights = |which: &str| -> candle_core::Result<Option<Vec<Weights>>> {
+        let mut all = Vec::new();
+        for (index, like) in now(students)?.into_iter().enumerate() {
+            let parts = like.0.into_iter().map(|(part, like)| {
+                let name = format!("{which}.{index}.{}", part.suffix());
+                Some((part, take(name, like.len())?))
+            });
+            let Some(parts) = parts.collect() else {
+                return Ok(None);
+            };
+            all.push(Weights(parts));
+        }
+        Ok(Some(all))
+    };
+    let (Some(current), Some(best)) = (weights(NOW)?, weights(BEST)?) else {
+        return Ok(None);
+    };
     let mut moments = Vec::new();
-    while let (Some(mean), Some(square)) = {
-        let mut moment = |which: &str| tensors.remove(&format!("{which}.{}", moments.len()));
-        (moment(MOMENTS[0]), moment(MOMENTS[1]))
-    } {
+    for (index, var) in students
+        .iter()
+        .flatten()
+        .flat_map(Student::vars)
+        .enumerate()
+    {
+        let mut moment = |which: &str| take(format!("{which}.{index}"), var.elem_count());
+        let (Some(mean), Some(square)) = (moment(MOMENTS[0]), moment(MOMENTS[1])) else {
+            return Ok(None);
+        };
         moments.push([mean, square]);
+    }
+    for (student, weights) in students.iter().flatten().zip(&current) {
+        student.set(weights)?;
     }
     adam.resume(at.step, &moments)?;
     Ok(Some((at, best)))

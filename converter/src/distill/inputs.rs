@@ -191,6 +191,11 @@ pub(super) fn fitting(
         taken.push((name, tensor.cast(port.dtype)));
     }
     let truth = arrays.into_iter().find(|(name, _)| name == TRUTH);
+    if let Some((name, truth)) = &truth
+        && truth.to_f64().iter().any(|v| !v.is_finite())
+    {
+        return Err(fault(format!("'{name}' has NaN or infinities")));
+    }
     Ok(Sample {
         origin,
         inputs: taken,

@@ -232,8 +232,7 @@ impl Work<'_> {
 
     /// What windows make of the same tokens, at the sites that may get one.
     fn near(&self, targets: &[Target]) -> Result<Vec<Option<Store>>, DistillError> {
-        let wants = |t: &Target| t.methods.iter().any(|m| *m != Method::Linear);
-        if !targets.iter().any(wants) {
+        if !targets.iter().any(Target::has_window) {
             return Ok(Vec::new());
         }
         self.begin("running windows", self.samples.len());

@@ -1,4 +1,5 @@
-//! What window attention makes of the original's tokens: it has no weights to learn, so its output is computed once.
+//! The windows at sites that may get one. They have no weights to learn: what they make of the original's tokens is computed
+//! once, and where a hybrid site's window is in a converted model is told here.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -18,6 +19,7 @@ use super::target::{Target, Value};
 use crate::attention::plain::Layout;
 use crate::convert::WeightsFrom;
 use crate::graph::{input, op};
+use crate::patterns::Patterns;
 use crate::plan::{Method, MethodRule, Selection};
 
 /// The windows' outputs at the targets, as the converter writes windows with the graph's own weights; `None` at those
@@ -31,7 +33,7 @@ pub(super) fn capture(
 ) -> Result<Vec<Option<Store>>, DistillError> {
     let path = work.teacher.file.path();
     let selection = &work.request.selection;
-    let scratch = converted(path, selection, Method::Window, &work.scratch)?;
+    let scratch = converted(path, targets, selection, Method::Window, &work.scratch)?;
     let windows = OnnxFile::open(scratch.path())?;
     let options = SessionOptions {
         operators: Operators::InProcess,
@@ -44,8 +46,7 @@ pub(super) fn capture(
     };
     let mut sites = Vec::with_capacity(targets.len());
     for target in targets {
-        let wants = target.methods.iter().any(|m| *m != Method::Linear);
-        sites.push(match wants {
+        sites.push(match target.has_window() {
             true => Window::new(work, &converted, target)?,
             false => None,
         });
@@ -84,18 +85,28 @@ pub(super) fn capture(
     Ok(sites.into_iter().map(|s| s.map(|s| s.store)).collect())
 }
 
-/// The model at `path` with `method` at every site that can become it, and the graph's own weights; the others keep softmax.
+/// The model at `path` with `method` at those of `targets` that may get a window, and the graph's own weights; all other sites
+/// keep softmax.
 pub(super) fn converted(
     path: &Path,
+    targets: &[Target],
     selection: &Selection,
     method: Method,
     scratch: &Path,
 ) -> Result<Scratch, DistillError> {
+    let near = targets.iter().filter(|t| t.has_window());
+    let names = near.map(|t| t.anchor.clone()).collect();
     let selection = Selection {
-        attention: vec![MethodRule {
-            sites: None,
-            method: Some(method),
-        }],
+        attention: vec![
+            MethodRule {
+                sites: None,
+                method: None,
+            },
+            MethodRule {
+                sites: Some(Patterns::of_names(names)),
+                method: Some(method),
+            },
+        ],
         ..selection.clone()
     };
     measure::converted(path, WeightsFrom::Untrained, &selection, scratch)

@@ -218,6 +218,12 @@ fn check(request: &Request) -> Result<(), DistillError> {
         })
     };
     let schedule = &request.schedule;
+    if request
+        .end_to_end
+        .is_some_and(|together| together.steps == 0)
+    {
+        return fault("--end-to-end", "is 0: nothing would be learned");
+    }
     if request.samples == 0 {
         return fault("--samples", "is 0: nothing to learn from");
     }
@@ -391,8 +397,9 @@ fn fingerprint(request: &Request, file: &OnnxFile, engine: Engine, samples: &[Sa
         }
     }
     format!(
-        "{LEARNING} {} {engine:?} {:?} {stamps:?} {:?} {:?} {:?} {:?} {:?} {:?} {} {} {:?} {:?} {}",
+        "{LEARNING} {} {} {engine:?} {:?} {stamps:?} {:?} {:?} {:?} {:?} {:?} {:?} {} {} {:?} {:?} {}",
         env!("CARGO_PKG_VERSION"),
+        cfg!(feature = "distill-cuda"),
         given.finalize(),
         std::fs::canonicalize(file.path()).ok(),
         stamp(file.path()),

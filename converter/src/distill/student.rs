@@ -133,6 +133,12 @@ impl Student {
         })
     }
 
+    /// Whether its output is mixed with a window's.
+    #[must_use]
+    pub fn is_mixed(&self) -> bool {
+        self.scales.is_some()
+    }
+
     /// Everything that is learned, in an order that never changes.
     #[must_use]
     pub fn vars(&self) -> Vec<Var> {

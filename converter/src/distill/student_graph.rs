@@ -1,7 +1,7 @@
 //! The model as a function that can be differentiated: as it is, and with students in the place of its attentions.
 //!
-//! Where sites may become window or hybrid attention, the graph with students is that of the model converted to hybrid
-//! attention: a student then reads its site's input and what the window beside it made, of q, k and v that the graph
+//! At sites that may become window or hybrid attention, the graph with students is that of the model converted to hybrid
+//! attention there: a student then reads its site's input and what the window beside it made, of q, k and v that the graph
 //! makes, so gradients go through norms, rotary embeddings and windows as well.
 
 use std::path::Path;
@@ -10,7 +10,7 @@ use std::sync::{Mutex, PoisonError};
 use candle_core::{Device, Tensor, Var};
 use linfusion_models::onnx::OnnxFile;
 use linfusion_ops::schema::TextSide;
-use linfusion_runtime::engine::Session;
+use linfusion_runtime::engine::{Operators, Session, SessionOptions};
 use linfusion_runtime::subgraph::{self, Cut};
 use linfusion_runtime::tensor::Tensor as Fed;
 
@@ -40,7 +40,7 @@ pub(super) struct StudentGraph {
 /// Where a student stands.
 struct Place {
     target: Target,
-    /// What the window beside it made; `None` where there can be none.
+    /// What the window beside it made; `None` where there can be neither window nor text.
     near: Option<Value>,
     /// The shape of the attention's output.
     shape: Vec<usize>,
@@ -66,28 +66,42 @@ impl StudentGraph {
         let attentions = targets.iter().map(|t| t.merged.name.as_str());
         let wanted: Vec<&str> = outputs.iter().copied().chain(attentions).collect();
         let original = Program::new(teacher.file, teacher.shapes, &[], &[], &wanted, device)?;
-        let only_linear = targets.iter().all(|t| t.methods == [Method::Linear]);
-        let (student, near, grids) = match only_linear {
-            true => {
+        let (student, near, grids) = match targets.iter().any(Target::has_window) {
+            false => {
                 let near: Vec<Option<Near>> = targets.iter().map(|_| None).collect();
                 let student = Replacing::new(targets, &near, Vec::new());
                 (student.program(teacher, &wanted, device)?, near, None)
             }
-            false => {
+            true => {
                 let path = teacher.file.path();
-                let copy = near::converted(path, selection, Method::Hybrid, scratch)?;
+                let copy = near::converted(path, targets, selection, Method::Hybrid, scratch)?;
                 let file = OnnxFile::open(copy.path())?;
                 let mut shapes = subgraph::shapes(&file, inputs);
                 // Behind an image of so many pixels as an input's values say, sizes would be unknown.
                 shapes.learn_from(teacher.shapes);
+                let options = SessionOptions {
+                    operators: Operators::InProcess,
+                    ..teacher.options.clone()
+                };
                 let hybrid = Teacher {
                     file: &file,
                     shapes: &shapes,
+                    options: &options,
                     ..teacher.clone()
                 };
-                let window = |target: &Target| match *target.methods {
-                    [Method::Linear] => Ok(None),
-                    _ => near::window(&hybrid, target),
+                let window = |target: &Target| match target.has_window() {
+                    true => {
+                        let near = near::window(&hybrid, target)?;
+                        // Learned alone, too, it would stay linear.
+                        match near.is_some() || target.methods.contains(&Method::Linear) {
+                            true => Ok(near),
+                            false => Err(target.fault(
+                                &target.merged.name,
+                                "has no window: the rows and columns of its tokens cannot be told (hint: --grid)",
+                            )),
+                        }
+                    }
+                    false => Ok(None),
                 };
                 let near = targets.iter().map(window).collect::<Result<Vec<_>, _>>()?;
                 let grids = unknown_grids(&hybrid, targets, &near)?;
@@ -193,7 +207,7 @@ impl Place {
         let beside = near.as_ref().map(|(all, value)| image(all, value));
         let beside = beside.transpose()?;
         let out = match (student, given.first(), beside) {
-            (Some(student), Some(given), beside) => {
+            (Some(student), Some(given), beside) if beside.is_some() || !student.is_mixed() => {
                 student.forward(&image(&self.matrix(given, x)?, x)?, beside.as_ref())?
             }
             (None, _, Some(beside)) => beside,

@@ -54,6 +54,8 @@ pub struct Operand {
 pub struct Target {
     /// Its index among the model's sites.
     pub site: usize,
+    /// The node that it is found by.
+    pub anchor: String,
     /// Its module's path, or a name in its place.
     pub module: String,
     /// Sizes.
@@ -152,6 +154,7 @@ impl Target {
             .and_then(|(node, slot)| input(analysis.graph.node(node), slot).map(str::to_owned));
         Ok(Self {
             site: site.index,
+            anchor: site.anchor.clone(),
             module: site.checkpoint_name().into_owned(),
             shape: Shape {
                 dim: size(dim)?,
@@ -310,6 +313,11 @@ impl Value {
 }
 
 impl Target {
+    /// Whether a window may come to stand there.
+    pub(super) fn has_window(&self) -> bool {
+        self.methods.iter().any(|m| *m != Method::Linear)
+    }
+
     /// An error at one of its values.
     pub(super) fn fault(&self, value: &str, problem: impl Into<String>) -> DistillError {
         DistillError::Value {

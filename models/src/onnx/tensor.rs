@@ -139,6 +139,18 @@ impl OnnxFile {
     pub fn tensor(&self, tensor: &TensorProto) -> Result<TensorData, TensorError> {
         named(tensor, read(tensor, Some(self)))
     }
+
+    /// Looks for the data file of each of the main graph's initializers.
+    ///
+    /// # Errors
+    /// [`TensorError`]: the first whose file is missing, cut off or not allowed.
+    pub fn check_data_files(&self) -> Result<(), TensorError> {
+        let stored = self.model.graph.initializer.iter();
+        for tensor in stored.filter(|tensor| is_external(tensor)) {
+            self.tensor(tensor)?;
+        }
+        Ok(())
+    }
 }
 
 impl TensorData {

@@ -128,13 +128,11 @@ impl Shapes {
     }
 
     /// Learns what is unknown here from the graph that this one's graph was made of, at the same sizes: a value that has kept its
-    /// name has kept its shape.
+    /// name has kept its shape, and its numbers where those follow from sizes.
     pub fn learn_from(&mut self, original: &Shapes) {
-        for (name, known) in &original.facts {
-            match self.facts.get_mut(name) {
-                Some(fact) if fact.shape.is_none() => *fact = known.clone(),
-                Some(_) => {}
-                None => drop(self.facts.insert(name.clone(), known.clone())),
+        for (name, fact) in &mut self.facts {
+            if let (None, Some(known)) = (&fact.shape, original.facts.get(name)) {
+                *fact = known.clone();
             }
         }
     }

@@ -159,9 +159,7 @@ pub struct Session {
 
 /// What is wrong with the data files of a model that an engine refuses, which may say nothing of them.
 fn data_fault(path: &Path) -> Option<EngineError> {
-    let file = OnnxFile::open(path).ok()?;
-    let mut stored = file.model.graph.initializer.iter();
-    let source = stored.find_map(|tensor| file.tensor_bytes(tensor).err())?;
+    let source = OnnxFile::open(path).ok()?.check_data_files().err()?;
     Some(EngineError::Data {
         model: path.display().to_string(),
         source: Box::new(source),

@@ -29,7 +29,7 @@ use linfusion_convert::report::ConvertReport;
 use linfusion_convert::verify::VerifyError;
 use linfusion_models::onnx::text::{Elided, PrintOptions, print_model};
 use linfusion_models::onnx::write::{Overwrite, clean_up_unfinished};
-use linfusion_models::onnx::{OnnxFile, ReadError, is_external};
+use linfusion_models::onnx::{OnnxFile, ReadError};
 use linfusion_models::terminal::say;
 use linfusion_models::{leftovers, signals, terminal};
 
@@ -409,15 +409,8 @@ fn run_print(args: &PrintArgs) -> Result<(), Failure> {
 
 /// A data file that is missing or cut off says nothing of a rewrite.
 fn data_is_there(file: &OnnxFile) -> Result<(), Failure> {
-    let mut stored = file.model.graph.initializer.iter();
-    stored
-        .find_map(|tensor| is_external(tensor).then(|| file.tensor(tensor).err())?)
-        .map_or(Ok(()), |error| {
-            Err(Failure::new(
-                1,
-                format!("'{}': {error}", file.path().display()),
-            ))
-        })
+    file.check_data_files()
+        .map_err(|error| Failure::new(1, format!("'{}': {error}", file.path().display())))
 }
 
 fn run_diff(args: &DiffArgs) -> Result<(), Failure> {

@@ -6,7 +6,7 @@
 //! the weights in it and by what it was given. So memory holds the inside of one segment only, for one more forward pass
 //! of time (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016).
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::ops::Range;
 
 use candle_core::backprop::GradStore;
@@ -117,7 +117,8 @@ impl Program {
             .iter()
             .filter(|s| s.outputs.iter().flatten().any(is_active))
             .collect();
-        let made: HashSet<usize> = active
+        // In order: gradients are added up in the order of these.
+        let made: BTreeSet<usize> = active
             .iter()
             .flat_map(|s| s.outputs.iter().flatten().copied())
             .collect();

@@ -118,7 +118,12 @@ impl CustomOp1 for Convolved {
     fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
         let (storage, layout) = self.made.storage_and_layout();
         match &*storage {
-            Storage::Cuda(values) => Ok((values.try_clone(layout)?, self.made.shape().clone())),
+            // The copy is of all that the storage holds.
+            Storage::Cuda(values)
+                if layout.contiguous_offsets() == Some((0, self.made.elem_count())) =>
+            {
+                Ok((values.try_clone(layout)?, self.made.shape().clone()))
+            }
             _ => candle_core::bail!("a convolution was not computed on the GPU"),
         }
     }

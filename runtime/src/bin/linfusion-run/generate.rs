@@ -79,7 +79,7 @@ pub struct GenerateArgs {
         value_name = "S,…",
         value_delimiter = ',',
         default_value = "0.4,0.3,0.2,0.1",
-        allow_negative_numbers = true
+        allow_hyphen_values = true
     )]
     pub upscale: Vec<f64>,
     /// Make a large image in one go instead of enlarging one of the model's own size
