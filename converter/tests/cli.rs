@@ -568,6 +568,13 @@ fn a_pipeline_is_converted_as_a_folder() {
     assert!(moved.join("vae_decoder/model.onnx").is_file());
     assert!(moved.join("text_encoder").is_symlink());
 
+    // What to type next is what was typed.
+    let none = linfusion(&["sd15", "-o", "new"], &root.join("moved"));
+    let said = text(&none.stderr);
+    assert_eq!(none.status.code(), Some(3), "{said}");
+    assert!(said.contains("no LinFusion weights for 'sd15'"), "{said}");
+    assert!(said.contains("linfusion-convert sd15 --weights"), "{said}");
+
     // What is there stays as it is, or is replaced as a whole where that is asked for; never the original.
     std::fs::write(moved.join("mark"), "x").unwrap();
     std::fs::create_dir(root.join("moved/other")).unwrap();

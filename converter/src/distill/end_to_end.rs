@@ -16,7 +16,6 @@ use sha2::{Digest, Sha256};
 use super::Progress;
 use super::adam::AdamW;
 use super::capture::Teacher;
-use super::device::device;
 use super::error::{DistillError, learning};
 use super::inputs::{Sample, TRUTH};
 use super::learn::{Learned, Work};
@@ -83,13 +82,14 @@ impl Whole {
     /// Reads the graph; a converted copy is made in `scratch` where it is needed.
     ///
     /// # Errors
-    /// An operator cannot be differentiated, a truth is no output, or there is no device.
+    /// An operator cannot be differentiated, or a truth is no output.
     pub fn new(
         teacher: &Teacher<'_>,
         targets: &[Target],
         samples: &[Sample],
         selection: &Selection,
         scratch: &Path,
+        device: &Device,
         together: Together,
     ) -> Result<Self, DistillError> {
         if !(together.learning_rate.is_finite() && together.learning_rate > 0.0) {
@@ -99,13 +99,12 @@ impl Whole {
             });
         }
         check_truths(teacher, samples)?;
-        let device = device()?;
         let inputs = samples.first().map_or(&[][..], |s| &s.inputs);
-        let graph = StudentGraph::new(teacher, targets, selection, scratch, inputs, &device)?;
+        let graph = StudentGraph::new(teacher, targets, selection, scratch, inputs, device)?;
         Ok(Self {
             together,
             graph,
-            device,
+            device: device.clone(),
         })
     }
 

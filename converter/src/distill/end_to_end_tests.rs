@@ -156,6 +156,7 @@ fn lesson_of(model: &str, together: Together, methods: &[Method], sites: usize) 
         &samples,
         &selection,
         folder.path(),
+        &Device::Cpu,
         together,
     );
     let kinds = targets.iter().zip(methods.iter().cycle());

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use candle_core::Device;
 use linfusion_models::checkpoint::write::NewModule;
 use linfusion_models::checkpoint::{CheckpointModule, MlpWidth, Part, SiteAttention};
 use linfusion_models::random::SplitMix64;
@@ -13,7 +14,6 @@ use rayon::prelude::*;
 
 use super::capture::{Teacher, capture, groups};
 use super::choose::cheapest;
-use super::device::device;
 use super::error::{DistillError, learning};
 use super::inputs::Sample;
 use super::measure::{self, Judged, Outputs};
@@ -35,6 +35,8 @@ pub(super) struct Work<'a> {
     pub request: &'a Request,
     pub teacher: Teacher<'a>,
     pub samples: &'a [Sample],
+    /// Where weights are learned.
+    pub device: Device,
     pub scratch: PathBuf,
     pub state: State,
     pub progress: &'a (dyn Fn(Progress) + Sync),
@@ -319,7 +321,6 @@ impl Work<'_> {
     ) -> Result<Done, DistillError> {
         let started = Instant::now();
         let target = ready.target;
-        let device = device()?;
         let activations = Activations {
             module: &target.module,
             shape: target.shape,
@@ -363,12 +364,12 @@ impl Work<'_> {
             mixed: method == Method::Hybrid,
             seed,
         };
-        let student = Student::new(target.shape, &beginning, &device).map_err(&failed)?;
+        let student = Student::new(target.shape, &beginning, &self.device).map_err(&failed)?;
         if let Some(weights) = weights {
             student.set(weights).map_err(&failed)?;
         }
         let tick = |steps| self.advance(steps);
-        let fitted = fit(&student, &activations, schedule, seed, &device, &tick)?;
+        let fitted = fit(&student, &activations, schedule, seed, &self.device, &tick)?;
         report.before = fitted.before;
         report.after = fitted.after;
         report.curve = fitted.curve;

@@ -15,6 +15,7 @@ use sha2::{Digest, Sha256};
 
 use super::capture::Teacher;
 use super::choose;
+use super::device::device;
 use super::end_to_end::Whole;
 use super::error::{DistillError, learning};
 use super::inputs::{self, Sample, Source};
@@ -58,6 +59,7 @@ pub fn run(
     let analysis = Analysis::with_grid(&file, request.selection.grid);
     request.selection.check(&analysis.sites)?;
 
+    let device = device()?;
     let engine = engine().map_err(EngineError::from)?;
     let options = SessionOptions::default();
     progress(Progress::Note(format!("the original runs on {engine}")));
@@ -78,6 +80,7 @@ pub fn run(
             &samples,
             &request.selection,
             &scratch_folder(request),
+            &device,
             together,
         )?),
         None => None,
@@ -86,6 +89,7 @@ pub fn run(
         request,
         teacher,
         samples: &samples,
+        device,
         scratch: scratch_folder(request),
         state: State::of(&request.out, &fingerprint(request, &file, engine, &samples)),
         progress,

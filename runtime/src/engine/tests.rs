@@ -194,6 +194,45 @@ fn files_that_are_no_models_are_refused() {
 }
 
 #[test]
+fn a_data_file_that_is_missing_is_named_and_nothing_else_is() {
+    use linfusion_models::onnx::make;
+    use linfusion_models::onnx::proto::StringStringEntryProto;
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.onnx");
+    let mut outside = make::tensor_f32("w", &[2], &[]);
+    outside.raw_data = None;
+    // EXTERNAL
+    outside.data_location = Some(1);
+    outside.external_data = vec![StringStringEntryProto {
+        key: Some("location".to_owned()),
+        value: Some("weights.bin".to_owned()),
+        ..StringStringEntryProto::default()
+    }];
+    // Of a type that is not read here, which is no reason to refuse it.
+    let mut words = make::tensor_f32("w", &[2], &[]);
+    words.raw_data = None;
+    words.data_type = Some(8);
+    words.string_data = vec![b"a".to_vec().into(), b"b".to_vec().into()];
+    for (weight, operator, expected) in [
+        (outside, "Add", "weights.bin"),
+        (words, "NoSuchOperator", "NoSuchOperator"),
+    ] {
+        let open = [make::Dim::Unknown];
+        let model = device::of_one_node(operator, &["x", "w"], &open, vec![weight]);
+        std::fs::write(&path, model).unwrap();
+        // tract reads weights and operators when it is to run.
+        for engine in engines().into_iter().filter(|e| *e == Engine::Ort) {
+            let error = Session::from_file(engine, &path, &options()).err();
+            let said = error.map(|error| error.to_string()).unwrap_or_default();
+            assert!(
+                said.contains("model.onnx") && said.contains(expected),
+                "{engine}: {said}"
+            );
+        }
+    }
+}
+
+#[test]
 fn a_library_that_is_none_is_an_error() {
     let options = SessionOptions {
         library: Some("/nowhere/libonnxruntime.so".into()),
