@@ -10,7 +10,9 @@ use super::error::DistillError;
 /// There is no GPU that can be used.
 pub(super) fn device() -> Result<Device, DistillError> {
     match cfg!(feature = "distill-cuda") {
-        true => Device::new_cuda(0).map_err(|source| DistillError::Device(Box::new(source))),
+        true => Device::new_cuda(0).map_err(|source| DistillError::Device {
+            source: Box::new(source),
+        }),
         false => Ok(Device::Cpu),
     }
 }

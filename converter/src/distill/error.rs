@@ -137,9 +137,12 @@ pub enum DistillError {
     Checkpoint(#[from] CheckpointError),
     /// The GPU that this program was built to learn on is not there.
     #[error(
-        "this program learns on a GPU, and CUDA device 0 cannot be used: {0}\nhint: nvidia-smi shows which there are; built without the feature `distill-cuda` it learns on the processor"
+        "this program learns on a GPU, and CUDA device 0 cannot be used: {source}\nhint: nvidia-smi shows which there are; built without the feature `distill-cuda` it learns on the processor"
     )]
-    Device(#[source] Box<candle_core::Error>),
+    Device {
+        /// What the driver said.
+        r#source: Box<candle_core::Error>,
+    },
     /// Learning fails in the library that differentiates.
     #[error("{module}: {source}")]
     Learning {
