@@ -6,7 +6,8 @@ use std::process::Output;
 use assert_cmd::Command;
 use buffa::Message;
 use linfusion_models::fixtures;
-use linfusion_models::onnx::proto::{ModelProto, StringStringEntryProto};
+use linfusion_models::onnx::ExternalRef;
+use linfusion_models::onnx::proto::ModelProto;
 
 fn linfusion(args: &[&str], folder: &Path) -> Output {
     Command::new(env!("CARGO_BIN_EXE_linfusion-convert"))
@@ -245,15 +246,12 @@ fn verify_names_a_data_file_that_is_missing() {
     assert_eq!(made.status.code(), Some(0), "{}", text(&made.stderr));
     let path = folder.path().join("unet.linfusion.onnx");
     let mut model = ModelProto::decode_from_slice(&std::fs::read(&path).unwrap()).unwrap();
-    let weight = &mut model.graph.get_or_insert_default().initializer[0];
-    weight.raw_data = None;
-    // EXTERNAL
-    weight.data_location = Some(1);
-    weight.external_data = vec![StringStringEntryProto {
-        key: Some("location".to_owned()),
-        value: Some("weights.bin".to_owned()),
-        ..StringStringEntryProto::default()
-    }];
+    let outside = ExternalRef {
+        location: "weights.bin".to_owned(),
+        offset: 0,
+        length: None,
+    };
+    outside.apply(&mut model.graph.get_or_insert_default().initializer[0]);
     std::fs::write(&path, model.encode_to_vec()).unwrap();
     let verified = linfusion(&["verify", "unet.linfusion.onnx"], folder.path());
     let said = text(&verified.stderr);

@@ -76,7 +76,7 @@ impl ExternalRef {
 
     /// Makes `tensor` refer to these bytes, and drops what it held inline. The
     /// checksum goes too: ONNX defines it over the whole data file.
-    pub(super) fn apply(&self, tensor: &mut TensorProto) {
+    pub fn apply(&self, tensor: &mut TensorProto) {
         let mut entries = vec![
             entry("location", &self.location),
             entry("offset", &self.offset.to_string()),

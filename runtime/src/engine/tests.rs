@@ -8,9 +8,8 @@ use crate::npz;
 use crate::test_device::{device, named};
 
 /// How far sums of single precision are apart that are added up in another order. Here they have up to 9 · 32 terms (places and
-/// channels of a convolution), of order 1 as the outputs are: √288 roundings of 2⁻²⁵, 5e-7; after 245 products one behind the
-/// other √245 times that, √2 times for the two that are compared, and the largest of 2,048 outputs is within 4 times.
-const ANOTHER_ORDER: f64 = 4.5e-5;
+/// channels of a convolution), of order 1 as the outputs are: √288 roundings of 2⁻²⁴, 1e-6, and some ten layers one after another.
+const ANOTHER_ORDER: f64 = 1e-5;
 
 fn fixture(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
@@ -111,7 +110,7 @@ fn both_engines_agree_and_memory_equals_file() {
         results.push(outputs);
     }
     for other in &results {
-        assert!(max_difference(&other[0].1, &results[0][0].1) < ANOTHER_ORDER);
+        assert!(max_difference(&other[0].1, &results[0][0].1) < 2.0 * ANOTHER_ORDER);
     }
 }
 
@@ -195,19 +194,16 @@ fn files_that_are_no_models_are_refused() {
 
 #[test]
 fn a_data_file_that_is_missing_is_named_and_nothing_else_is() {
-    use linfusion_models::onnx::make;
-    use linfusion_models::onnx::proto::StringStringEntryProto;
+    use linfusion_models::onnx::{ExternalRef, make};
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.onnx");
     let mut outside = make::tensor_f32("w", &[2], &[]);
-    outside.raw_data = None;
-    // EXTERNAL
-    outside.data_location = Some(1);
-    outside.external_data = vec![StringStringEntryProto {
-        key: Some("location".to_owned()),
-        value: Some("weights.bin".to_owned()),
-        ..StringStringEntryProto::default()
-    }];
+    let file = ExternalRef {
+        location: "weights.bin".to_owned(),
+        offset: 0,
+        length: None,
+    };
+    file.apply(&mut outside);
     // Of a type that is not read here, which is no reason to refuse it.
     let mut words = make::tensor_f32("w", &[2], &[]);
     words.raw_data = None;
