@@ -53,6 +53,23 @@ pub(super) struct Learned {
     pub window: WindowSpec,
 }
 
+impl Learned {
+    /// Its student as learning begins; a window has none.
+    pub fn beginning(&self, seed: u64, device: &Device) -> candle_core::Result<Option<Student>> {
+        let report = &self.done.report;
+        if report.attention == Method::Window {
+            return Ok(None);
+        }
+        let beginning = Beginning {
+            projections: &self.layers.projections,
+            mid: report.mid,
+            mixed: report.attention == Method::Hybrid,
+            seed,
+        };
+        Student::new(self.target.shape, &beginning, device).map(Some)
+    }
+}
+
 /// The modules of a checkpoint.
 pub(super) fn modules(sites: &[Learned]) -> Vec<NewModule> {
     sites.iter().enumerate().map(module).collect()
@@ -278,7 +295,7 @@ impl Work<'_> {
         for target in targets {
             let tried = by_site.remove(&target.site).unwrap_or_default();
             let done = cheapest(target, tried, self.request.attention, self.window())
-                .ok_or_else(|| target.fault(&target.merged.name, "has no window: the rows and columns of its tokens cannot be told (hint: --grid)"))?;
+                .ok_or_else(|| target.no_window())?;
             self.state.save(CHOSEN, target.site, &done)?;
             chosen.push((target.site, done));
         }

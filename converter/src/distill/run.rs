@@ -24,7 +24,6 @@ use super::output;
 use super::pipeline;
 use super::report::{Report, SiteReport, doubts, mean};
 use super::state::{Claim, State, unfinished};
-use super::student::{Beginning, Student};
 use super::target::Target;
 use super::{Attention, Progress, Refinement, Request};
 use crate::analysis::Analysis;
@@ -187,18 +186,10 @@ pub fn run(
 /// equal.
 fn untrained(learned: &[Learned], seed: u64) -> Result<Vec<Learned>, DistillError> {
     let begin = |site: &Learned| {
-        let report = &site.done.report;
+        let failed = learning(&site.target.module);
         let mut site = site.clone();
-        if report.attention != Method::Window {
-            let failed = learning(&site.target.module);
-            let beginning = Beginning {
-                projections: &site.layers.projections,
-                mid: report.mid,
-                mixed: report.attention == Method::Hybrid,
-                seed,
-            };
-            let student = Student::new(site.target.shape, &beginning, &Device::Cpu);
-            site.done.weights = student.and_then(|s| s.weights()).map_err(failed)?;
+        if let Some(student) = site.beginning(seed, &Device::Cpu).map_err(&failed)? {
+            site.done.weights = student.weights().map_err(&failed)?;
         }
         Ok(site)
     };

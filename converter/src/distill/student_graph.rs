@@ -4,6 +4,7 @@
 //! attention there: a student then reads its site's input and what the window beside it made, of q, k and v that the graph
 //! makes, so gradients go through norms, rotary embeddings and windows as well.
 
+use std::borrow::Cow;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
@@ -16,11 +17,11 @@ use linfusion_runtime::tensor::Tensor as Fed;
 
 use super::capture::{Teacher, Whether, given};
 use super::error::DistillError;
-use super::graph::{Gradient, NO_SITES, Program, Replaced};
+use super::graph::{Gradient, NO_SITES, Program, Replaced, shape};
 use super::inputs::Sample;
 use super::learn::Learned;
 use super::near::{self, Near};
-use super::student::{Beginning, Student};
+use super::student::Student;
 use super::target::{Target, Value};
 use crate::attention::plain::Layout;
 use crate::plan::{Method, Selection};
@@ -69,8 +70,8 @@ impl StudentGraph {
         let (student, near, grids) = match targets.iter().any(Target::has_window) {
             false => {
                 let near: Vec<Option<Near>> = targets.iter().map(|_| None).collect();
-                let student = Replacing::new(targets, &near, Vec::new());
-                (student.program(teacher, &wanted, device)?, near, None)
+                let student = with_students(teacher, targets, &near, &[], &wanted, device)?;
+                (student, near, None)
             }
             true => {
                 let path = teacher.file.path();
@@ -90,24 +91,18 @@ impl StudentGraph {
                     ..teacher.clone()
                 };
                 let window = |target: &Target| match target.has_window() {
-                    true => {
-                        let near = near::window(&hybrid, target)?;
-                        // Learned alone, too, it would stay linear.
-                        match near.is_some() || target.methods.contains(&Method::Linear) {
-                            true => Ok(near),
-                            false => Err(target.fault(
-                                &target.merged.name,
-                                "has no window: the rows and columns of its tokens cannot be told (hint: --grid)",
-                            )),
-                        }
-                    }
                     false => Ok(None),
+                    true => match near::window(&hybrid, target)? {
+                        // Learned alone, too, it would stay linear.
+                        None if !target.methods.contains(&Method::Linear) => {
+                            Err(target.no_window())
+                        }
+                        near => Ok(near),
+                    },
                 };
                 let near = targets.iter().map(window).collect::<Result<Vec<_>, _>>()?;
                 let grids = unknown_grids(&hybrid, targets, &near)?;
-                let names = grids.iter().map(|grid| grid.name.as_str()).collect();
-                let student = Replacing::new(targets, &near, names);
-                let student = student.program(&hybrid, &wanted, device)?;
+                let student = with_students(&hybrid, targets, &near, &grids, &wanted, device)?;
                 let grids = match grids.is_empty() {
                     true => None,
                     false => Some(Mutex::new(hybrid.part(&[], &grids)?)),
@@ -152,12 +147,12 @@ impl StudentGraph {
     }
 
     /// What the program with students takes.
-    fn inputs(&self, sample: &Sample) -> Result<Vec<(String, Fed)>, DistillError> {
-        let mut inputs = sample.inputs.clone();
+    fn inputs<'s>(&self, sample: &'s Sample) -> Result<Cow<'s, [(String, Fed)]>, DistillError> {
+        let mut inputs = Cow::Borrowed(sample.inputs.as_slice());
         if let Some(grids) = &self.grids {
             let mut grids = grids.lock().unwrap_or_else(PoisonError::into_inner);
             let taken = given(&grids, &sample.inputs);
-            inputs.extend(grids.run(&taken)?);
+            inputs.to_mut().extend(grids.run(&taken)?);
         }
         Ok(inputs)
     }
@@ -182,12 +177,12 @@ impl Place {
         target: &Target,
         near: Option<Value>,
     ) -> Result<Self, DistillError> {
-        let dims = teacher.shapes.shape(&target.merged.name);
-        let dims = dims.and_then(|dims| dims.iter().map(|d| usize::try_from(*d).ok()).collect());
+        let name = &target.merged.name;
         Ok(Self {
             target: target.clone(),
             near,
-            shape: dims.ok_or_else(|| target.fault(&target.merged.name, "has no known shape"))?,
+            shape: shape(teacher.shapes, name)
+                .map_err(|_| target.fault(name, "has no known shape"))?,
         })
     }
 
@@ -240,54 +235,40 @@ impl Place {
 
 /// The student of a site that has learned alone.
 pub(super) fn student(site: &Learned, device: &Device) -> candle_core::Result<Option<Student>> {
-    let method = site.done.report.attention;
-    if method == Method::Window {
-        return Ok(None);
+    let student = site.beginning(0, device)?;
+    if let Some(student) = &student {
+        student.set(&site.done.weights)?;
     }
-    let beginning = Beginning {
-        projections: &site.layers.projections,
-        mid: site.done.report.mid,
-        mixed: method == Method::Hybrid,
-        seed: 0,
-    };
-    let student = Student::new(site.target.shape, &beginning, device)?;
-    student.set(&site.done.weights)?;
-    Ok(Some(student))
+    Ok(student)
 }
 
-/// What stands in for parts of a graph.
-struct Replacing<'a> {
-    attentions: Vec<Replaced<'a>>,
-    fed: Vec<&'a str>,
-}
-
-impl<'a> Replacing<'a> {
-    fn new(targets: &'a [Target], near: &'a [Option<Near>], fed: Vec<&'a str>) -> Self {
-        let attention = |(target, near): (&'a Target, &'a Option<Near>)| {
-            let near = near.as_ref().map(|near| near.made.name.as_str());
-            Replaced {
-                inputs: std::iter::once(target.x.name.as_str())
-                    .chain(near)
-                    .collect(),
-                output: &target.merged.name,
-            }
-        };
-        Self {
-            attentions: targets.iter().zip(near).map(attention).collect(),
-            fed,
+/// The teacher's graph with students in the place of its attentions; `grids` are given to it.
+fn with_students(
+    teacher: &Teacher<'_>,
+    targets: &[Target],
+    near: &[Option<Near>],
+    grids: &[Cut],
+    wanted: &[&str],
+    device: &Device,
+) -> Result<Program, DistillError> {
+    let attentions = targets.iter().zip(near).map(|(target, near)| {
+        let near = near.as_ref().map(|near| near.made.name.as_str());
+        Replaced {
+            inputs: [target.x.name.as_str()].into_iter().chain(near).collect(),
+            output: &target.merged.name,
         }
-    }
-
-    fn program(
-        &self,
-        teacher: &Teacher<'_>,
-        wanted: &[&str],
-        device: &Device,
-    ) -> Result<Program, DistillError> {
-        let (file, shapes) = (teacher.file, teacher.shapes);
-        let program = Program::new(file, shapes, &self.attentions, &self.fed, wanted, device);
-        Ok(program?)
-    }
+    });
+    let attentions: Vec<Replaced<'_>> = attentions.collect();
+    let fed: Vec<&str> = grids.iter().map(|grid| grid.name.as_str()).collect();
+    let (file, shapes) = (teacher.file, teacher.shapes);
+    Ok(Program::new(
+        file,
+        shapes,
+        &attentions,
+        &fed,
+        wanted,
+        device,
+    )?)
 }
 
 /// The grids of windows that do not follow from sizes: FLUX's are in the values of its ids, so the engine computes them.

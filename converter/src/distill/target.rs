@@ -318,6 +318,14 @@ impl Target {
         self.methods.iter().any(|m| *m != Method::Linear)
     }
 
+    /// Where one is wanted.
+    pub(super) fn no_window(&self) -> DistillError {
+        self.fault(
+            &self.merged.name,
+            "has no window: the rows and columns of its tokens cannot be told (hint: --grid)",
+        )
+    }
+
     /// An error at one of its values.
     pub(super) fn fault(&self, value: &str, problem: impl Into<String>) -> DistillError {
         DistillError::Value {

@@ -504,7 +504,7 @@ pub(super) fn dtype(onnx: i32) -> Option<DType> {
 }
 
 /// The shape of a value, which must be known.
-pub(super) fn shape(shapes: &Shapes, name: &str) -> Found<Vec<usize>> {
+pub(in crate::distill) fn shape(shapes: &Shapes, name: &str) -> Found<Vec<usize>> {
     shapes
         .shape(name)
         .and_then(|dims| dims.iter().map(|d| usize::try_from(*d).ok()).collect())

@@ -20,6 +20,7 @@ mod tests;
 mod window;
 
 pub use self::backward::Gradient;
+pub(super) use self::lower::shape;
 pub use self::program::{NO_SITES, Program, Replaced, Sites};
 
 use linfusion_models::onnx::TensorError;
